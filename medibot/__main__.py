@@ -1,0 +1,3 @@
+from medibot.cli import main
+
+main()

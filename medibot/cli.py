@@ -1,0 +1,190 @@
+"""The verbs. Each Makefile target is one of them; an author's mistake is one line and exit code 2."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+import yaml
+
+from medibot.recipe import RecipeError, diff_recipes, list_recipes, load_recipe
+
+NOTICE = "Not a medical device: general health information that can be wrong. Ask a professional; in an emergency, call for help."
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
+RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
+
+
+@app.callback()
+def describe() -> None:
+    """MediBot: recipes that turn a chat model into a medical question-answering assistant."""
+
+
+@app.command("list")
+def list_() -> None:
+    """The recipes, and what each is for."""
+    for name, purpose in list_recipes():
+        print(f"{name:24} {purpose}")
+
+
+@app.command()
+def validate(recipes: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Check recipes (all of them by default) without loading data or weights."""
+    problems = []
+    for name in recipes or [name for name, _ in list_recipes()]:
+        try:
+            load_recipe(name)
+            print(f"{name}: good")
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+
+
+@app.command()
+def diff(a: str, b: str) -> None:
+    """What differs between two recipes, key by key."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("key", a, b)
+    for key, left, right in diff_recipes(load_recipe(a), load_recipe(b)):
+        table.add_row(key, str(left), str(right))
+    Console().print(table if table.row_count else f"{a} and {b} say the same")
+
+
+@app.command()
+def inspect(
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option(help="Write the painted page here, too.")] = None,
+    row: Annotated[int | None, typer.Option(help="Paint this row of the training split as well.")] = None,
+) -> None:
+    """Ledger, leak report, loss-mask report and painted examples; loads no weights."""
+    from medibot.preview import inspect_recipe
+
+    inspect_recipe(load_recipe(recipe, overrides or []), html, row)
+
+
+@app.command()
+def train(
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = None,
+    run: Annotated[str | None, typer.Option(help="Name of the outputs folder; default: the recipe's.")] = None,
+    accelerate: Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")] = None,
+    launch: Annotated[str, typer.Option(help="More arguments for accelerate launch.")] = "",
+) -> None:
+    """Train a recipe through accelerate launch; the same command again goes on, or says that it is done."""
+    # Every accelerate launcher sets this for the processes that it starts
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        from medibot.train import train as train_here
+
+        checked = load_recipe(recipe, overrides or [])
+        train_here(checked, run or checked.name)
+    else:
+        sys.exit(launch_training(recipe, overrides or [], run, accelerate, shlex.split(launch)))
+
+
+@app.command()
+def ask(
+    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    question: Annotated[str, typer.Option("--question", "-q")] = "What is anemia?",
+) -> None:
+    """One question to a run: the base model's answer and the tuned one's."""
+    from medibot.chat import ask_both
+
+    print(NOTICE)
+    ask_both(run, question)
+
+
+@app.command()
+def schema() -> None:
+    """Write recipes/recipe.schema.json, which editors check recipes with."""
+    from medibot.recipe import write_schema
+
+    write_schema(Path("recipes/recipe.schema.json"))
+
+
+@app.command("convert-gguf")
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Turn a GGUF file into a model folder that recipes can name."""
+    from medibot.model import convert_gguf as convert
+
+    convert(file, folder)
+
+
+def launch_training(
+    recipe: str, overrides: list[str], run: str | None, accelerate: str | None, more: list[str]
+) -> int:
+    """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code."""
+    config = hardware_config(accelerate)
+    processes = launched_processes(config, more)
+    if processes > 1:
+        # One process says what is wrong before several do, and leaves the prepared data for all of them
+        from medibot.train import gather
+
+        gather(load_recipe(recipe, overrides))
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "code"
+        count = ["--num_processes", str(processes)] if "--num_processes" not in more else []
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+        command += [*count, *more, "-m", "medibot", "train", recipe, *overrides]
+        command += ["--run", run] if run else []
+        environment = os.environ | {"MEDIBOT_EXIT": str(code), "MEDIBOT_PROCESSES": str(processes)}
+        finished = subprocess.run(command, env=environment)
+        # The launcher turns every failure into 1
+        return int(code.read_text()) if code.is_file() else finished.returncode
+
+
+def hardware_config(name: str | None) -> Path:
+    """The accelerate config that `name` says, or the one for what this machine has."""
+    folder = Path("accelerate_configs")
+    chosen = name or {0: "cpu", 1: "single-gpu"}.get(visible_gpus(), "multi-gpu")
+    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else folder / f"{chosen}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise RecipeError.of("ACCELERATE", f"no file {path}", f"there are: {there}")
+    return path
+
+
+def launched_processes(config: Path, more: list[str]) -> int:
+    """How many processes the launch will start in all; a config without a number takes every GPU."""
+    if "--num_processes" in more:
+        return int(more[more.index("--num_processes") + 1])
+    written = yaml.safe_load(config.read_text())
+    return written.get("num_processes") or max(1, visible_gpus())
+
+
+def visible_gpus() -> int:
+    """GPUs that a training may use; asks the driver, since importing torch takes seconds."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len([name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() not in {"", "-1"}])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+
+
+def fail(code: int, message: str) -> NoReturn:
+    """Say why on one process, and leave the exit code where the launcher cannot lose it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+        if "MEDIBOT_EXIT" in os.environ:
+            Path(os.environ["MEDIBOT_EXIT"]).write_text(str(code))
+    sys.exit(code)
+
+
+def main() -> None:
+    """Entry point: private by default, and one line for an author's mistake."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        app()
+    except RecipeError as error:
+        fail(2, str(error))

@@ -1,0 +1,335 @@
+"""Rows to conversations: load, map columns, clean, split, and keep the result under a fingerprint of all that made it."""
+
+import csv
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from medibot import cleaning, medquad, splitting
+from medibot.cleaning import LedgerLine, Row
+from medibot.model import AS_TEXT, defuse, prompt_messages, role_markers, tokenizer_fingerprint
+from medibot.recipe import Recipe, RecipeError
+
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Conversations of one recipe, read from `folder`.
+
+    Columns of each split: `row` (index in the source), `group`, `tokens` (of the whole chat), `prompt` and
+    `completion` (lists of chat messages), and every other column of the source.
+    """
+
+    folder: Path
+    fingerprint: str
+    ledger: list[dict[str, Any]]
+    leaks: dict[str, Any]
+    split: dict[str, Any]
+
+    def load(self, split: str) -> Dataset | None:
+        """One of train, validation, test (test is for evaluation alone); None where the recipe gives it no rows."""
+        return Dataset.load_from_disk(str(self.folder / split)) if self.split["rows"][split] else None
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str], None] = print) -> Prepared:
+    """The recipe's conversations, made once per content fingerprint and then read by every process.
+
+    Raises RecipeError where the data cannot be what the recipe says.
+    """
+    source_hash, rows = open_source(recipe)
+    fingerprint = prepared_fingerprint(recipe, tokenizer, source_hash)
+    folder = cache_folder() / fingerprint[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A file lock, not a process-group barrier: it also holds between two trainings, and long cleaning cannot time out
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "prepared.json").is_file():
+            progress(f"preparing {recipe.data.path}: reading rows")
+            make(recipe, tokenizer, rows(), folder, progress)
+    record = json.loads((folder / "prepared.json").read_text())
+    return Prepared(folder=folder, fingerprint=fingerprint, **record)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("MEDIBOT_CACHE", ".cache/medibot")) / "prepared"
+
+
+def prepared_fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source_hash: str) -> str:
+    """sha256 over the data's bytes, the data section, the rules' code, template and tokenizer, and the length limit."""
+    code = "".join(inspect.getsource(module) for module in (cleaning, medquad, splitting)) + inspect.getsource(make)
+    parts = [source_hash, recipe.as_dict()["data"], code, tokenizer_fingerprint(tokenizer)]
+    parts.append(recipe.training.get("max_length", 1024))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def make(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row], folder: Path, progress: Callable[[str], None]
+) -> None:
+    """Clean, split and render `rows`; everything lands in `folder` at once, by rename."""
+    data = recipe.data
+    progress(f"preparing {data.path}: {len(rows):,} rows, {len(data.clean)} rules")
+    rows, ledger = cleaning.clean(map_columns(recipe, rows), data.clean)
+    require_text(recipe, rows, ledger)
+    rows, line = defuse_rows(rows, role_markers(tokenizer))
+    ledger.append(line)
+    progress(f"preparing {data.path}: {len(rows):,} conversations, counting tokens")
+    rows, line = fit_length(recipe, tokenizer, rows)
+    ledger.append(line)
+    group_by = [{data.prompt: "prompt", data.completion: "completion"}.get(column, column) for column in data.group_by]
+    splits = splitting.split_rows(rows, group_by, data.validation, data.test, data.seed)
+    splits, lines = splitting.drop_leaks(splits)
+    leaks = splitting.leak_report(splits, group_by)
+    leaks["random_split"] = splitting.random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
+    chosen, limits = limit_rows(recipe, splits)
+    ledger += [*lines, *limits]
+    require_rows(recipe, chosen, ledger)
+    sizes = {name: len(chosen[name]) for name in SPLITS}
+    record = {
+        "ledger": [asdict(line) for line in ledger],
+        "leaks": leaks,
+        "split": {"fingerprint": splitting.split_fingerprint(splits), "rows": sizes},
+    }
+    write(folder, {name: render(recipe, chosen[name]) for name in SPLITS if chosen[name]}, record)
+
+
+def write(folder: Path, tables: dict[str, pyarrow.Table], record: dict[str, Any]) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, table in tables.items():
+        Dataset(table).save_to_disk(str(partial / name))
+    (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
+    partial.rename(folder)
+
+
+# --- source: hub data set, file or folder -----------------------------------------------------------------------------
+
+
+def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
+    """(hash of the data's bytes, a function that reads its rows): nothing is parsed if the cache already has it."""
+    files = local_files(recipe)
+    if files is None:
+        rows = hub_rows(recipe)
+        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(), lambda: rows
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest(), lambda: [row for file in files for row in read_file(recipe, file)]
+
+
+def local_files(recipe: Recipe) -> list[Path] | None:
+    """The files that `data.path` names, sorted; None if it is a hub id."""
+    path = Path(recipe.data.path).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        if not files:
+            raise recipe.error("data.path", f"folder {path} holds no {', '.join(SUFFIXES)} file", "name another folder")
+        return files
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise recipe.error("data.path", f"cannot read {path.suffix or 'a file without suffix'}", "use " + ", ".join(SUFFIXES))
+        return [path]
+    if path.suffix in SUFFIXES or path.is_absolute() or recipe.data.path.count("/") != 1:
+        raise recipe.error("data.path", f"no file or folder {recipe.data.path!r}", "check the path, seen from here")
+    return None
+
+
+def hub_rows(recipe: Recipe) -> list[Row]:
+    """Rows of a hub data set (`path`, `name`, `revision`, `split` as `datasets.load_dataset` takes them)."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    data = recipe.data
+    try:
+        return load_dataset(data.path, data.name, revision=data.revision, split=data.split).to_list()
+    except (OSError, ValueError, DatasetsError) as error:
+        first = str(error).strip().splitlines()[0]
+        remedy = "check name, revision and network; or point data.path to a local file"
+        raise recipe.error("data.path", f"cannot load {data.path!r} from the hub: {first}", remedy) from error
+
+
+def read_file(recipe: Recipe, file: Path) -> list[Row]:
+    """Rows of one parquet, JSON lines or CSV file; a malformed one is refused with its line."""
+    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
+    try:
+        rows = readers[file.suffix](file)
+    except (UnicodeDecodeError, pyarrow.ArrowException, csv.Error, OSError) as error:
+        what = f"{file} cannot be read: {str(error).splitlines()[0]}"
+        raise recipe.error("data.path", what, "repair the file (UTF-8 text, or whole parquet)") from error
+    if not rows:
+        raise recipe.error("data.path", f"{file} has no rows", "name a file with rows")
+    return rows
+
+
+def read_parquet(file: Path) -> list[Row]:
+    return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def read_jsonl(file: Path) -> list[Row]:
+    rows = []
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise RecipeError.of(f"{file}:{number}", f"not JSON: {error}", "one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise RecipeError.of(f"{file}:{number}", f"a {type(row).__name__}", "one JSON object a line")
+            rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def read_csv(file: Path) -> list[Row]:
+    csv.field_size_limit(1 << 27)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        lines = csv.reader(stream, strict=True)
+        header = next(lines, [])
+        if len(set(header)) != len(header):
+            raise RecipeError.of(f"{file}:1", "a column name stands twice in the header", "rename one")
+        rows = []
+        for cells in lines:
+            if len(cells) != len(header):
+                what = f"{len(cells)} cells under {len(header)} columns"
+                raise RecipeError.of(f"{file}:{lines.line_num}", what, "quote cells that hold commas or line breaks")
+            rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
+    return rows
+
+
+# --- rows to conversations --------------------------------------------------------------------------------------------
+
+
+def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
+    """Rows with the mapped columns under `prompt` and `completion`, and `row`, their index in the source."""
+    data = recipe.data
+    columns = rows[0].keys()
+    wanted = [("data.prompt", data.prompt), ("data.completion", data.completion)]
+    generic = {"prompt": data.prompt, "completion": data.completion}
+    wanted += [("data.group_by", column) for column in data.group_by if column not in generic]
+    for key, column in wanted:
+        if column not in columns:
+            raise recipe.error(key, f"{data.path} has no column {column!r}", f"it has {', '.join(columns)}")
+    if data.prompt == data.completion:
+        raise recipe.error("data.completion", "the same column as data.prompt", "name the answers' column")
+    kept = [column for column in columns if column not in generic.values()]
+    if clash := {"prompt", "completion", "row", "group", "part", "tokens"} & set(kept):
+        raise recipe.error("data.path", f"column {sorted(clash)[0]!r} has a name that MediBot gives", "rename it")
+    mapped = []
+    for index, row in enumerate(rows):
+        for column in generic.values():
+            if not isinstance(row[column], str | None):
+                what = f"row {index} holds {type(row[column]).__name__}, not text, in column {column!r}"
+                raise recipe.error("data.path", what, "convert the column to text")
+        mapped.append({"row": index} | {key: row[column] for key, column in generic.items()} | {c: row[c] for c in kept})
+    return mapped
+
+
+def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> None:
+    if not rows:
+        last = next((line.rule for line in reversed(ledger) if line.dropped), "the rules")
+        raise recipe.error("data.clean", f"no row is left after {last}", "see the ledger with: medibot inspect")
+    for column, rule in (("prompt", "drop_unasked"), ("completion", "drop_unanswered")):
+        empty = sum(1 for row in rows if not (row[column] or "").strip())
+        if empty:
+            raise recipe.error("data.clean", f"{empty:,} of {len(rows):,} rows have no {column}", f"add the rule {rule}")
+
+
+def defuse_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
+    """Rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
+    after = [row | {key: defuse(row[key], markers) for key in ("prompt", "completion")} for row in rows]
+    changed = [(old, new) for old, new in zip(rows, after, strict=True) if old != new]
+    examples = [{"row": old["row"], "before": old["completion"], "after": new["completion"]} for old, new in changed[:3]]
+    return after, LedgerLine("role markers made text", len(rows), 0, len(changed), 0, len(rows), examples)
+
+
+def fit_length(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]
+) -> tuple[list[Row], LedgerLine]:
+    """Rows with `tokens`; those over `training.max_length` are dropped, or refused under `too_long: error`."""
+    limit = recipe.training.get("max_length", 1024)
+    chats = [prompt_of(recipe, row) + completion_of(row) for row in rows]
+    counted = [row | {"tokens": tokens} for row, tokens in zip(rows, count_tokens(recipe, tokenizer, chats), strict=True)]
+    long = [row for row in counted if limit is not None and row["tokens"] > limit]
+    if long and recipe.data.too_long == "error":
+        worst = max(long, key=lambda row: row["tokens"])
+        what = f"{len(long):,} conversations are longer than {limit} tokens (row {worst['row']}: {worst['tokens']})"
+        raise recipe.error("training.max_length", what, "raise it, or write data.too_long: drop")
+    kept = [row for row in counted if limit is None or row["tokens"] <= limit]
+    if not kept:
+        raise recipe.error("training.max_length", f"every conversation is longer than {limit} tokens", "raise it")
+    examples = [{"row": row["row"], "before": row["completion"], "after": None} for row in long[:3]]
+    return kept, LedgerLine("longer than max_length", len(rows), len(long), 0, 0, len(kept), examples)
+
+
+def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> list[int]:
+    """Tokens of each whole chat, by the chat template that the trainer will use."""
+    import jinja2
+
+    lengths = []
+    try:
+        for start in range(0, len(chats), 1000):
+            chunk = chats[start : start + 1000]
+            lengths += map(len, tokenizer.apply_chat_template(chunk, tokenize=True, return_dict=True, **AS_TEXT)["input_ids"])
+    except (jinja2.TemplateError, ValueError) as error:
+        what = f"the model's chat template refuses these conversations: {error}"
+        raise recipe.error("data.system", what, "remove data.system if the template knows no system role") from error
+    return lengths
+
+
+def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[dict[str, list[Row]], list[LedgerLine]]:
+    """`data.limit` rows of a split: those with the smallest hash, so that a larger limit only adds rows."""
+    limit = recipe.data.limit
+    limits = limit if isinstance(limit, dict) else {"train": limit} if limit else {}
+    chosen = {name: getattr(splits, name) for name in SPLITS}
+    lines = []
+    for name, most in limits.items():
+        rows = chosen[name]
+        order = sorted(rows, key=lambda row: hashlib.sha256(f"{recipe.data.seed}:{row['prompt']}:{row['row']}".encode()).digest())
+        chosen[name] = sorted(order[:most], key=lambda row: (row["row"], row.get("part") or 0))
+        lines.append(LedgerLine(f"limit {name} to {most:,}", len(rows), max(0, len(rows) - most), 0, 0, len(chosen[name]), []))
+    return chosen, lines
+
+
+def require_rows(recipe: Recipe, chosen: dict[str, list[Row]], ledger: list[LedgerLine]) -> None:
+    for name, share in (("train", 1.0), ("validation", recipe.data.validation), ("test", recipe.data.test)):
+        if share and not chosen[name]:
+            what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"
+            raise recipe.error("data.validation" if name == "train" else f"data.{name}", what, "change the share or add rows")
+
+
+def prompt_of(recipe: Recipe, row: Row) -> list[dict[str, str]]:
+    return prompt_messages(row["prompt"], recipe.data.system, ())
+
+
+def completion_of(row: Row) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": row["completion"]}]
+
+
+def render(recipe: Recipe, rows: list[Row]) -> pyarrow.Table:
+    """TRL's conversational prompt/completion rows, with the source's other columns beside them."""
+    counts = {"row", "part", "tokens"}
+    extra = [column for column in rows[0] if column not in {"prompt", "completion"}]
+    columns = {c: [row.get(c) if c in counts else as_text(row.get(c)) for row in rows] for c in extra}
+    columns["prompt"] = [prompt_of(recipe, row) for row in rows]
+    columns["completion"] = [completion_of(row) for row in rows]
+    columns["chat_template_kwargs"] = [AS_TEXT] * len(rows)
+    return pyarrow.table(columns)
+
+
+def as_text(value: Any) -> str | None:
+    """Text as it is and anything else as JSON, so that one column has one type."""
+    return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,314 @@
+"""Rules for the defects of MedQuAD (Ben Abacha and Demner-Fushman, BMC Bioinformatics 20, 511, 2019).
+
+Every rule is pure. Those in ROW_RULES take one row and return it, a changed copy, or None to drop it; those in TABLE_RULES
+take and return the whole list. `medibot.cleaning` names them "medquad.<function>"; MEDQUAD_RULES is the order recipes use.
+"""
+
+import re
+import unicodedata
+from collections import defaultdict
+from typing import Any
+
+Row = dict[str, Any]
+
+QUESTION_OPENING = re.compile(
+    r"(?:What|How|Is|Are|Can|Could|Do|Does|Why|Which|Who)\b(?:[^?.!\n]|[.!](?!\s)){,250}\?(?=\s)"
+)
+YES_OR_NO = re.compile(r"(?:Yes|No|Not necessarily|Maybe|Possibly)\b[.,;:!]")
+SYMPTOM_TABLE = re.compile(
+    r"\s*The Human Phenotype Ontology provides the following list of signs and symptoms for .*?"
+    r"(?:Sometimes, no information on frequency is available\.\s+"
+    r"In these cases, the sign or symptom may be rare or common\.|\Z)",
+    re.S,
+)
+MISSING_TOPIC = re.compile(
+    r"(?:\(are\)|\b(?:for|prevent|diagnose|causes|by|to|of|about))\s*\?[?\s]*\Z|\AIs\s+inherited"
+)
+KEY_POINTS = re.compile(r"(?:\A|\n)\s*Key Points[ \t]*\n[^\n]+\n(?=\s*\S)")
+SUMMARY_PREFIX = re.compile(r"\A\s*Summary\s*:\s*")
+AGENCY = re.compile(
+    r"(?:^|\s{2,})(?:NIH: [^\n.]+|Genetics Home Reference|(?:Dept\. of|Department of|National|Centers? for|Agency for|Bureau of"
+    r"|Administration on|United States Department) [^\n.]+|(?:Food and Drug|Occupational Safety and Health"
+    r"|Health Resources and Services) Administration|(?:Environmental Protection|Federal Emergency Management) Agency)\s*\Z"
+)
+
+SPACED_BULLET = re.compile(r"\s{2,}- +(?=\S)")
+SPACED_PARAGRAPH = re.compile(r"(?<=\S)[ \t\xa0]{4,}(?=[^\s-])")
+# After a single space, a bullet is told from a dash only by the word before it and by the well-spaced bullet after it.
+FIRST_BULLET = re.compile(
+    r"([.:?]|\b(?:are|is|as|includes?|including|with|for|by|if|that|should|to|can|may|following|contact|get|when|of))"
+    r" - (?=(?:(?! - )[^\n])*?[ \t]{2,}- )"
+)
+
+DAMAGED_QUANTITY = re.compile(
+    r"(?<![\d.,/])\b1 (?:ounces|cups|pints|quarts|pounds|teaspoons|tablespoons|liters|inches)\b"  # "1 1/2" lost its half
+    r"|\b(?:3[5-9]|4[0-2]|9\d|10\d)\.\d0 [CF]\b"  # the degree sign became a zero
+)
+
+SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|(?<=[.!?][\"')])\s+")
+REFERENCE_ASIDE = re.compile(
+    r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)"
+)
+REFERENCE = re.compile(
+    r"[(*]*(?:(?:Please |Also )?[Ss]ee (?:the|also|our|Drugs Approved|Pronunciation)\b.*"
+    r"(?:PDQ|summar|section|information|Pronunciation|article|page|[Ww]eb ?site|link).*"
+    r"|For (?:more|additional|further) (?:\w+ )?(?:information|details)\b.*"
+    r"|(?:You can )?(?:[Rr]ead|[Ll]earn) more (?:about|at|in|on) .*"
+    r"|(?:Get more information|More on:|Top of [Pp]age|Click ).*"
+    r"|(?:General |More |Additional |Further )?(?:detailed |general )?[Ii]nformation\b.*"
+    r"(?:is provided|is available|are available|can be found|can be viewed) (?:in|on|at|from|by)\b.*"
+    r"|These have been retrieved from NCI's .*|For more specific results, refine the search .*"
+    r"|Check (?:the list of NCI-supported|for U\.S\. clinical trials|NCI's list) .*"
+    r"|Watch the videos? .*|To (?:enlarge|reduce) the videos?.*|.*\bclick(?:ing)? (?:here|on|the link).*"
+    r"|.*\b(?:at|using|visit|through|in|on) the following (?:web |online )?(?:links?|resources?|web ?sites?)\b.*"
+    r"|Visit (?:our|the link|the following) .*|On this page, you'll find links .*|.*(?:https?://|\bwww\.).*)",
+    re.S,
+)
+
+# Words that are no English word, or no plural in use, without their apostrophe: "its", "lets", "doctors" cannot be told.
+APOSTROPHES = (
+    "don't doesn't didn't isn't aren't wasn't weren't won't can't couldn't shouldn't wouldn't hasn't haven't hadn't you're "
+    "you've you'll they're they've that's I've Alzheimer's Parkinson's Crohn's Hashimoto's Huntington's Hodgkin's Addison's "
+    "Cushing's Peyronie's Hirschsprung's Raynaud's Barrett's Gaucher's Tourette's Paget's Meniere's Friedreich's Leigh's "
+    "Farber's Wallenberg's body's child's woman's women's children's man's baby's"
+)
+ACCENTS = (
+    "Sjögren Sjögren's Ménière Ménière's Guillain-Barré Behçet Behçet's Sézary Waldenström Müllerian Ménétrier Ménétrier's "
+    "Alström Björnstad Gräsbeck Schönlein Sträussler café-au-lait"
+)
+
+
+def lost_letters() -> dict[str, str]:
+    """The closed list as {damaged word: word}, with a capital variant of each word that starts small."""
+    pairs = {word.replace("'", ""): word for word in APOSTROPHES.split()}
+    pairs |= {"".join(c for c in word if c.isascii() and c != "'"): word for word in ACCENTS.split()}
+    # What lost only its accent kept the apostrophe.
+    pairs |= {"".join(c for c in word if c.isascii()): word for word in ACCENTS.split()}
+    pairs |= {"a persons": "a person's", "caf au lait": "café au lait"}
+    return pairs | {damaged[0].upper() + damaged[1:]: word[0].upper() + word[1:] for damaged, word in pairs.items()}
+
+
+LOST_LETTERS = lost_letters()
+LOST_LETTER_WORD = re.compile(r"(?<![\w'-])(?:" + "|".join(sorted(LOST_LETTERS, key=len, reverse=True)) + r")(?![\w'])")
+
+PLURAL_TOPIC = re.compile(
+    r"(?:stones|umors|cancers|diseases|disorders|defects|infections|syndromes|cysts|opathies|ystrophies|ataxias|injuries"
+    r"|headaches|seizures|problems|medicines|tests|hemorrhoids|malformations|lymphomas|sarcomas|carcinomas|fistulas"
+    r"|hormones|transplants|bites|dentures|hiccups|tremors|spasms|warts|allergies|fractures|drugs|vaccines)\Z",
+    re.I,
+)
+TOPIC_PREFIX = re.compile(r"(?<=\s)(?:What I need to know about|Causes of|Parasites -)\s+")
+# Template in the file -> a question as people ask it; \1 is the topic.
+QUESTIONS = {
+    re.compile(r"What is \(are\) (.+)\?", re.S): r"What is \1?",
+    re.compile(r"How to diagnose (.+)\?", re.S): r"How is \1 diagnosed?",
+    re.compile(r"How to prevent (.+)\?", re.S): r"How can \1 be prevented?",
+    re.compile(r"What to do for (.+)\?", re.S): r"What should I know about living with \1?",
+    re.compile(r"Do you have information about (.+)\?", re.S): r"What can you tell me about \1?",
+    re.compile(r"[Ww]hat research (?:\(or clinical trials\) )?is being done for (.+)\?"): r"What research is being done on \1?",
+}
+
+
+def folded(text: str) -> str:
+    """`text` with case, Unicode form, punctuation and white space folded away: equal exactly when the words are equal."""
+    return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def revised(row: Row, column: str, text: str) -> Row:
+    """The row itself when `text` already stands in `column`, else a copy that holds it."""
+    return row if text == (row[column] or "") else {**row, column: text}
+
+
+def drop_link_lists(row: Row) -> Row | None:
+    """Drop answers that are a list of resources whose links are gone (Genetics Home Reference)."""
+    return None if (row["completion"] or "").startswith("These resources ") else row
+
+
+def drop_page_dumps(row: Row) -> Row | None:
+    """Drop answers that hold a whole web page with its menus (CDC)."""
+    return None if re.search(r"On this Page [A-Z]", row["completion"] or "") else row
+
+
+def drop_topicless_questions(row: Row) -> Row | None:
+    """Drop questions whose topic is missing: "How to prevent  ?"."""
+    return None if MISSING_TOPIC.search(row["prompt"] or "") else row
+
+
+def cut_repeated_question(row: Row) -> Row:
+    """Cut the question that opens an answer of GARD; other sources open with a question to lead the reader."""
+    answer = (row["completion"] or "").strip()
+    opening = QUESTION_OPENING.match(answer) if row.get("document_source") == "GARD" else None
+    if opening is None:
+        return row
+    rest = answer[opening.end() :].strip()
+    # "Yes." answers the question that would be cut, not the row's own, unless that one is answered by yes or no too.
+    if YES_OR_NO.match(rest) and not re.match(r"(?:Is|Are|Can|Do|Does)\b", row["prompt"] or ""):
+        return row
+    return revised(row, "completion", rest)
+
+
+def cut_symptom_table(row: Row) -> Row | None:
+    """Cut the flattened table of the Human Phenotype Ontology with its introduction and footer; drop a row left empty."""
+    answer = row["completion"] or ""
+    prose = SYMPTOM_TABLE.sub(" ", answer).strip()
+    return row if not SYMPTOM_TABLE.search(answer) else revised(row, "completion", prose) if prose else None
+
+
+def cut_summary_prefix(row: Row) -> Row:
+    """Cut "Summary :" at the start (MedlinePlus health topics)."""
+    return revised(row, "completion", SUMMARY_PREFIX.sub("", row["completion"] or ""))
+
+
+def cut_key_points(row: Row) -> Row:
+    """Cut the "Key Points" list, whose entries stand again as the headings below it (CancerGov)."""
+    return revised(row, "completion", KEY_POINTS.sub("\n", row["completion"] or "").lstrip())
+
+
+def split_squashed_bullets(row: Row) -> Row:
+    """Put each bullet and each paragraph that only wide spaces set apart on a line of its own."""
+    answer = row["completion"] or ""
+    answer = SPACED_BULLET.sub("\n- ", FIRST_BULLET.sub(r"\1\n- ", answer))
+    return revised(row, "completion", SPACED_PARAGRAPH.sub("\n\n", answer))
+
+
+def cut_agency_credit(row: Row) -> Row:
+    """Cut the name of the agency after the last sentence (MedlinePlus health topics)."""
+    if row.get("document_source") != "MPlusHealthTopics":
+        return row
+    return revised(row, "completion", AGENCY.sub("", row["completion"] or ""))
+
+
+def cut_list_copies(row: Row) -> Row:
+    """Cut the run of text that repeats the bullets above it without their marks (NIHSeniorHealth)."""
+    lines, items = [], []
+    for line in (row["completion"] or "").split("\n"):
+        if not line.startswith("- "):
+            items = []
+            lines.append(line)
+            continue
+        last, rest = end_of_list(items, line[2:])
+        lines += [f"- {last}", "", rest] if rest else [f"- {last}"]
+        items = [] if last != line[2:] else [*items, last]
+    return revised(row, "completion", "\n".join(lines).rstrip())
+
+
+def end_of_list(items: list[str], line: str) -> tuple[str, str]:
+    """A bullet that carries the copy of its list is split in (the item, the text behind the copy); any other is (line, "")."""
+    for start in range(len(items)):
+        item, copied, rest = line.partition(" " + " ".join(items[start:]) + " ")
+        if copied and rest.startswith(item):
+            return item, rest[len(item) :].strip()
+    return line, ""
+
+
+def cut_link_sentences(row: Row) -> Row:
+    """Cut sentences that only send the reader to a page, link, video or section that the answer does not hold."""
+    lines, in_link_list = [], False
+    for line in (row["completion"] or "").split("\n"):
+        if in_link_list and (line.startswith("- ") or not line.strip()):
+            continue
+        kept, in_link_list = without_references(line)
+        lines += [kept] if kept or not line else []
+    return revised(row, "completion", "\n".join(lines).strip())
+
+
+def without_references(line: str) -> tuple[str, bool]:
+    """(the line without its cross-references, whether it ended by announcing a list of links)."""
+
+    def full_stop(aside: re.Match[str]) -> str:
+        return "" if line[: aside.start()].rstrip().endswith((".", "!", "?", ":")) else aside[1]
+
+    sentences = SENTENCE_END.split(REFERENCE_ASIDE.sub(full_stop, line))
+    kept = [sentence for sentence in sentences if not REFERENCE.fullmatch(sentence.removeprefix("- "))]
+    if len(kept) == len(sentences) and not REFERENCE_ASIDE.search(line):
+        return line, False
+    return " ".join(kept).strip(), sentences[-1] not in kept and sentences[-1].endswith(":")
+
+
+def restore_letters(row: Row) -> Row:
+    """Restore apostrophes and accents that were deleted, from a closed list of words that cannot be anything else."""
+    for column in ("prompt", "completion"):
+        row = revised(row, column, LOST_LETTER_WORD.sub(lambda word: LOST_LETTERS[word[0]], row[column] or ""))
+    return row
+
+
+def drop_damaged_quantities(row: Row) -> Row | None:
+    """Drop answers with a quantity that lost a character: "1 ounces" was "1 1/2 ounces", "38.50 C" was "38.5 °C"."""
+    return None if DAMAGED_QUANTITY.search(row["completion"] or "") else row
+
+
+def ask_naturally(row: Row) -> Row:
+    """Ask as people do: "What is (are) Gout ?" becomes "What is Gout?", "How to diagnose Gout ?" "How is Gout diagnosed?"."""
+    question = " ".join((row["prompt"] or "").split())
+    if not question:
+        return row
+    question = TOPIC_PREFIX.sub("", re.sub(r"[\s?]*\Z", "?", question), count=1)
+    for template, natural in QUESTIONS.items():
+        if match := template.fullmatch(question):
+            if natural.startswith("What is \\1") and PLURAL_TOPIC.search(re.sub(r"\s*\(.*\)\Z", "", match[1])):
+                natural = r"What are \1?"
+            question = match.expand(natural)
+    return revised(row, "prompt", question[0].upper() + question[1:])
+
+
+def keep_specific_cuis(rows: list[Row], max_topics: int = 5) -> list[Row]:
+    """Make `umls_cui` ("C01|C02") a list of the concepts that at most `max_topics` topics share, fit for grouping.
+
+    Concepts such as "Syndrome" (268 topics) would chain unrelated rows; run it on all rows, the unanswered ones included.
+    """
+    topics = defaultdict(set)
+    for row in rows:
+        for cui in (row.get("umls_cui") or "").split("|"):
+            topics[cui].add(folded(row.get("question_focus") or ""))
+    return [
+        {**row, "umls_cui": [cui for cui in row["umls_cui"].split("|") if cui and len(topics[cui]) <= max_topics]}
+        if row.get("umls_cui")
+        else row
+        for row in rows
+    ]
+
+
+ROW_RULES = (
+    drop_link_lists,
+    drop_page_dumps,
+    drop_topicless_questions,
+    cut_repeated_question,
+    cut_symptom_table,
+    cut_summary_prefix,
+    cut_key_points,
+    split_squashed_bullets,
+    cut_agency_credit,
+    cut_list_copies,
+    cut_link_sentences,
+    restore_letters,
+    drop_damaged_quantities,
+    ask_naturally,
+)
+TABLE_RULES = (keep_specific_cuis,)
+
+MEDQUAD_RULES: list[str | dict[str, dict[str, Any]]] = [
+    "medquad.keep_specific_cuis",
+    "drop_unanswered",
+    "drop_unasked",
+    "drop_echoes",
+    "medquad.drop_link_lists",
+    "medquad.drop_page_dumps",
+    "medquad.drop_topicless_questions",
+    "medquad.cut_repeated_question",
+    "medquad.cut_symptom_table",
+    "medquad.cut_summary_prefix",
+    "medquad.cut_key_points",
+    "medquad.split_squashed_bullets",
+    "normalise_whitespace",
+    "medquad.cut_agency_credit",
+    "medquad.cut_list_copies",
+    "medquad.cut_link_sentences",
+    "medquad.restore_letters",
+    "medquad.ask_naturally",
+    "drop_short",
+    "medquad.drop_damaged_quantities",
+    "drop_repetitive",
+    "drop_duplicates",
+    {"drop_repeated_questions": {"per": "document_source"}},
+    {"limit_repeated_answers": {"copies": 3}},
+]

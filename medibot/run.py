@@ -1,0 +1,175 @@
+"""The outputs folder: what a run is, what it was made from, how far it came."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medibot.recipe import Recipe, RecipeError
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
+
+
+@dataclass(frozen=True)
+class Run:
+    """`outputs/<name>/`: `run.json` says how far it came; everything else is named below."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def weights(self) -> Path:
+        """The trained adapter (or full model), with tokenizer, chat template and generation config: a loadable folder."""
+        return self.folder / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def record(self) -> dict[str, Any] | None:
+        """What `run.json` says; None if this run was never started."""
+        file = self.folder / "run.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def write(self, name: str, content: Any) -> None:
+        """Write `name` whole: the file is visible only when it is complete."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
+        partial = self.folder / f".{name}.partial"
+        partial.write_text(text + "\n" if text else "", encoding="utf-8")
+        partial.replace(self.folder / name)
+
+    def append(self, file: Path, line: dict[str, Any]) -> None:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole (upstream writes `trainer_state.json` last); None if there is none."""
+        found = [
+            folder
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if (folder / "trainer_state.json").is_file() and any(folder.glob("*.safetensors"))
+        ]
+        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def outputs_folder() -> Path:
+    return Path(os.environ.get("MEDIBOT_OUTPUTS", "outputs"))
+
+
+def open_run(name: str) -> Run:
+    """The run called `name`, started or not; a name that would leave the outputs folder is refused."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name):
+        raise RecipeError.of("RUN", f"{name!r} is no run name", "use letters, digits, '-', '_' and '.'")
+    return Run(outputs_folder() / name)
+
+
+def finished_run(name: str) -> Run:
+    """The trained run called `name`, or a RecipeError that says which runs there are."""
+    run = open_run(name)
+    record = run.record()
+    if record is None:
+        there = sorted(file.parent.name for file in outputs_folder().glob("*/run.json"))
+        raise RecipeError.of("RUN", f"no run {name!r}", f"there are: {', '.join(there)}" if there else "run: make train")
+    if record["status"] != "finished":
+        raise RecipeError.of("RUN", f"{name!r} is not finished", "run the same make train again: it goes on")
+    return run
+
+
+def fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:
+    """(sha256, its parts): everything that decides the weights. Tracking and evaluation do not."""
+    sections = {key: value for key, value in recipe.as_dict().items() if key not in {"tracking", "evaluation", "data"}}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if name not in {"wandb", "medibot"}}
+    parts = sections | {"data": data, "base": base, "processes": processes, "versions": versions}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), parts
+
+
+def refuse_changed(run: Run, parts: dict[str, Any]) -> None:
+    """A run goes on only as what it began as; the error names what is different."""
+    record = run.record()
+    if record is None or record["parts"] == json.loads(json.dumps(parts)):
+        return
+    before, after = flat(record["parts"]), flat(json.loads(json.dumps(parts)))
+    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    first = f"{changed[0]}: was {before.get(changed[0])!r}, is {after.get(changed[0])!r}"
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    raise RecipeError.of(f"outputs/{run.name}", f"made from something else ({first}{more})", "choose another RUN=name")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; none if it is not there yet."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def rewind(run: Run, step: int) -> float:
+    """Forget what was recorded after `step`, which a resume will do again; seconds recorded up to there."""
+    seconds = 0.0
+    for file, key in ((run.metrics, "step"), (run.folder / "answers.jsonl", "global_step")):
+        lines = [line for line in read_lines(file) if line[key] <= step]
+        if file.is_file():
+            run.write(file.name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).rstrip("\n"))
+        seconds = max([seconds, *(line.get("seconds", 0.0) for line in lines)])
+    return seconds
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, commit, hardware and command: what a reader needs to run it again."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted": bool(git("status", "--porcelain")),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": device,
+    }
+
+
+def git(*args: str) -> str | None:
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def resolved_yaml(recipe: Recipe, resolved: dict[str, Any]) -> str:
+    """The recipe as it ran: overrides applied, and what the machine decided as a comment."""
+    decided = "".join(f"# {line}\n" for line in yaml.safe_dump(resolved, sort_keys=False).splitlines())
+    body = yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True, width=120)
+    return f"# Resolved from {recipe.path.name}, overrides included.\n# Decided by the machine and the run:\n{decided}{body}"

@@ -1,0 +1,194 @@
+"""Train, validation and test splits that share no topic, and the proof of it.
+
+Rows that share a value of a `group_by` column stand in one group, and a hash of the group's key names its split: no random state,
+no dependence on the order of rows, and a row that is added later moves no other, unless it ties two groups together.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from medibot.cleaning import LedgerLine, ledger_line, row_key
+from medibot.medquad import Row, folded
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows of the three splits, each with its "group", in the order of the source."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
+    """A key for each row, in the order of `rows`; rows tied by a shared value in a `group_by` column have the same key.
+
+    Values are compared by their words; lists hold several values; an empty value ties nothing, nor do equal values of two
+    columns. Without `group_by`, rows with the same question are a group.
+    """
+    columns = group_by or ["prompt"]
+    values = [row_values(row, columns) for row in rows]
+    parent: dict[tuple[int, str], tuple[int, str]] = {value: value for row in values for value in row}
+
+    def root(value: tuple[int, str]) -> tuple[int, str]:
+        while parent[value] != value:
+            parent[value] = value = parent[parent[value]]
+        return value
+
+    for first, *others in filter(None, values):
+        for other in others:
+            parent[root(other)] = root(first)
+    # The smallest hash among the values of the first column that the group has: more documents or questions on known
+    # topics leave it as it is.
+    names: dict[tuple[int, str], tuple[int, str]] = {}
+    for value in parent:
+        name = (value[0], sha256(f"{columns[value[0]]}\0{value[1]}"))
+        names[root(value)] = min(name, names.get(root(value), name))
+    return [names[root(found[0])][1] if found else own_key(row) for row, found in zip(rows, values, strict=True)]
+
+
+def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
+    """The row's values as (place of the column, folded text), empty ones left out."""
+    values = []
+    for place, column in enumerate(columns):
+        value = row.get(column)
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        values += [(place, folded(str(entry))) for entry in entries if entry is not None]
+    return [(place, text) for place, text in values if text]
+
+
+def own_key(row: Row) -> str:
+    """The key of a row that has no value to be grouped by: its own text."""
+    return sha256(json.dumps([row["prompt"], row["completion"]]))
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def split_rows(rows: list[Row], group_by: list[str], validation: float, test: float, seed: int) -> Splits:
+    """Assign whole groups to the splits by a hash of seed and group key; `validation` and `test` are shares of the groups."""
+    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row, group in sorted(zip(rows, group_rows(rows, group_by), strict=True), key=lambda pair: row_key(pair[0])):
+        place = int(sha256(f"{seed}:{group}")[:13], 16) / 16**13
+        name = "test" if place < test else "validation" if place < test + validation else "train"
+        parts[name].append({**row, "group": group})
+    return Splits(**parts)
+
+
+def drop_leaks(splits: Splits, threshold: float = 0.8) -> tuple[Splits, list[LedgerLine]]:
+    """Drop validation and test rows that would measure memory instead of knowledge; train stays whole.
+
+    These are answers equal or near (word 3-gram Jaccard of at least `threshold`) to one of an earlier split, and second
+    answers to a question of the same split.
+    """
+    validation = without_known_answers(splits.validation, splits.train, threshold)
+    test = without_known_answers(splits.test, [*splits.train, *validation], threshold)
+    distinct = replace(splits, validation=validation, test=test)
+    single = replace(distinct, validation=first_answers(validation), test=first_answers(test))
+    return single, [
+        ledger_line("splitting.near_answers", held_out(splits), held_out(distinct)),
+        ledger_line("splitting.second_answers", held_out(distinct), held_out(single)),
+    ]
+
+
+def held_out(splits: Splits) -> list[Row]:
+    """The rows that are never trained on."""
+    return [*splits.validation, *splits.test]
+
+
+def without_known_answers(rows: list[Row], earlier: list[Row], threshold: float) -> list[Row]:
+    known = near_texts(answers(rows), answers(earlier), threshold)
+    return [row for row, answer in zip(rows, answers(rows), strict=True) if answer not in known]
+
+
+def first_answers(rows: list[Row]) -> list[Row]:
+    first = {folded(row["prompt"] or ""): row for row in reversed(rows)}
+    return [row for row in rows if first[folded(row["prompt"] or "")] is row]
+
+
+def answers(rows: list[Row]) -> list[str]:
+    """The answers, folded: what is equal here is an exact copy."""
+    return [folded(row["completion"] or "") for row in rows]
+
+
+def near_texts(queries: Iterable[str], references: Iterable[str], threshold: float) -> set[str]:
+    """The folded texts among `queries` that equal a reference or whose word 3-gram Jaccard with one reaches `threshold`.
+
+    Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): of n 3-grams at least ceil(threshold * n) are
+    shared by a near text, so that one of any n - ceil(threshold * n) + 1 of them is.
+    """
+    references = dict.fromkeys(references)
+    near = {query for query in queries if query in references}
+    grams = {query: trigrams(query) for query in dict.fromkeys(queries) if query not in near}
+    frequency = Counter(gram for found in grams.values() for gram in found)
+    index = defaultdict(list)
+    for query, found in grams.items():
+        # The rarest ones: boilerplate would make every text a candidate. The 3-gram itself settles ties.
+        rare = sorted(found, key=lambda gram: (frequency[gram], gram))
+        for gram in rare[: len(found) - math.ceil(threshold * len(found)) + 1]:
+            index[gram].append(query)
+    for reference in references:
+        found = trigrams(reference)
+        for query in {query for gram in index.keys() & found for query in index[gram]} - near:
+            shared = len(grams[query] & found)
+            if shared >= threshold * (len(grams[query]) + len(found) - shared):
+                near.add(query)
+    return near
+
+
+def trigrams(text: str) -> set[tuple[str, ...]]:
+    """The word 3-grams of a folded text; a shorter text is one gram of its own."""
+    words = text.split()
+    return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
+
+
+def leak_report(splits: Splits, group_by: list[str], threshold: float = 0.8) -> dict[str, dict[str, int]]:
+    """For each held-out split against each earlier one: its rows, and how many of them share something with the other."""
+    return {
+        "validation_in_train": leak_counts(splits.validation, splits.train, group_by, threshold),
+        "test_in_train": leak_counts(splits.test, splits.train, group_by, threshold),
+        "test_in_validation": leak_counts(splits.test, splits.validation, group_by, threshold),
+    }
+
+
+def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str], threshold: float) -> dict[str, int]:
+    """How many of `rows` share a value of each column, the question, the exact answer or a near answer with `earlier`."""
+    counts = {"rows": len(rows)}
+    for column in [*group_by, *({"prompt"} - set(group_by))]:
+        known = {value for row in earlier for value in row_values(row, [column])}
+        counts[column] = sum(not known.isdisjoint(row_values(row, [column])) for row in rows)
+    known_answers = set(answers(earlier))
+    near = near_texts(answers(rows), answers(earlier), threshold)
+    counts["exact_answer"] = sum(answer in known_answers for answer in answers(rows))
+    counts["near_answer"] = sum(answer in near for answer in answers(rows))
+    return counts
+
+
+def random_split_leaks(
+    rows: list[Row], group_by: list[str], share: float, seed: int, threshold: float = 0.8
+) -> dict[str, int]:
+    """The counts of `leak_report` for a test split of `share` of the rows drawn one by one: what grouping prevents."""
+    ordered = sorted(rows, key=row_key)
+    drawn = set(random.Random(seed).sample(range(len(ordered)), round(share * len(ordered))))
+    test = [row for place, row in enumerate(ordered) if place in drawn]
+    train = [row for place, row in enumerate(ordered) if place not in drawn]
+    return leak_counts(test, train, group_by, threshold)
+
+
+def split_fingerprint(splits: Splits) -> str:
+    """A sha256 over which text stands in which split: equal on every rank and resume, changed by any moved or edited row."""
+    lines = sorted(
+        json.dumps([name, *row_key(row), row["prompt"], row["completion"]])
+        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+        for row in rows
+    )
+    return sha256("\n".join(lines))
+
+

@@ -1,0 +1,342 @@
+"""Assemble TRL's SFTTrainer from a recipe, prove its loss mask, train, resume, save.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train quickstart
+"""
+
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset, disable_progress_bars
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+from trl import SFTConfig, SFTTrainer
+
+from medibot import model, run, tracking
+from medibot.audit import Audit, audit, gate
+from medibot.data import Prepared, prepare
+from medibot.recipe import Recipe, RecipeError
+from medibot.run import Run
+
+COLUMNS = ["prompt", "completion", "chat_template_kwargs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a training starts from, before a weight is loaded."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig
+    precision: model.Precision
+    prepared: Prepared
+
+
+def gather(recipe: Recipe) -> Inputs:
+    """Tokenizer, precision and conversations of a recipe; refuses what cannot train, loads no weights."""
+    quiet_upstream()
+    tokenizer = model.load_tokenizer(recipe)
+    return Inputs(
+        recipe,
+        tokenizer,
+        model.generation_config(recipe, tokenizer),
+        model.precision(recipe.model.get("dtype")),
+        prepare(recipe, tokenizer),
+    )
+
+
+def train(recipe: Recipe, name: str) -> None:
+    """Train `recipe` into outputs/<name>: start, go on from the last whole checkpoint, or say that it is done."""
+    state = launched_world()
+    inputs = gather(recipe)
+    this = run.open_run(name)
+    base = model.base_identity(recipe)
+    key, parts = run.fingerprint(recipe, inputs.prepared.fingerprint, base, state.num_processes)
+    run.refuse_changed(this, parts)
+    if (this.record() or {}).get("status") == "finished":
+        say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
+        return
+    trainer = build_trainer(inputs, this, load_weights(inputs))
+    reports = check(trainer, inputs)
+    describe(trainer, inputs)
+    checkpoint = begin(this, inputs, key, parts, reports, trainer)
+    state.wait_for_everyone()
+    config = wandb_config(this, inputs)
+    with tracking.tracked(recipe, this, config, state.is_main_process) as mirror:
+        trainer.add_callback(Record(this, mirror, inputs, checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        save(trainer, inputs, this, mirror)
+    if state.is_main_process:
+        farewell(this, inputs)
+
+
+# --- assembling -------------------------------------------------------------------------------------------------------
+
+
+def launched_world() -> PartialState:
+    """The processes that really run; refuses to start when they are not the ones that were launched."""
+    on_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = int(os.environ.get("MEDIBOT_PROCESSES", launched))
+    if not state.num_processes == launched == wanted:
+        what = f"{wanted} processes were launched and {state.num_processes} found each other"
+        raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
+    return state
+
+
+def build_trainer(inputs: Inputs, this: Run, weights: PreTrainedModel, lora: bool = True) -> SFTTrainer:
+    """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
+    columns = {split: inputs.prepared.load(split) for split in ("train", "validation")}
+    datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
+    trainer = SFTTrainer(
+        model=weights,
+        args=sft_config(inputs, this),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("validation"),
+        processing_class=inputs.tokenizer,
+        peft_config=model.lora_config(inputs.recipe) if lora else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad and inputs.recipe.lora:
+            # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
+    """The recipe's training section, and what the run and the machine decide."""
+    decided = {
+        "output_dir": str(this.checkpoints),
+        "run_name": this.name,
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        # A PEFT model makes the Trainer search for unused parameters in every step otherwise
+        "ddp_find_unused_parameters": False,
+        "activation_checkpointing": True,
+        **inputs.precision.training,
+    }
+    written = {key: value for key, value in inputs.recipe.training.items() if key != "chat_template_path"}
+    if written.get("activation_checkpointing", True):
+        written = {"activation_checkpointing_kwargs": {"use_reentrant": False}} | written
+    return SFTConfig(**(decided | written))
+
+
+def load_weights(inputs: Inputs) -> PreTrainedModel:
+    """The base model in the dtype that it trains in: float32 master weights for full fine-tuning."""
+    full = inputs.recipe.lora is None and "dtype" not in inputs.recipe.model
+    return model.load_base(inputs.recipe, torch.float32 if full else inputs.precision.dtype)
+
+
+def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The smallest model there is: with it the trainer prepares its dataset and no weights are loaded."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+
+
+def check(trainer: SFTTrainer, inputs: Inputs) -> list[Audit]:
+    """The gate: audit what the trainer will really read, each split whole."""
+    reports = []
+    for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        if dataset is not None:
+            conversations = inputs.prepared.load(split)
+            stops, limit = inputs.generation.eos_token_id, trainer.args.max_length
+            report = audit(dataset, conversations, inputs.tokenizer, stops, limit, split)
+            gate(report, dataset, inputs.tokenizer)
+            reports.append(report)
+    return reports
+
+
+def begin(
+    this: Run, inputs: Inputs, key: str, parts: dict[str, Any], reports: list[Audit], trainer: SFTTrainer
+) -> Path | None:
+    """Make the outputs folder, or find the checkpoint to go on from."""
+    checkpoint = this.last_checkpoint()
+    if not PartialState().is_main_process:
+        return checkpoint
+    this.folder.mkdir(parents=True, exist_ok=True)
+    trainable, total = parameter_counts(trainer.model)
+    decided = {
+        "dtype": inputs.precision.name,
+        "why": inputs.precision.reason,
+        "processes": PartialState().num_processes,
+        "global_batch_size": global_batch_size(trainer),
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+    this.write("recipe.yaml", run.resolved_yaml(inputs.recipe, decided))
+    this.write("ledger.json", {"ledger": inputs.prepared.ledger, "leaks": inputs.prepared.leaks})
+    this.write("split.json", inputs.prepared.split | {"data": inputs.prepared.fingerprint})
+    this.write("audit.json", [report.as_dict() for report in reports])
+    this.write("environment.json", run.environment(device_name()) | decided)
+    this.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
+    return checkpoint
+
+
+def save(trainer: SFTTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
+    """Write the trained weights with all that answering needs, then mark the run finished."""
+    trainer.save_model(str(this.weights))
+    if not PartialState().is_main_process:
+        return
+    inputs.generation.save_pretrained(this.weights)
+    summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
+    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if evals:
+        summary |= {"eval_loss_first": evals[0], "eval_loss_last": evals[-1], "eval_loss_best": min(evals)}
+    mirror.summary(summary)
+    this.write("run.json", this.record() | {"status": "finished", "summary": summary})
+
+
+# --- while it trains --------------------------------------------------------------------------------------------------
+
+
+class Record(TrainerCallback):
+    """The local record (metrics.jsonl, answers.jsonl), its mirror, and the stop on a loss that is no loss."""
+
+    def __init__(self, this: Run, mirror: tracking.Mirror, inputs: Inputs, checkpoint: Path | None) -> None:
+        self.this, self.mirror, self.inputs = this, mirror, inputs
+        self.resumed_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self.started = time.monotonic()
+        if PartialState().is_main_process:
+            self.started -= run.rewind(this, self.resumed_at)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.ask(model, 0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.ask(model, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.ask(model, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        loss = logs.get("loss", logs.get("eval_loss"))
+        if loss is not None and (not math.isfinite(loss) or loss == 0.0):
+            why = "lower training.learning_rate" if loss != 0.0 else "nothing was learned from: check the data"
+            raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", why)
+        if not state.is_world_process_zero:
+            return
+        seconds = round(time.monotonic() - self.started, 3)
+        line = {"step": state.global_step, "seconds": seconds, "num_input_tokens_seen": state.num_input_tokens_seen}
+        self.this.append(self.this.metrics, line | logs)
+        named = {k if k.startswith("eval_") else f"train/{k}": v for k, v in (logs | line).items()}
+        named = {k.replace("eval_", "eval/", 1): v for k, v in named.items()}
+        self.mirror.log(named | {"train/global_step": state.global_step})
+        if args.disable_tqdm and ("loss" in logs or "eval_loss" in logs):
+            kind = "loss" if "loss" in logs else "validation loss"
+            print(f"step {state.global_step}/{state.max_steps}  {kind} {loss:.4f}  {seconds:.0f} s", flush=True)
+
+    def ask(self, weights: PreTrainedModel, step: int) -> None:
+        """The recipe's fixed questions, once for each step; every process answers, since shards answer only together."""
+        questions = self.inputs.recipe.evaluation.questions
+        file = self.this.folder / "answers.jsonl"
+        if not questions or any(row["global_step"] == step for row in run.read_lines(file)):
+            return
+        system, tokenizer = self.inputs.recipe.data.system, self.inputs.tokenizer
+        markers = model.role_markers(tokenizer)
+        prompts = [model.prompt_messages(question, system, markers) for question in questions]
+        for question, got in zip(questions, model.answer(weights, tokenizer, prompts, self.inputs.generation), strict=True):
+            if PartialState().is_main_process:
+                self.this.append(file, {"global_step": step, "question": question, "answer": got.pop("text"), **got})
+        self.mirror.answers(run.read_lines(file))
+
+
+# --- said to the person who waits -------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def describe(trainer: SFTTrainer, inputs: Inputs) -> None:
+    """What is about to be trained, in the numbers that matter."""
+    trainable, total = parameter_counts(trainer.model)
+    args = trainer.args
+    each, ways = args.per_device_train_batch_size, PartialState().num_processes
+    say(f"model      {inputs.recipe.model['pretrained_model_name_or_path']}, {method(inputs.recipe)}")
+    say(f"precision  {inputs.precision.name}: {inputs.precision.reason}")
+    say(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    accumulated = args.gradient_accumulation_steps
+    say(f"batch      {each} per device x {accumulated} accumulated x {ways} processes = {global_batch_size(trainer)} rows a step")
+
+
+def method(recipe: Recipe) -> str:
+    """The fine-tuning method in its usual name."""
+    if recipe.lora is None:
+        return "full fine-tuning"
+    lora = "DoRA" if recipe.lora.get("use_dora") else "rsLoRA" if recipe.lora.get("use_rslora") else "LoRA"
+    bits = recipe.quantization or {}
+    return lora + (" on 4-bit weights" if bits.get("load_in_4bit") else " on 8-bit weights" if bits else "")
+
+
+def global_batch_size(trainer: SFTTrainer) -> int:
+    args = trainer.args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+
+
+def parameter_counts(weights: PreTrainedModel) -> tuple[int, int]:
+    """(trainable, all) parameters; 4-bit weights count as the two values that each stored byte holds."""
+    counts = {True: 0, False: 0}
+    for parameter in weights.parameters():
+        packed = 2 * parameter.element_size() if parameter.__class__.__name__ == "Params4bit" else 1
+        counts[parameter.requires_grad] += parameter.numel() * packed
+    return counts[True], counts[True] + counts[False]
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def wandb_config(this: Run, inputs: Inputs) -> dict[str, Any]:
+    """The recipe under one key, and what identifies data, split, machine and code."""
+    if not PartialState().is_main_process:
+        return {}
+    environment = run.read_json(this.folder / "environment.json")
+    split = inputs.prepared.split | {"data": inputs.prepared.fingerprint}
+    return {"recipe": inputs.recipe.as_dict(), "split": split, "environment": environment}
+
+
+def farewell(this: Run, inputs: Inputs) -> None:
+    """Before and after, and what to do next."""
+    rows = run.read_lines(this.folder / "answers.jsonl")
+    steps = sorted({row["global_step"] for row in rows})
+    for question in inputs.recipe.evaluation.questions:
+        print(f"\n{question}")
+        for step in (steps[0], steps[-1]):
+            text = next(row["answer"] for row in rows if row["question"] == question and row["global_step"] == step)
+            print(f"  step {step:>4}: {' '.join(text.split())[:300]}")
+    summary = this.record()["summary"]
+    if "eval_loss_first" in summary:
+        print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
+    print(f"\nDone: {this.folder}  (recipe, ledger, split, metrics, answers; weights in {this.weights})")
+    print(f'Next:  make ask RUN={this.name} Q="What is anemia?"')
+
+
+def quiet_upstream() -> None:
+    """One voice: upstream's warnings and bars that repeat what MediBot reports itself."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
+    disable_progress_bars()
