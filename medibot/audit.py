@@ -10,7 +10,7 @@ from datasets import Dataset
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from medibot.model import AS_TEXT, MARKER, PROBE
+from medibot.model import MARKER, PROBE
 from medibot.recipe import RecipeError
 
 IGNORED = -100
@@ -100,7 +100,7 @@ def check_partner(
     skeletons: dict[tuple[str, ...], Counter[int]],
 ) -> None:
     """Compare one trainer row with the conversation it was made from."""
-    prompt = template_ids(tokenizer, row["prompt"], add_generation_prompt=True)
+    prompt = template_ids(tokenizer, row["prompt"], add_generation_prompt=True, **row["chat_template_kwargs"])
     report.note("prefix", index, start != len(prompt) or ids[:start] != prompt)
     text = tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
     answer = row["completion"][0]["content"].strip()
@@ -108,7 +108,7 @@ def check_partner(
     roles = tuple(message["role"] for message in row["prompt"])
     if roles not in skeletons:
         plain = [{"role": role, "content": "x"} for role in (*roles, "assistant")]
-        skeletons[roles] = Counter(i for i in template_ids(tokenizer, plain) if i in controls)
+        skeletons[roles] = Counter(i for i in template_ids(tokenizer, plain, **row["chat_template_kwargs"]) if i in controls)
     report.note("control", index, Counter(i for i in ids if i in controls) != skeletons[roles])
 
 
@@ -118,7 +118,7 @@ def same_text(trained: str, answer: str) -> bool:
 
 
 def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **AS_TEXT, **kwargs)["input_ids"]
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -29,16 +29,17 @@ def answers(recipe: Recipe, weights: Path, question: str) -> Iterator[tuple[str,
     # The run's own copy of tokenizer and template, so that use cannot differ from training
     tokenizer = AutoTokenizer.from_pretrained(weights)
     config = GenerationConfig.from_pretrained(weights)
+    template = model.template_kwargs(recipe)
     prompts = [model.prompt_messages(question, recipe.data.system, model.role_markers(tokenizer))]
     tuned = model.load_tuned(recipe, weights, dtype)
     if isinstance(tuned, PeftModel):
         with tuned.disable_adapter():
-            yield "base", answer_text(tuned, tokenizer, prompts, config)
+            yield "base", answer_text(tuned, tokenizer, prompts, config, template)
     else:
-        yield "base", answer_text(model.load_base(recipe, dtype).to(tuned.device), tokenizer, prompts, config)
-    yield "tuned", answer_text(tuned, tokenizer, prompts, config)
+        yield "base", answer_text(model.load_base(recipe, dtype).to(tuned.device), tokenizer, prompts, config, template)
+    yield "tuned", answer_text(tuned, tokenizer, prompts, config, template)
 
 
-def answer_text(weights: Any, tokenizer: Any, prompts: list[Any], config: GenerationConfig) -> str:
-    got = next(model.answer(weights, tokenizer, prompts, config))
+def answer_text(weights: Any, tokenizer: Any, prompts: list[Any], config: GenerationConfig, template: dict[str, Any]) -> str:
+    got = next(model.answer(weights, tokenizer, prompts, config, template))
     return got["text"] + ("" if got["stopped"] else f" … [cut at {got['tokens']} tokens]")

@@ -1,13 +1,13 @@
 """Named, pure rules over rows, and the ledger that says what each of them did.
 
-A row is a dict with the columns of its source, the question under "prompt", the answer under "completion" and its 0-based index
-under "row". A recipe names the rules in order, under `data.clean`; what one of them drops or changes is one line of the ledger.
+A row is a dict with the columns of its source, the question under "prompt", the answer under "completion" and its
+0-based index under "row". A recipe names the rules in order, under `data.clean`; what one of them drops or changes is
+one line of the ledger.
 """
 
 import difflib
 import functools
 import inspect
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def clean(
 ) -> tuple[list[Row], list[LedgerLine]]:
     """Apply `rules` in order and return the rows left with one ledger line a rule.
 
-    A rule is a name in RULES, or {name: {keyword arguments}}. `progress` is called with each line as soon as it is known.
+    A rule is a name in RULES, or {name: {keyword arguments}}. `progress` is called with each line as it is known.
     """
     ledger = []
     for item in rules:
@@ -55,7 +55,7 @@ def clean(
 
 
 def ledger_line(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
-    """Compare the rows before and after a rule by their "row" and "part" (a part is one of several made from one row)."""
+    """Compare the rows before and after a rule by "row" and "part" (the number of one of several made from a row)."""
     left = {row_key(row): row for row in after}
     remaining = {row["row"] for row in after}
     dropped = [row for row in before if row["row"] not in remaining]
@@ -81,7 +81,7 @@ def row_key(row: Row) -> tuple[int, int]:
 
 
 def example(before: Row, after: Row | None) -> dict[str, Any]:
-    """{"row": index, column: {"before", "after"}} for the question, the answer and what else changed; after a drop, None."""
+    """{"row": index, column: {"before", "after"}} of the question, the answer and what else changed."""
     shown: dict[str, Any] = {"row": before["row"]}
     others = [column for column in after or {} if column not in before or after[column] != before[column]]
     for column in dict.fromkeys(["prompt", "completion", *others]):
@@ -94,30 +94,29 @@ def example(before: Row, after: Row | None) -> dict[str, Any]:
 def excerpt(text: str, other: str | None, width: int = 400) -> str:
     """At most `width` characters of `text`, placed where it begins to differ from `other`."""
     # A cut at the end of a long answer would be invisible in an excerpt of its start.
-    differ = other is not None and text != other
-    start = max(0, len(os.path.commonprefix([text, other])) - width // 4) if differ else 0
+    differ = [place for place, (one, two) in enumerate(zip(text, other or "", strict=False)) if one != two][:1]
+    shared = differ[0] if differ else min(len(text), len(other or text))
+    start = max(0, shared - width // 4) if text != other else 0
     return ("…" if start else "") + text[start : start + width] + ("…" if start + width < len(text) else "")
 
 
 def rule_problem(item: Any) -> str | None:
     """What is wrong with an entry of `data.clean`, in one line, or None."""
-    if isinstance(item, dict):
-        if len(item) != 1:
-            return f"a rule with settings is one key, as in {{drop_short: {{min_words: 5}}}}; this one has {len(item)} keys"
-        name, settings = next(iter(item.items()))
-    else:
-        name, settings = item, {}
+    if isinstance(item, dict) and len(item) != 1:
+        return f"a rule with settings has one key, as in {{drop_short: {{min_words: 5}}}}; here are {len(item)}"
+    name, settings = next(iter(item.items())) if isinstance(item, dict) else (item, {})
     if not isinstance(name, str):
         return f"a rule is a name or {{name: {{setting: value}}}}, not {name!r}"
     if name not in RULES:
         near = difflib.get_close_matches(name, RULES, n=1)
         return f"no such rule: {name}" + (f" (did you mean {near[0]}?)" if near else f"; there are {', '.join(RULES)}")
-    if not isinstance(settings or {}, dict):
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
         return f"{name}: settings are written {{setting: value}}, not {settings!r}"
     known = dict(list(inspect.signature(RULES[name]).parameters.items())[1:])
-    problems = (setting_problem(key, value, known) for key, value in (settings or {}).items())
-    missing = (f"needs {key}" for key, setting in known.items() if setting.default is setting.empty and key not in (settings or {}))
-    problem = next((found for found in (*problems, *missing) if found), None)
+    problems = [setting_problem(key, value, known) for key, value in settings.items()]
+    needed = [key for key, setting in known.items() if setting.default is setting.empty and key not in settings]
+    problem = next(filter(None, [*problems, *(f"needs a value for {key}" for key in needed)]), None)
     return f"{name}: {problem}" if problem else None
 
 
@@ -213,7 +212,15 @@ def over_rows(rule: Callable[..., Row | None]) -> TableRule:
     return lifted
 
 
-ROW_RULES = (drop_unanswered, drop_unasked, normalise_whitespace, drop_echoes, drop_short, drop_longer_than, drop_repetitive)
+ROW_RULES = (
+    drop_unanswered,
+    drop_unasked,
+    normalise_whitespace,
+    drop_echoes,
+    drop_short,
+    drop_longer_than,
+    drop_repetitive,
+)
 TABLE_RULES = (drop_duplicates, drop_repeated_questions, limit_repeated_answers)
 
 RULES: dict[str, TableRule] = {

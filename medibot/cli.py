@@ -1,5 +1,6 @@
 """The verbs. Each Makefile target is one of them; an author's mistake is one line and exit code 2."""
 
+import logging
 import os
 import shlex
 import shutil
@@ -133,6 +134,8 @@ def launch_training(
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         count = ["--num_processes", str(processes)] if "--num_processes" not in more else []
+        if "OMP_NUM_THREADS" not in os.environ:
+            count += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // processes))]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
         command += [*count, *more, "-m", "medibot", "train", recipe, *overrides]
         command += ["--run", run] if run else []
@@ -184,6 +187,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # It advises a package from the hub that nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except RecipeError as error:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medibot import cleaning, medquad, splitting
 from medibot.cleaning import LedgerLine, Row
-from medibot.model import AS_TEXT, defuse, prompt_messages, role_markers, tokenizer_fingerprint
+from medibot.model import defuse, prompt_messages, role_markers, template_kwargs, tokenizer_fingerprint
 from medibot.recipe import Recipe, RecipeError
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
@@ -279,11 +279,13 @@ def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, chats: list
     """Tokens of each whole chat, by the chat template that the trainer will use."""
     import jinja2
 
-    lengths = []
+    lengths: list[int] = []
+    kwargs = template_kwargs(recipe)
     try:
         for start in range(0, len(chats), 1000):
             chunk = chats[start : start + 1000]
-            lengths += map(len, tokenizer.apply_chat_template(chunk, tokenize=True, return_dict=True, **AS_TEXT)["input_ids"])
+            encoded = tokenizer.apply_chat_template(chunk, tokenize=True, return_dict=True, **kwargs)
+            lengths += map(len, encoded["input_ids"])
     except (jinja2.TemplateError, ValueError) as error:
         what = f"the model's chat template refuses these conversations: {error}"
         raise recipe.error("data.system", what, "remove data.system if the template knows no system role") from error
@@ -326,7 +328,7 @@ def render(recipe: Recipe, rows: list[Row]) -> pyarrow.Table:
     columns = {c: [row.get(c) if c in counts else as_text(row.get(c)) for row in rows] for c in extra}
     columns["prompt"] = [prompt_of(recipe, row) for row in rows]
     columns["completion"] = [completion_of(row) for row in rows]
-    columns["chat_template_kwargs"] = [AS_TEXT] * len(rows)
+    columns["chat_template_kwargs"] = [template_kwargs(recipe)] * len(rows)
     return pyarrow.table(columns)
 
 

@@ -1,7 +1,8 @@
 """Rules for the defects of MedQuAD (Ben Abacha and Demner-Fushman, BMC Bioinformatics 20, 511, 2019).
 
-Every rule is pure. Those in ROW_RULES take one row and return it, a changed copy, or None to drop it; those in TABLE_RULES
-take and return the whole list. `medibot.cleaning` names them "medquad.<function>"; MEDQUAD_RULES is the order recipes use.
+Every rule is pure. Those in ROW_RULES take one row and return it, a changed copy, or None to drop it; those in
+TABLE_RULES take and return the whole list. `medibot.cleaning` names them "medquad.<function>"; MEDQUAD_RULES is the
+order that recipes use.
 """
 
 import re
@@ -18,37 +19,34 @@ YES_OR_NO = re.compile(r"(?:Yes|No|Not necessarily|Maybe|Possibly)\b[.,;:!]")
 SYMPTOM_TABLE = re.compile(
     r"\s*The Human Phenotype Ontology provides the following list of signs and symptoms for .*?"
     r"(?:Sometimes, no information on frequency is available\.\s+"
-    r"In these cases, the sign or symptom may be rare or common\.|\Z)",
+    r"In these cases, the sign or symptom may be rare or common\.\s*|\Z)",
     re.S,
 )
 MISSING_TOPIC = re.compile(
-    r"(?:\(are\)|\b(?:for|prevent|diagnose|causes|by|to|of|about))\s*\?[?\s]*\Z|\AIs\s+inherited"
+    r"(?:What is \(are\)|What causes|How to (?:diagnose|prevent)|What to do for|Who is at risk for|Is\s+inherited"
+    r"|What is the outlook for|What are the [\w ]+ (?:of|for|to)|How many people are affected by)[\s?]*"
 )
 KEY_POINTS = re.compile(r"(?:\A|\n)\s*Key Points[ \t]*\n[^\n]+\n(?=\s*\S)")
 SUMMARY_PREFIX = re.compile(r"\A\s*Summary\s*:\s*")
 AGENCY = re.compile(
-    r"(?:^|\s{2,})(?:NIH: [^\n.]+|Genetics Home Reference|(?:Dept\. of|Department of|National|Centers? for|Agency for|Bureau of"
-    r"|Administration on|United States Department) [^\n.]+|(?:Food and Drug|Occupational Safety and Health"
-    r"|Health Resources and Services) Administration|(?:Environmental Protection|Federal Emergency Management) Agency)\s*\Z"
+    r"(?:^|\s{2,})(?:NIH: [^\n.]+|Genetics Home Reference"
+    r"|(?:Dept\. of|Department of|United States|National|Centers? for|Agency for|Bureau of|Administration on)"
+    r" [^\n.]+|(?:Food and Drug|Occupational Safety and Health|Health Resources and Services) Administration"
+    r"|(?:Environmental Protection|Federal Emergency Management) Agency)\s*\Z"
 )
 
 SPACED_BULLET = re.compile(r"\s{2,}- +(?=\S)")
 SPACED_PARAGRAPH = re.compile(r"(?<=\S)[ \t\xa0]{4,}(?=[^\s-])")
-# After a single space, a bullet is told from a dash only by the word before it and by the well-spaced bullet after it.
-FIRST_BULLET = re.compile(
-    r"([.:?]|\b(?:are|is|as|includes?|including|with|for|by|if|that|should|to|can|may|following|contact|get|when|of))"
-    r" - (?=(?:(?! - )[^\n])*?[ \t]{2,}- )"
-)
-
 DAMAGED_QUANTITY = re.compile(
-    r"(?<![\d.,/])\b1 (?:ounces|cups|pints|quarts|pounds|teaspoons|tablespoons|liters|inches)\b"  # "1 1/2" lost its half
+    r"\b1 (?:ounces|cups|pints|quarts|pounds|teaspoons|tablespoons|liters|inches)\b"  # "1 1/2" lost its half
     r"|\b(?:3[5-9]|4[0-2]|9\d|10\d)\.\d0 [CF]\b"  # the degree sign became a zero
 )
 
-SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|(?<=[.!?][\"')])\s+")
-REFERENCE_ASIDE = re.compile(
-    r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)"
-)
+SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))(?<!U\.S\.)(?<!Dr\.)(?<!vs\.)\s+")
+URL_END = re.compile(
+    r"((?:https?://|\bwww\.)\S*[^\s.?!])\s+(?=[A-Z])"
+)  # an address often ends its sentence without a stop
+REFERENCE_ASIDE = re.compile(r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)")
 REFERENCE = re.compile(
     r"[(*]*(?:(?:Please |Also )?[Ss]ee (?:the|also|our|Drugs Approved|Pronunciation)\b.*"
     r"(?:PDQ|summar|section|information|Pronunciation|article|page|[Ww]eb ?site|link).*"
@@ -58,23 +56,23 @@ REFERENCE = re.compile(
     r"|(?:General |More |Additional |Further )?(?:detailed |general )?[Ii]nformation\b.*"
     r"(?:is provided|is available|are available|can be found|can be viewed) (?:in|on|at|from|by)\b.*"
     r"|These have been retrieved from NCI's .*|For more specific results, refine the search .*"
-    r"|Check (?:the list of NCI-supported|for U\.S\. clinical trials|NCI's list) .*"
+    r"|(?:Also )?[Cc]heck (?:the list of NCI-supported|for U\.S\. clinical trials|NCI's list) .*"
     r"|Watch the videos? .*|To (?:enlarge|reduce) the videos?.*|.*\bclick(?:ing)? (?:here|on|the link).*"
-    r"|.*\b(?:at|using|visit|through|in|on) the following (?:web |online )?(?:links?|resources?|web ?sites?)\b.*"
+    r"|.*\bfollowing (?:[Ww]eb |online )?(?:links?|resources?|[Ww]eb ?sites?)\b.*"
     r"|Visit (?:our|the link|the following) .*|On this page, you'll find links .*|.*(?:https?://|\bwww\.).*)",
     re.S,
 )
 
-# Words that are no English word, or no plural in use, without their apostrophe: "its", "lets", "doctors" cannot be told.
+# Words that are nothing else without their apostrophe; whether "its", "lets" or "doctors" lost one cannot be told.
 APOSTROPHES = (
-    "don't doesn't didn't isn't aren't wasn't weren't won't can't couldn't shouldn't wouldn't hasn't haven't hadn't you're "
-    "you've you'll they're they've that's I've Alzheimer's Parkinson's Crohn's Hashimoto's Huntington's Hodgkin's Addison's "
-    "Cushing's Peyronie's Hirschsprung's Raynaud's Barrett's Gaucher's Tourette's Paget's Meniere's Friedreich's Leigh's "
-    "Farber's Wallenberg's body's child's woman's women's children's man's baby's"
+    "don't doesn't didn't isn't aren't wasn't weren't won't can't couldn't shouldn't wouldn't hasn't haven't hadn't "
+    "you're you've you'll they're they've that's I've Alzheimer's Parkinson's Crohn's Hashimoto's Huntington's "
+    "Hodgkin's Addison's Cushing's Peyronie's Hirschsprung's Raynaud's Barrett's Gaucher's Tourette's Paget's "
+    "Meniere's Leigh's Friedreich's Farber's Wallenberg's body's child's woman's women's children's man's baby's"
 )
 ACCENTS = (
-    "Sjögren Sjögren's Ménière Ménière's Guillain-Barré Behçet Behçet's Sézary Waldenström Müllerian Ménétrier Ménétrier's "
-    "Alström Björnstad Gräsbeck Schönlein Sträussler café-au-lait"
+    "Sjögren Sjögren's Ménière Ménière's Guillain-Barré Behçet Behçet's Sézary Waldenström Müllerian Ménétrier "
+    "Ménétrier's Alström Björnstad Gräsbeck Schönlein Sträussler café-au-lait"
 )
 
 
@@ -91,26 +89,27 @@ def lost_letters() -> dict[str, str]:
 LOST_LETTERS = lost_letters()
 LOST_LETTER_WORD = re.compile(r"(?<![\w'-])(?:" + "|".join(sorted(LOST_LETTERS, key=len, reverse=True)) + r")(?![\w'])")
 
-PLURAL_TOPIC = re.compile(
-    r"(?:stones|umors|cancers|diseases|disorders|defects|infections|syndromes|cysts|opathies|ystrophies|ataxias|injuries"
-    r"|headaches|seizures|problems|medicines|tests|hemorrhoids|malformations|lymphomas|sarcomas|carcinomas|fistulas"
-    r"|hormones|transplants|bites|dentures|hiccups|tremors|spasms|warts|allergies|fractures|drugs|vaccines)\Z",
+# The words of a topic that decide between "is" and "are", and the ends in "s" that are singular.
+TOPIC_HEAD = re.compile(r".+?(?= \(| (?:of|in|with|for|due|without)\b|: |\Z)", re.I)
+SINGULAR = re.compile(
+    r"[^s]\Z|(?:ss|us|is|ans|ics|oides|etes|/aids|'s|herpes|rickets|measles|mumps|shingles|rabies|scabies|\bgas)\Z"
+    r"|\APrevent ",
     re.I,
 )
 TOPIC_PREFIX = re.compile(r"(?<=\s)(?:What I need to know about|Causes of|Parasites -)\s+")
 # Template in the file -> a question as people ask it; \1 is the topic.
 QUESTIONS = {
-    re.compile(r"What is \(are\) (.+)\?", re.S): r"What is \1?",
-    re.compile(r"How to diagnose (.+)\?", re.S): r"How is \1 diagnosed?",
-    re.compile(r"How to prevent (.+)\?", re.S): r"How can \1 be prevented?",
-    re.compile(r"What to do for (.+)\?", re.S): r"What should I know about living with \1?",
-    re.compile(r"Do you have information about (.+)\?", re.S): r"What can you tell me about \1?",
-    re.compile(r"[Ww]hat research (?:\(or clinical trials\) )?is being done for (.+)\?"): r"What research is being done on \1?",
+    re.compile(r"What is \(are\) (.+)\?"): r"What is \1?",
+    re.compile(r"How to diagnose (.+)\?"): r"How is \1 diagnosed?",
+    re.compile(r"How to prevent (.+)\?"): r"How can \1 be prevented?",
+    re.compile(r"What to do for (.+)\?"): r"What should I know about \1?",
+    re.compile(r"Do you have information about (.+)\?"): r"What can you tell me about \1?",
+    re.compile(r"[Ww]hat research (?:\(.+?\) )?is being done for (.+)\?"): r"What research is being done on \1?",
 }
 
 
 def folded(text: str) -> str:
-    """`text` with case, Unicode form, punctuation and white space folded away: equal exactly when the words are equal."""
+    """`text` without differences of case, Unicode form, punctuation and white space: equal when the words are equal."""
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -131,7 +130,7 @@ def drop_page_dumps(row: Row) -> Row | None:
 
 def drop_topicless_questions(row: Row) -> Row | None:
     """Drop questions whose topic is missing: "How to prevent  ?"."""
-    return None if MISSING_TOPIC.search(row["prompt"] or "") else row
+    return None if MISSING_TOPIC.fullmatch(row["prompt"] or "") else row
 
 
 def cut_repeated_question(row: Row) -> Row:
@@ -148,7 +147,7 @@ def cut_repeated_question(row: Row) -> Row:
 
 
 def cut_symptom_table(row: Row) -> Row | None:
-    """Cut the flattened table of the Human Phenotype Ontology with its introduction and footer; drop a row left empty."""
+    """Cut the flattened table of the Human Phenotype Ontology, introduction and footer; drop a row left empty."""
     answer = row["completion"] or ""
     prose = SYMPTOM_TABLE.sub(" ", answer).strip()
     return row if not SYMPTOM_TABLE.search(answer) else revised(row, "completion", prose) if prose else None
@@ -167,7 +166,9 @@ def cut_key_points(row: Row) -> Row:
 def split_squashed_bullets(row: Row) -> Row:
     """Put each bullet and each paragraph that only wide spaces set apart on a line of its own."""
     answer = row["completion"] or ""
-    answer = SPACED_BULLET.sub("\n- ", FIRST_BULLET.sub(r"\1\n- ", answer))
+    answer = SPACED_BULLET.sub("\n- ", answer)
+    if row.get("document_source") == "NIHSeniorHealth":  # its dashes are written "--", so that this is a bullet
+        answer = re.sub(r"(?<!\d)[^\S\n]+-[^\S\n]+(?=\S)", "\n- ", answer)
     return revised(row, "completion", SPACED_PARAGRAPH.sub("\n\n", answer))
 
 
@@ -193,7 +194,9 @@ def cut_list_copies(row: Row) -> Row:
 
 
 def end_of_list(items: list[str], line: str) -> tuple[str, str]:
-    """A bullet that carries the copy of its list is split in (the item, the text behind the copy); any other is (line, "")."""
+    """(item, text behind the copy) of a bullet that goes on with a copy of its list; (line, "") of any other."""
+    if twice := re.fullmatch(r"(.{20,}?) \1(?: (.*))?", line):
+        return twice[1], twice[2] or ""
     for start in range(len(items)):
         item, copied, rest = line.partition(" " + " ".join(items[start:]) + " ")
         if copied and rest.startswith(item):
@@ -209,7 +212,8 @@ def cut_link_sentences(row: Row) -> Row:
             continue
         kept, in_link_list = without_references(line)
         lines += [kept] if kept or not line else []
-    return revised(row, "completion", "\n".join(lines).strip())
+    text = "\n".join(lines)
+    return row if text == row["completion"] else revised(row, "completion", re.sub(r"\n{3,}", "\n\n", text).strip())
 
 
 def without_references(line: str) -> tuple[str, bool]:
@@ -218,11 +222,16 @@ def without_references(line: str) -> tuple[str, bool]:
     def full_stop(aside: re.Match[str]) -> str:
         return "" if line[: aside.start()].rstrip().endswith((".", "!", "?", ":")) else aside[1]
 
-    sentences = SENTENCE_END.split(REFERENCE_ASIDE.sub(full_stop, line))
-    kept = [sentence for sentence in sentences if not REFERENCE.fullmatch(sentence.removeprefix("- "))]
+    sentences = SENTENCE_END.split(URL_END.sub(r"\1. ", REFERENCE_ASIDE.sub(full_stop, line)))
+    kept = [sentence for sentence in sentences if not is_reference(sentence)]
     if len(kept) == len(sentences) and not REFERENCE_ASIDE.search(line):
         return line, False
     return " ".join(kept).strip(), sentences[-1] not in kept and sentences[-1].endswith(":")
+
+
+def is_reference(sentence: str) -> bool:
+    # A longer one is a flattened list without full stops, and most of it says something.
+    return len(sentence.split()) <= 50 and REFERENCE.fullmatch(sentence.removeprefix("- ")) is not None
 
 
 def restore_letters(row: Row) -> Row:
@@ -238,14 +247,14 @@ def drop_damaged_quantities(row: Row) -> Row | None:
 
 
 def ask_naturally(row: Row) -> Row:
-    """Ask as people do: "What is (are) Gout ?" becomes "What is Gout?", "How to diagnose Gout ?" "How is Gout diagnosed?"."""
+    """Ask as people do: "What is Gout?", not "What is (are) Gout ?"; "How is Gout diagnosed?", not "How to ..."."""
     question = " ".join((row["prompt"] or "").split())
     if not question:
         return row
-    question = TOPIC_PREFIX.sub("", re.sub(r"[\s?]*\Z", "?", question), count=1)
+    question = TOPIC_PREFIX.sub("", question.rstrip(" ?"), count=1) + "?"
     for template, natural in QUESTIONS.items():
         if match := template.fullmatch(question):
-            if natural.startswith("What is \\1") and PLURAL_TOPIC.search(re.sub(r"\s*\(.*\)\Z", "", match[1])):
+            if natural == r"What is \1?" and not SINGULAR.search(TOPIC_HEAD.match(match[1])[0]):
                 natural = r"What are \1?"
             question = match.expand(natural)
     return revised(row, "prompt", question[0].upper() + question[1:])
@@ -254,7 +263,8 @@ def ask_naturally(row: Row) -> Row:
 def keep_specific_cuis(rows: list[Row], max_topics: int = 5) -> list[Row]:
     """Make `umls_cui` ("C01|C02") a list of the concepts that at most `max_topics` topics share, fit for grouping.
 
-    Concepts such as "Syndrome" (268 topics) would chain unrelated rows; run it on all rows, the unanswered ones included.
+    Concepts such as "Syndrome" (268 topics) would chain unrelated rows. It counts over the rows it is given, so that it
+    stands before the rules that drop.
     """
     topics = defaultdict(set)
     for row in rows:

@@ -26,8 +26,6 @@ from medibot.recipe import Recipe, RecipeError
 # What a chat template writes between angle or square brackets is a role or turn marker, whether or not it is a token of
 # its own: TinyLlama's <|user|> is plain text to its tokenizer and would still forge a turn.
 MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
-# Passed to every rendering of a chat: what a message holds is text, whatever it looks like
-AS_TEXT = {"sanitize_control_tokens": True}
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
@@ -122,6 +120,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     text = json.dumps([state, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def template_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of every rendering of a chat; a message's content is text, whatever control token it looks like."""
+    return {"sanitize_control_tokens": True} | recipe.data.chat_template_kwargs
 
 
 def role_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -242,11 +245,12 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[dict[str, str]]],
     config: GenerationConfig,
+    template: dict[str, Any],
     batch_size: int = 8,
 ) -> Iterator[dict[str, Any]]:
     """Answer each prompt (a list of chat messages): yields `text`, `tokens`, and `stopped` (ended by itself).
 
-    Prompts go through the chat template as in training, left-padded in batches of `batch_size`.
+    Prompts go through the chat template as in training (`template`: see template_kwargs), left-padded in batches.
     """
     was_training = model.training
     model.eval()
@@ -260,7 +264,7 @@ def answer(
             return_tensors="pt",
             padding=True,
             tokenizer_kwargs={"padding_side": "left"},
-            **AS_TEXT,
+            **template,
         ).to(model.device)
         output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
         for ids in output.tolist():

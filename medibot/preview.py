@@ -74,6 +74,7 @@ def show(inputs: Inputs, tables: list[Any], pieces: dict[str, Any]) -> None:
     console.print(f"generation stops at {', '.join(names)}")
     for title, header, rows in tables:
         table = Table(*header, title=title, title_justify="left")
+        table.columns[0].overflow = "fold"
         for column in table.columns[1:]:
             column.justify = "right"
         for cells in rows:

@@ -42,11 +42,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Place(NamedTuple):
-    """Where something was written: a file's line and column, or an override (its own text, line 0)."""
+    """Where something was written: a file's line and column, or an override (its own text, line 0, its number)."""
 
     file: str
-    line: int = 0
-    column: int = 0
+    line: int
+    column: int
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,9 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
     """Read and check the recipe of that name (in recipes/) or path, with `section.key=value` overrides applied."""
     path = find_recipe(name, root)
     document = read_document(read_text(path), str(path))
-    if not isinstance(document.value, dict):
-        what = (
-            "holds nothing" if document.value is None else f"must be a mapping, not {schema.described(document.value)}"
-        )
-        raise RecipeError([Problem(str(path), 1, 1, "", what, "sections at the left margin: model, data, training, …")])
-    for text in overrides:
-        apply_override(document, text)
+    require_sections(document, str(path))
+    for number, override in enumerate(overrides, start=1):
+        apply_override(document, override, number)
     seen = {problem.key for problem in document.problems}
     problems = document.problems + [
         Problem(*place_of(finding.key, document.places, str(path)), *finding)
@@ -141,6 +137,14 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
     if problems:
         raise RecipeError(sorted(problems, key=lambda problem: (problem.line == 0, problem.line, problem.column)))
     return assemble(path, document)
+
+
+def require_sections(document: "Document", file: str) -> None:
+    """A recipe is a mapping; there is nothing else to check in a document that is none."""
+    if not isinstance(document.value, dict):
+        shape = f"must be a mapping, not {schema.described(document.value)}"
+        what = "holds nothing" if document.value is None else shape
+        raise RecipeError([Problem(file, 1, 1, "", what, "sections at the left margin: model, data, training, …")])
 
 
 def assemble(path: Path, document: "Document") -> Recipe:
@@ -177,7 +181,7 @@ def purpose(path: Path) -> str:
 
 
 def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """Dotted key, value in a and value in b of everything that the two say differently; ABSENT where one says nothing."""
+    """Dotted key, value in a, value in b of all that the two say differently; ABSENT where one says nothing."""
     left, right = dict(flattened(a.as_dict())), dict(flattened(b.as_dict()))
     keys = list(left) + [key for key in right if key not in left]
     pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys)
@@ -272,7 +276,7 @@ class NodeLoader(yaml.BaseLoader):
         self.depth -= 1
         return node
 
-    def refuse(self, event: yaml.Event, what: str, remedy: str | None = None) -> None:
+    def refuse(self, event: yaml.Event, what: str, remedy: str = "") -> None:
         """Stop at the event."""
         raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
 
@@ -284,7 +288,7 @@ def read_document(text: str, file: str) -> Document:
         loader = NodeLoader(text)
         node = loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        what = f"holds the control character U+{ord(error.character):04X}"
+        what = f"holds the control character U+{error.character:04X}"
         raise syntax_error(file, text, error.position, what, "remove it") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -306,7 +310,11 @@ def yaml_complaint(error: yaml.MarkedYAMLError) -> tuple[str, str]:
         return "a recipe is one document", "remove the `---`"
     if "mapping values are not allowed" in problem:
         return "a second `:` in one line", "put text with a colon in quotes"
-    if error.note:
+    if "<stream end>" in problem or "end of stream" in problem:
+        return "a bracket or a quote is never closed", "close it"
+    if problem.endswith("got '?'"):
+        return "a bare `?` inside brackets", "put questions in quotes"
+    if error.note is not None:
         return problem, error.note
     return f"is not YAML: {problem}", ""
 
@@ -315,7 +323,7 @@ def plain_value(node: yaml.Node, key: str, document: Document, file: str) -> Any
     """The node's value; places and problems go to the document."""
     if isinstance(node, yaml.ScalarNode):
         try:
-            return scalar(node.value) if node.style is None else text(node.value)
+            return scalar(node.value) if node.style is None else plain_text(node.value)
         except ValueError as error:
             document.problems.append(Problem(*place_of(key, document.places, file), key, str(error)))
             return None
@@ -350,7 +358,7 @@ def key_name(node: yaml.Node) -> str | None:
     if not isinstance(node, yaml.ScalarNode):
         return None
     try:
-        name = scalar(node.value) if node.style is None else text(node.value)
+        name = scalar(node.value) if node.style is None else plain_text(node.value)
     except ValueError:
         return None
     return name if isinstance(name, str) else None
@@ -365,12 +373,12 @@ INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
-def scalar(plain: str) -> None | bool | int | float | str:
+def scalar(plain: str) -> bool | int | float | str | None:
     """An unquoted scalar by YAML 1.2's core schema: `2e-4` is a number, `no` is a word, `010` is ten."""
     if plain in WORDS:
         return WORDS[plain]
     if not FLOAT.fullmatch(plain) and not INTEGER.fullmatch(plain):
-        return text(plain)
+        return plain_text(plain)
     if len(plain) > 40:
         raise ValueError("is too long for a number")
     if INTEGER.fullmatch(plain):
@@ -381,17 +389,17 @@ def scalar(plain: str) -> None | bool | int | float | str:
     return value
 
 
-def text(value: str) -> str:
-    """Quoted text; escapes can put in what no file or terminal can hold."""
+def plain_text(value: str) -> str:
+    """The text itself; the escapes of a quoted one can put in what no file can hold."""
     if re.search(r"[\0\ud800-\udfff]", value):
         raise ValueError("holds a character that is not text")
     return value
 
 
-def apply_override(document: Document, override: str) -> None:
+def apply_override(document: Document, override: str, number: int) -> None:
     """Write `section.key=value` into the document; null takes the key or the whole section away."""
     key, equals, written = (part.strip() for part in override.partition("="))
-    place = Place(f"{key}=…" if schema.is_secret(written) else override)
+    place = Place(f"{key}=…" if schema.is_secret(written) else override, 0, number)
     steps = key.split(".")
     if not equals or not all(steps):
         document.problems.append(Problem(*place, "", "is not an override", "write section.key=value"))
@@ -399,18 +407,25 @@ def apply_override(document: Document, override: str) -> None:
     value = override_value(document, key, written, place)
     values = document.value
     for depth, step in enumerate(steps[:-1], start=1):
+        outer = ".".join(steps[:depth])
+        if step not in values:
+            document.places[outer] = place
         values = values.setdefault(step, {})
         if not isinstance(values, dict):
-            document.problems.append(Problem(*place, key, f"{'.'.join(steps[:depth])} is not a mapping"))
+            document.problems.append(Problem(*place, key, f"{outer} is not a mapping"))
             return
-    for old in [old for old in document.places if old == key or old.startswith((f"{key}.", f"{key}["))]:
-        del document.places[old]
-    document.problems[:] = [problem for problem in document.problems if problem.key != key or problem.line == 0]
+    document.places = {old: at for old, at in document.places.items() if not within(old, key)}
+    document.problems = [old for old in document.problems if old.line == 0 or not within(old.key, key)]
     if value is not None or (written and key in schema.NULL_IS_A_VALUE):
         document.places[key] = place
         values[steps[-1]] = value
     elif values.pop(steps[-1], ABSENT) is ABSENT and key not in schema.SECTIONS:
         document.problems.append(Problem(*place, key, "is not in the recipe", "nothing to take away"))
+
+
+def within(key: str, outer: str) -> bool:
+    """Whether a dotted key is the outer one or lies in it."""
+    return key == outer or key.startswith((f"{outer}.", f"{outer}["))
 
 
 def override_value(document: Document, key: str, written: str, place: Place) -> Any:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
 REQUIRED = ("model", "data", "training")
-# Upstream's default differs from null here, so null says something; everywhere else an override to null removes the key.
+# Upstream's default is not null here, so null says something; everywhere else an override to null removes the key.
 NULL_IS_A_VALUE = {"training.max_length", "training.pad_to_multiple_of"}
 
 
@@ -103,6 +103,8 @@ class DataSection(Section):
     """Column that holds the answer: the loss covers it and nothing else."""
     system: Text | None = None
     """System message put before every question; null for none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments for the model's chat template, such as enable_thinking: false for a reasoning model."""
     clean: list[str | dict[str, Any]] = []
     """Cleaning rules in order: a rule's name, or the name with its arguments."""
     group_by: list[Text] = []
@@ -226,9 +228,10 @@ REFUSED_NAMES = {
     ("training", "the machine decides it; the weights' own type is model.dtype"): (
         "use_cpu no_cuda bf16 fp16 bf16_full_eval fp16_full_eval tf32"
     ),
-    ("training", HARDWARE): ("deepspeed fsdp fsdp_config accelerator_config parallelism_config ddp_backend local_rank"),
+    ("training", HARDWARE): "deepspeed fsdp fsdp_config accelerator_config parallelism_config ddp_backend local_rank",
     ("training", "publish a finished run with `medibot push`"): (
-        "push_to_hub push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
+        "push_to_hub push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"
+        " hub_revision"
     ),
     ("training", "the same command resumes an unfinished run"): "resume_from_checkpoint",
     ("training", "MediBot saves a whole checkpoint on a signal itself"): "enable_jit_checkpoint",
@@ -353,8 +356,8 @@ def section_models() -> dict[str, type[Section]]:
     from transformers import BitsAndBytesConfig, GenerationConfig
     from trl import SFTConfig
 
-    def hints(constructor: Any, types: dict[str, Any]) -> dict[str, Any]:
-        return {name: narrowed(hint) for name, hint in get_type_hints(constructor).items()} | types
+    def hints(constructor: Any, ours: dict[str, Any]) -> dict[str, Any]:
+        return {name: narrowed(hint) for name, hint in get_type_hints(constructor).items()} | ours
 
     generation = {
         name: (GENERATION_TYPES.get(name, Any), None)
@@ -374,7 +377,7 @@ def section_models() -> dict[str, type[Section]]:
 
 
 def suggestion(section: str, name: str) -> str:
-    """What the author may have meant: upstream's new name, another tool's name, another section, the nearest spelling."""
+    """What the author may have meant: the new name, another tool's name, another section, the nearest spelling."""
     models = section_models()
     plain = name.lower().replace("-", "_")
     names = list(models[section].model_fields) if section else list(SECTIONS)
@@ -389,7 +392,7 @@ def suggestion(section: str, name: str) -> str:
     if plain in ALIASES:
         return f"did you mean {ALIASES[plain].removeprefix(section + '.')}?"
     if homes := [home for home, model in models.items() if plain in model.model_fields]:
-        return f"it stands in another section: {homes[0]}.{plain}"
+        return f"it stands in section {homes[0]}"
     close = difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else ""
 
@@ -426,7 +429,7 @@ def expected(error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind in BOUNDS:
         word, bound = BOUNDS[kind]
-        return f"{word} {context[bound]}"
+        return f"{word} {context[bound]:.10g}"
     if kind == "literal_error":
         return context["expected"].replace("'", "").replace(" or ", ", ")
     if kind == "string_pattern_mismatch":
@@ -441,22 +444,32 @@ def explained(key: str, value: Any, errors: list[Any]) -> Finding:
         return Finding(key, f"{by_type['value_error']['ctx']['error']}, not {described(value)}")
     if "string_too_short" in by_type or "too_short" in by_type:
         return Finding(key, "must not be empty")
+    choices = re.findall(r"'([^']*)'", by_type.get("literal_error", {}).get("ctx", {}).get("expected", ""))
+    close = nearest(value, choices) if isinstance(value, str) else []
+    if close and len(choices) > 9:
+        return Finding(
+            key, f"must be one of {len(choices)} choices, not {described(value)}", f"did you mean {close[0]}?"
+        )
+    # a bound is broken by a value of the right type, so the other types of the union are beside the point
     bounds = [error for error in errors if error["type"] in BOUNDS]
-    wanted = list(dict.fromkeys(expected(error) for error in bounds or errors))
-    remedy = ""
-    if isinstance(value, str) and "literal_error" in by_type:
-        choices = re.findall(r"'([^']*)'", by_type["literal_error"]["ctx"]["expected"])
-        close = difflib.get_close_matches(value, choices, n=1)
-        remedy = f"did you mean {close[0]}?" if close else ""
-        if close and len(choices) > 9:
-            wanted = [f"one of {len(choices)} choices"]
-    elif isinstance(value, str) and re.fullmatch(
-        r"[-+]?\.?\d[\d.]*(e[-+]?\d+)?|true|false|null", value.strip(), re.IGNORECASE
-    ):
-        remedy = "leave the quotes out"
-    elif isinstance(value, str) and value.lower() in ("yes", "no", "on", "off") and "bool_type" in by_type:
-        remedy = "write true or false"
-    return Finding(key, f"must be {' or '.join(wanted)}, not {described(value)}", remedy)
+    wanted = " or ".join(dict.fromkeys(expected(error) for error in bounds or errors))
+    remedy = f"did you mean {close[0]}?" if close else spelling_remedy(value, by_type)
+    return Finding(key, f"must be {wanted}, not {described(value)}", remedy)
+
+
+def nearest(value: str, choices: list[str]) -> list[str]:
+    """The choice that a wrong one was probably meant to be: the first that it begins, or the nearest spelling."""
+    begun = [choice for choice in choices if value and choice.startswith(value)]
+    return begun[:1] or difflib.get_close_matches(value, choices, n=1)
+
+
+def spelling_remedy(value: Any, by_type: dict[str, Any]) -> str:
+    """How to write the number or truth value that this text was meant to be."""
+    if not isinstance(value, str) or "literal_error" in by_type:
+        return ""
+    if re.fullmatch(r"[-+]?\.?\d[\d.]*(e[-+]?\d+)?|true|false|null", value.strip(), re.IGNORECASE):
+        return "leave the quotes out"
+    return "write true or false" if value.lower() in ("yes", "no", "on", "off") and "bool_type" in by_type else ""
 
 
 def located(key: str, values: Any, error: Any) -> tuple[str, Any]:
@@ -508,7 +521,7 @@ def is_secret(text: str) -> bool:
     if re.fullmatch(r"[0-9a-f]{40,}|(hf_|sk-|wandb_v\d_)[\w-]{16,}", text):
         return True
     kinds = (re.search(kind, text) for kind in ("[a-z]", "[A-Z]", r"\d.*\d.*\d"))
-    return re.fullmatch(r"[\w-]{41,}", text) is not None and all(kinds)
+    return re.fullmatch(r"[A-Za-z0-9]{41,}", text) is not None and all(kinds)
 
 
 def secrets(key: str, value: Any) -> Iterator[Finding]:
@@ -593,6 +606,8 @@ def lora_clashes(lora: dict[str, Any]) -> Iterator[Finding]:
     if targets == "lm_head" or (isinstance(targets, list) and "lm_head" in targets):
         what = "cannot hold lm_head: trl's fused loss reads its weight directly"
         yield Finding("lora.target_modules", what, "train it whole: lora.modules_to_save: [lm_head]")
+    if targets in ("all_linear", "all", "linear"):
+        yield Finding("lora.target_modules", f"{targets} would match no module", "did you mean all-linear?")
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(targets, str) and lora.get(name) is not None:
             yield Finding(f"lora.{name}", "needs lora.target_modules to be a list", "name the modules")
@@ -649,8 +664,9 @@ def gaps(sections: dict[str, Any], flawed: set[str]) -> Iterator[Finding]:
         yield Finding("lora.init_lora_weights", "loftq needs loftq_config", "write loftq_config: {loftq_bits: 4}")
     generate = sections.get("evaluation", {}).get("generate", {})
     if "evaluation" not in flawed and not generate.get("do_sample"):
-        for name in {"temperature", "top_p", "top_k", "min_p", "typical_p"} & set(generate):
-            yield Finding(f"evaluation.generate.{name}", "has no effect: answers are greedy", "add do_sample: true")
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            if name in generate:
+                yield Finding(f"evaluation.generate.{name}", "has no effect: answers are greedy", "add do_sample: true")
 
 
 def training_gaps(training: dict[str, Any]) -> Iterator[Finding]:

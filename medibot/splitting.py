@@ -1,7 +1,8 @@
 """Train, validation and test splits that share no topic, and the proof of it.
 
-Rows that share a value of a `group_by` column stand in one group, and a hash of the group's key names its split: no random state,
-no dependence on the order of rows, and a row that is added later moves no other, unless it ties two groups together.
+Rows that share a value of a `group_by` column stand in one group, and a hash of the group's key names its split: no
+random state, no dependence on the order of rows, and a row that is added later moves no other unless it ties two
+groups together.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from medibot.cleaning import LedgerLine, ledger_line, row_key
 from medibot.medquad import Row, folded
@@ -29,8 +29,8 @@ class Splits:
 def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
     """A key for each row, in the order of `rows`; rows tied by a shared value in a `group_by` column have the same key.
 
-    Values are compared by their words; lists hold several values; an empty value ties nothing, nor do equal values of two
-    columns. Without `group_by`, rows with the same question are a group.
+    Values are compared by their words; lists hold several values; an empty value ties nothing, nor do equal values of
+    two columns. Without `group_by`, rows with the same question are a group.
     """
     columns = group_by or ["prompt"]
     values = [row_values(row, columns) for row in rows]
@@ -73,7 +73,7 @@ def sha256(text: str) -> str:
 
 
 def split_rows(rows: list[Row], group_by: list[str], validation: float, test: float, seed: int) -> Splits:
-    """Assign whole groups to the splits by a hash of seed and group key; `validation` and `test` are shares of the groups."""
+    """Assign whole groups to splits by a hash of seed and group key; `validation` and `test` are shares of groups."""
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for row, group in sorted(zip(rows, group_rows(rows, group_by), strict=True), key=lambda pair: row_key(pair[0])):
         place = int(sha256(f"{seed}:{group}")[:13], 16) / 16**13
@@ -93,14 +93,13 @@ def drop_leaks(splits: Splits, threshold: float = 0.8) -> tuple[Splits, list[Led
     distinct = replace(splits, validation=validation, test=test)
     single = replace(distinct, validation=first_answers(validation), test=first_answers(test))
     return single, [
-        ledger_line("splitting.near_answers", held_out(splits), held_out(distinct)),
-        ledger_line("splitting.second_answers", held_out(distinct), held_out(single)),
+        ledger_line("splitting.near_answers", all_rows(splits), all_rows(distinct)),
+        ledger_line("splitting.second_answers", all_rows(distinct), all_rows(single)),
     ]
 
 
-def held_out(splits: Splits) -> list[Row]:
-    """The rows that are never trained on."""
-    return [*splits.validation, *splits.test]
+def all_rows(splits: Splits) -> list[Row]:
+    return [*splits.train, *splits.validation, *splits.test]
 
 
 def without_known_answers(rows: list[Row], earlier: list[Row], threshold: float) -> list[Row]:
@@ -119,10 +118,10 @@ def answers(rows: list[Row]) -> list[str]:
 
 
 def near_texts(queries: Iterable[str], references: Iterable[str], threshold: float) -> set[str]:
-    """The folded texts among `queries` that equal a reference or whose word 3-gram Jaccard with one reaches `threshold`.
+    """The folded texts of `queries` that equal a reference or have a word 3-gram Jaccard of `threshold` with one.
 
-    Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): of n 3-grams at least ceil(threshold * n) are
-    shared by a near text, so that one of any n - ceil(threshold * n) + 1 of them is.
+    Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): a near text shares at least
+    ceil(threshold * n) of n 3-grams, and so at least one of any n - ceil(threshold * n) + 1 of them.
     """
     references = dict.fromkeys(references)
     near = {query for query in queries if query in references}
@@ -150,7 +149,7 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
 
 
 def leak_report(splits: Splits, group_by: list[str], threshold: float = 0.8) -> dict[str, dict[str, int]]:
-    """For each held-out split against each earlier one: its rows, and how many of them share something with the other."""
+    """For each held-out split against each earlier one: its rows, and how many of them share what with the other."""
     return {
         "validation_in_train": leak_counts(splits.validation, splits.train, group_by, threshold),
         "test_in_train": leak_counts(splits.test, splits.train, group_by, threshold),
@@ -159,7 +158,7 @@ def leak_report(splits: Splits, group_by: list[str], threshold: float = 0.8) -> 
 
 
 def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str], threshold: float) -> dict[str, int]:
-    """How many of `rows` share a value of each column, the question, the exact answer or a near answer with `earlier`."""
+    """How many of `rows` share a value of each column, the question, the exact or a near answer with `earlier`."""
     counts = {"rows": len(rows)}
     for column in [*group_by, *({"prompt"} - set(group_by))]:
         known = {value for row in earlier for value in row_values(row, [column])}
@@ -183,12 +182,10 @@ def random_split_leaks(
 
 
 def split_fingerprint(splits: Splits) -> str:
-    """A sha256 over which text stands in which split: equal on every rank and resume, changed by any moved or edited row."""
+    """A sha256 over which text stands in which split; any moved, edited, added or dropped row changes it."""
     lines = sorted(
         json.dumps([name, *row_key(row), row["prompt"], row["completion"]])
         for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
         for row in rows
     )
     return sha256("\n".join(lines))
-
-

@@ -62,7 +62,7 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any]) -> Any:
     """`wandb.init` with the recipe's tracking section; offline without a key, and offline again if the server fails."""
     # Staged artifacts and error reports would otherwise leave the run's folder
     os.environ.setdefault("WANDB_DATA_DIR", str(run.folder.absolute() / "wandb"))
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     settings = {"console": "off", "disable_code": True, "init_timeout": 20, "silent": True, "disable_job_creation": True}
@@ -85,8 +85,8 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any]) -> Any:
     for axis in AXES:
         wandb_run.define_metric(axis)
     wandb_run.define_metric("*", step_metric="train/global_step")
-    where = wandb_run.url or f"offline in {run.folder}/wandb"
-    print(f"W&B: {where}")
+    offline = wandb_run.settings.mode == "offline"
+    print(f"W&B: {f'offline in {run.folder}/wandb' if offline else wandb_run.url}")
     return wandb_run
 
 

@@ -6,6 +6,7 @@
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -72,8 +73,14 @@ def train(recipe: Recipe, name: str) -> None:
     if (this.record() or {}).get("status") == "finished":
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
         return
-    trainer = build_trainer(inputs, this, load_weights(inputs))
-    reports = check(trainer, inputs)
+    started = this.folder.exists()
+    try:
+        trainer = build_trainer(inputs, this, load_weights(inputs))
+        reports = check(trainer, inputs)
+    except RecipeError:
+        if not started and state.is_main_process:
+            shutil.rmtree(this.folder, ignore_errors=True)
+        raise
     describe(trainer, inputs)
     checkpoint = begin(this, inputs, key, parts, reports, trainer)
     state.wait_for_everyone()
@@ -173,7 +180,7 @@ def begin(
     checkpoint = this.last_checkpoint()
     if not PartialState().is_main_process:
         return checkpoint
-    this.folder.mkdir(parents=True, exist_ok=True)
+    environment = run.environment(device_name())
     trainable, total = parameter_counts(trainer.model)
     decided = {
         "dtype": inputs.precision.name,
@@ -183,11 +190,12 @@ def begin(
         "trainable_parameters": trainable,
         "parameters": total,
     }
+    this.folder.mkdir(parents=True, exist_ok=True)
     this.write("recipe.yaml", run.resolved_yaml(inputs.recipe, decided))
     this.write("ledger.json", {"ledger": inputs.prepared.ledger, "leaks": inputs.prepared.leaks})
     this.write("split.json", inputs.prepared.split | {"data": inputs.prepared.fingerprint})
     this.write("audit.json", [report.as_dict() for report in reports])
-    this.write("environment.json", run.environment(device_name()) | decided)
+    this.write("environment.json", environment | decided)
     this.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
     return checkpoint
 
@@ -255,7 +263,9 @@ class Record(TrainerCallback):
         system, tokenizer = self.inputs.recipe.data.system, self.inputs.tokenizer
         markers = model.role_markers(tokenizer)
         prompts = [model.prompt_messages(question, system, markers) for question in questions]
-        for question, got in zip(questions, model.answer(weights, tokenizer, prompts, self.inputs.generation), strict=True):
+        template = model.template_kwargs(self.inputs.recipe)
+        answers = model.answer(weights, tokenizer, prompts, self.inputs.generation, template)
+        for question, got in zip(questions, answers, strict=True):
             if PartialState().is_main_process:
                 self.this.append(file, {"global_step": step, "question": question, "answer": got.pop("text"), **got})
         self.mirror.answers(run.read_lines(file))

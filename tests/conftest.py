@@ -1,0 +1,125 @@
+"""Tiny random models and tokenizers, built here: nothing in the tests asks a hub."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "recipes" / "data" / "consumer_health.jsonl"
+
+# Written for these tests in the style of the families: what matters is where each puts BOS, roles and stop tokens.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# SmolLM2 puts in a system prompt of its own when none is given
+SMOLLM2 = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}" + CHATML
+)
+# Role markers are plain text, and each turn ends in the end token
+TINYLLAMA = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+).replace("<|{{ m.role }}|>", "{% if m.role == 'user' %}<|user|>{% elif m.role == 'system' %}<|system|>{% else %}<|assistant|>{% endif %}")
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# No system role, and the end of turn is not the end of text
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# The system message stands inside the first user turn
+MISTRAL = (
+    "{{ bos_token }}{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] {{ system if loop.first else '' }}"
+    "{{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# family: (template, bos, eos, further special tokens)
+FAMILIES = {
+    "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>", ["<|endoftext|>"]),
+    "tinyllama": (TINYLLAMA, "<s>", "</s>", ["<unk>"]),
+    "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"]),
+    "qwen": (CHATML, None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"]),
+    "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
+    "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"]),
+}
+
+
+@pytest.fixture(scope="session")
+def bpe() -> str:
+    """A byte-level BPE trained on the sample set, serialised; the families add their special tokens to it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    texts = [text for line in SAMPLE.read_text().splitlines() for text in json.loads(line).values() if text]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(bpe: str) -> Callable:
+    """make_tokenizer(family): a tokenizer with that family's template and control tokens."""
+
+    def make(family: str):
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        template, bos, eos, others = FAMILIES[family]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe), bos_token=bos, eos_token=eos)
+        tokenizer.add_special_tokens({"additional_special_tokens": others})
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_tokenizer: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """make_model(family): a folder with a two-layer random Llama (hidden 64), tokenizer and generation config."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "smollm2") -> Path:
+        if family not in made:
+            import torch
+            from transformers import LlamaConfig, LlamaForCausalLM
+
+            tokenizer = make_tokenizer(family)
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                tie_word_embeddings=family == "smollm2",
+            )
+            folder = tmp_path_factory.mktemp("models") / family
+            LlamaForCausalLM(config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with outputs and cache of its own."""
+    monkeypatch.setenv("MEDIBOT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("MEDIBOT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
