@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset
 from filelock import FileLock
+from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from medibot import cleaning, medquad, splitting
@@ -81,7 +82,10 @@ def make(
     """Clean, split and render `rows`; everything lands in `folder` at once, by rename."""
     data = recipe.data
     progress(f"preparing {data.path}: {len(rows):,} rows, {len(data.clean)} rules")
-    rows, ledger = cleaning.clean(map_columns(recipe, rows), data.clean)
+    rows = map_columns(recipe, rows)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("cleaning", total=len(data.clean))
+        rows, ledger = cleaning.clean(rows, data.clean, progress=lambda _: bar.advance(task))
     require_text(recipe, rows, ledger)
     rows, line = defuse_rows(rows, role_markers(tokenizer))
     ledger.append(line)

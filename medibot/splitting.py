@@ -131,13 +131,14 @@ def near_texts(queries: Iterable[str], references: Iterable[str], threshold: flo
     for query, found in grams.items():
         # The rarest ones: boilerplate would make every text a candidate. The 3-gram itself settles ties.
         rare = sorted(found, key=lambda gram: (frequency[gram], gram))
-        for gram in rare[: len(found) - math.ceil(threshold * len(found)) + 1]:
+        # The margin keeps 0.7 * 10 = 7.000000000000001 from asking for eight.
+        for gram in rare[: len(found) - math.ceil(threshold * len(found) - 1e-9) + 1]:
             index[gram].append(query)
     for reference in references:
         found = trigrams(reference)
         for query in {query for gram in index.keys() & found for query in index[gram]} - near:
             shared = len(grams[query] & found)
-            if shared >= threshold * (len(grams[query]) + len(found) - shared):
+            if shared / (len(grams[query]) + len(found) - shared) >= threshold:
                 near.add(query)
     return near
 

@@ -83,6 +83,8 @@ def train(recipe: Recipe, name: str) -> None:
         raise
     describe(trainer, inputs)
     checkpoint = begin(this, inputs, key, parts, reports, trainer)
+    # An interrupted run was evaluated at its start already: a second time would stand in the record twice
+    trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
     state.wait_for_everyone()
     config = wandb_config(this, inputs)
     with tracking.tracked(recipe, this, config, state.is_main_process) as mirror:
@@ -240,7 +242,7 @@ class Record(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and (not math.isfinite(loss) or loss == 0.0):
-            why = "lower training.learning_rate" if loss != 0.0 else "nothing was learned from: check the data"
+            why = "lower training.learning_rate, or check the weights" if loss != 0.0 else "nothing was learned from: check the data"
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", why)
         if not state.is_world_process_zero:
             return

@@ -184,8 +184,8 @@ def test_a_long_flattened_list_is_kept_though_it_ends_in_a_link():
 
 
 def test_lost_apostrophes_and_accents_are_restored_in_both_texts():
-    text = "Dont worry: a persons bodys defence isnt lost in Sjgrens or Mnire's disease or Guillain-Barr syndrome."
-    whole = "Don't worry: a person's body's defence isn't lost in Sjögren's or Ménière's disease or Guillain-Barré syndrome."
+    text = "Dont worry, a persons bodys defence isnt lost in Sjgrens, Mnire's or Guillain-Barr syndrome."
+    whole = "Don't worry, a person's body's defence isn't lost in Sjögren's, Ménière's or Guillain-Barré syndrome."
     assert apply("restore_letters", text) == whole
     assert RULES["medquad.restore_letters"]([row("Yes.", "Is it Sjgren ?")])[0]["prompt"] == "Is it Sjögren ?"
 

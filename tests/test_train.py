@@ -1,0 +1,198 @@
+"""Training end to end on tiny models: every recipe, every method, resumes, two processes, and what must stop a run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLE
+from safetensors.torch import load_file, save_file
+
+from medibot import train as training
+from medibot.recipe import Recipe, RecipeError, load_recipe
+from medibot.run import open_run, read_lines
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+# Small enough for seconds; everything else stays as the recipe says
+MINIATURE = [
+    f"data.path={SAMPLE}",
+    "data.limit={train: 8, validation: 4}",
+    "data.too_long=drop",
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=2",
+    "training.per_device_eval_batch_size=2",
+    "training.max_length=1024",
+    "training.logging_steps=1",
+    "evaluation.max_new_tokens=4",
+]
+FOUR_STEPS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2"]
+
+
+@pytest.fixture
+def miniature(make_model, workplace):
+    """miniature(path, *overrides): the recipe in miniature, on a tiny random model, in an empty working folder."""
+
+    def make(path: Path | str, *overrides: str) -> Recipe:
+        model = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
+        return load_recipe(str(path), [model, *MINIATURE, *overrides], root=ROOT)
+
+    return make
+
+
+def losses(name: str) -> list[float]:
+    return [line["loss"] for line in read_lines(open_run(name).metrics) if "loss" in line]
+
+
+def adapter(name: str) -> dict[str, torch.Tensor]:
+    return load_file(open_run(name).weights / "adapter_model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys() and a
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol=0, atol=tolerance), key
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 9
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_trains_two_steps(path, miniature, make_model):
+    recipe = miniature(path)
+    training.train(recipe, "mini")
+    run = open_run("mini")
+    record = run.record()
+    assert record["status"] == "finished" and record["summary"]["steps"] == 2
+    assert len(losses("mini")) == 2
+    if recipe.lora:
+        moved = {key: tensor for key, tensor in adapter("mini").items() if "lora_B" in key}
+        assert moved and all(tensor.abs().sum() > 0 for tensor in moved.values())
+    else:
+        before, after = load_file(make_model() / "model.safetensors"), load_file(run.weights / "model.safetensors")
+        assert all(not torch.equal(before[key], after[key]) for key in after if "proj" in key)
+    answers = read_lines(run.folder / "answers.jsonl")
+    assert {row["global_step"] for row in answers} >= {0, 2}
+    assert {row["question"] for row in answers} == set(recipe.evaluation.questions)
+
+
+def test_outputs_folder_holds_what_comes_after_needs(miniature):
+    training.train(miniature(ROOT / "recipes" / "quickstart.yaml"), "mini")
+    folder = open_run("mini").folder
+    for name in ("recipe.yaml", "ledger.json", "split.json", "audit.json", "environment.json", "metrics.jsonl"):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / "model" / name).stat().st_size > 0, name
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["trl"] and environment["dtype"] and environment["global_batch_size"] == 2
+    assert json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"]
+    assert not list(folder.rglob("*.partial"))
+    again = load_recipe(str(folder / "recipe.yaml"))
+    assert again.training["max_steps"] == 2 and again.lora["r"] == 16
+
+
+def test_same_seed_gives_the_same_losses_and_weights(miniature):
+    for name in ("one", "two"):
+        training.train(miniature("quickstart", "lora.lora_dropout=0.1"), name)
+    assert losses("one") == losses("two")
+    assert_same(adapter("one"), adapter("two"))
+
+
+def test_finished_run_says_so_and_changes_nothing(miniature, capsys):
+    training.train(miniature("quickstart"), "mini")
+    before = {file: file.stat().st_mtime_ns for file in open_run("mini").folder.rglob("*")}
+    capsys.readouterr()
+    training.train(miniature("quickstart"), "mini")
+    assert "is finished" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in open_run("mini").folder.rglob("*")}
+
+
+def test_changed_recipe_is_refused_in_the_same_folder(miniature):
+    training.train(miniature("quickstart"), "mini")
+    with pytest.raises(RecipeError, match=r"training.learning_rate: was 0.0004, is 0.001"):
+        training.train(miniature("quickstart", "training.learning_rate=1e-3"), "mini")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [["lora.lora_dropout=0.1", "quantization=null"], ["lora.lora_dropout=0.1"], ["lora=null", "quantization=null"]],
+    ids=["lora", "nf4-lora", "full"],
+)
+def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
+    overrides = [*FOUR_STEPS, "training.save_total_limit=4", "training.gradient_accumulation_steps=2", *method]
+    training.train(miniature("quickstart", *overrides), "whole")
+
+    class Interrupted(training.Record):
+        def on_log(self, args, state, *rest, **kwargs):
+            super().on_log(args, state, *rest, **kwargs)
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "Record", Interrupted)
+        training.train(miniature("quickstart", *overrides), "torn")
+    assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
+    training.train(miniature("quickstart", *overrides), "torn")
+
+    file = "adapter_model.safetensors" if "lora=null" not in method else "model.safetensors"
+    assert_same(load_file(open_run("whole").weights / file), load_file(open_run("torn").weights / file))
+    for name in ("metrics.jsonl", "answers.jsonl"):
+        whole, torn = (read_lines(open_run(run).folder / name) for run in ("whole", "torn"))
+        timing = {"seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+        timing |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "num_tokens", "eval_num_tokens", "train_tokens_per_second"}
+        strip = [[{k: v for k, v in line.items() if k not in timing} for line in lines] for lines in (whole, torn)]
+        assert strip[0] == strip[1]
+
+
+def test_loss_that_is_not_a_number_stops_the_run(miniature, make_model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(make_model(), broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    overrides = [f"model.pretrained_model_name_or_path={broken}", "training.eval_strategy=no", "quantization=null"]
+    with pytest.raises(RecipeError, match=r"loss is nan at step 1 .*learning_rate"):
+        training.train(miniature("quickstart", *overrides, "training.eval_on_start=false"), "wild")
+    assert open_run("wild").record()["status"] == "running" and not open_run("wild").weights.exists()
+
+
+def test_evaluation_leaves_4bit_training_unchanged(miniature):
+    # Evaluations draw from the random stream that orders the batches, so the order is fixed here
+    steps = ["training.max_steps=4", "training.train_sampling_strategy=sequential"]
+    training.train(miniature("quickstart", *steps, "training.eval_steps=1"), "often")
+    training.train(miniature("quickstart", *steps, "training.eval_strategy=no", "training.eval_on_start=false"), "never")
+    assert losses("often") == losses("never")
+    assert_same(adapter("often"), adapter("never"))
+
+
+def test_base_weights_never_move_under_lora(miniature, make_model):
+    before = load_file(make_model() / "model.safetensors")
+    training.train(miniature("quickstart"), "mini")
+    assert_same(before, load_file(make_model() / "model.safetensors"))
+
+
+def test_two_processes_give_the_weights_of_one(make_model, workplace):
+    shared = [
+        f"model.pretrained_model_name_or_path={make_model('smollm2')}", *MINIATURE, "training.max_steps=3",
+        "quantization=null", "training.train_sampling_strategy=random", "training.optim=sgd", "training.learning_rate=0.1",
+    ]  # fmt: skip
+    for name, hardware, rows in (("one", "cpu", 2), ("two", "cpu-2", 1)):
+        config = str(ROOT / "accelerate_configs" / f"{hardware}.yaml")
+        command = [sys.executable, "-m", "medibot", "train", str(ROOT / "recipes" / "quickstart.yaml"), *shared]
+        command += [f"training.per_device_train_batch_size={rows}", "--run", name, "--accelerate", config]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"{rows} per device x 1 accumulated x {2 // rows} processes = 2 rows a step" in done.stdout
+    assert_same(adapter("one"), adapter("two"), tolerance=1e-5)
+    assert len(losses("two")) == 3
+    assert len(list((open_run("two").folder / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_a_world_that_is_not_the_one_launched_is_refused(miniature, monkeypatch):
+    monkeypatch.setenv("MEDIBOT_PROCESSES", "2")
+    with pytest.raises(RecipeError, match="2 processes were launched and 1 found each other"):
+        training.train(miniature("quickstart"), "mini")
