@@ -1,22 +1,24 @@
-"""What the loss really covers: the gate before step 1, read back from the trainer's own dataset, and the painted rows."""
+"""What the loss really covers, read back from the trainer's own dataset: the gate before step 1, and painted rows."""
 
 import html
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from medibot.model import MARKER, PROBE
+from medibot.model import PROBE
 from medibot.recipe import RecipeError
 
 IGNORED = -100
 STYLES = {"masked": "dim", "trained": "bold green", "stop": "bold white on red"}
 NAMES = {
-    "lost": "rows given to the trainer and not in its dataset",
+    "lost": "rows lost or added on the way into the trainer's dataset",
     "nothing": "rows with nothing to learn",
     "cut": "answers cut at max_length",
     "prefix": "rows whose prompt is not an exact prefix of the training text",
@@ -40,7 +42,8 @@ class Audit:
     violations: dict[str, list[int]] = field(default_factory=dict)
 
     def note(self, key: str, row: int, wrong: bool) -> None:
-        if wrong:
+        """Count `row` once under `key`, however many checks it fails there."""
+        if wrong and self.violations.get(key, [])[-1:] != [row]:
             self.violations.setdefault(key, []).append(row)
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,13 +65,13 @@ def audit(
     `stops` are the token ids that generation stops at. Every row is checked; nothing is sampled.
     """
     report = Audit(split, rows_in=len(conversations))
-    packed = "seq_lengths" in dataset.column_names
-    spans = unpacked(dataset) if packed else zip(dataset["input_ids"], dataset["labels"], strict=True)
-    # Packing reorders rows, so only checks that need no partner are made on packed rows
-    partners = [None] * len(conversations) if packed else conversations
+    in_order = "seq_lengths" not in dataset.column_names and len(dataset) == len(conversations)
+    # Packing and shuffle_dataset reorder rows: a row's conversation is found by its tokens, else by its place
+    made_from = {hash(tuple(chat_ids(tokenizer, row))): place for place, row in enumerate(conversations)}
     skeletons: dict[tuple[str, ...], Counter[int]] = {}
     controls = control_ids(tokenizer)
-    for index, (ids, labels) in enumerate(spans):
+    bos = template_ids(tokenizer, PROBE)[0] == tokenizer.bos_token_id
+    for index, (ids, labels) in enumerate(spans(dataset)):
         report.rows_out += 1
         report.tokens += len(ids)
         report.longest = max(report.longest, len(ids))
@@ -77,15 +80,22 @@ def audit(
         report.note("nothing", index, not trained)
         if not trained:
             continue
-        last = last_trained(ids, trained, tokenizer)
-        report.note("stop", index, last not in stops)
-        report.note("cut", index, max_length is not None and len(ids) >= max_length and last not in stops)
+        stopped = last_trained(ids, trained, tokenizer) in stops
+        cut = not stopped and max_length is not None and len(ids) >= max_length
+        report.note("cut", index, cut)
+        if cut:
+            continue
+        report.note("stop", index, not stopped)
         contiguous = trained == list(range(trained[0], len(ids))) and all(labels[t] == ids[t] for t in trained)
         report.note("outside", index, not contiguous)
-        report.note("bos", index, not one_bos(ids, tokenizer))
-        if index < len(partners) and partners[index] is not None and len(dataset) == len(conversations):
-            check_partner(report, index, ids, trained[0], partners[index], tokenizer, controls, skeletons)
-    report.note("lost", report.rows_in - 1, report.rows_out != report.rows_in)
+        report.note("bos", index, not one_bos(ids, tokenizer, bos))
+        place = made_from.get(hash(tuple(ids)), index if in_order else None)
+        if place is None:
+            report.note("outside", index, True)
+        else:
+            check_partner(report, index, ids, trained[0], conversations[place], tokenizer, controls, skeletons)
+    for row in range(*sorted((report.rows_in, report.rows_out))):
+        report.note("lost", row, True)
     return report
 
 
@@ -101,20 +111,29 @@ def check_partner(
 ) -> None:
     """Compare one trainer row with the conversation it was made from."""
     prompt = template_ids(tokenizer, row["prompt"], add_generation_prompt=True, **row["chat_template_kwargs"])
-    report.note("prefix", index, start != len(prompt) or ids[:start] != prompt)
-    text = tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    answer = row["completion"][0]["content"].strip()
-    report.note("outside", index, not same_text(text, answer))
+    prefixed = ids[: len(prompt)] == prompt
+    report.note("prefix", index, not prefixed)
+    end = len(ids)
+    while end > start and (ids[end - 1] in controls or not tokenizer.decode([ids[end - 1]]).strip()):
+        end -= 1
+    exact = same_text(tokenizer.decode(ids[start:end]), row["completion"][0]["content"])
+    report.note("outside", index, not exact or (prefixed and start != len(prompt)))
     roles = tuple(message["role"] for message in row["prompt"])
     if roles not in skeletons:
         plain = [{"role": role, "content": "x"} for role in (*roles, "assistant")]
-        skeletons[roles] = Counter(i for i in template_ids(tokenizer, plain, **row["chat_template_kwargs"]) if i in controls)
+        written = template_ids(tokenizer, plain, **row["chat_template_kwargs"])
+        skeletons[roles] = Counter(i for i in written if i in controls)
     report.note("control", index, Counter(i for i in ids if i in controls) != skeletons[roles])
 
 
 def same_text(trained: str, answer: str) -> bool:
-    """Equal up to white space (tokenizers fold some) and a turn marker that is plain text in some templates."""
-    return "".join(MARKER.sub("", trained).split()) == "".join(MARKER.sub("", answer).split())
+    """Equal up to what tokenizers fold: white space, and characters that are compositions of others."""
+    plain = ["".join(unicodedata.normalize("NFKC", text).split()) for text in (trained, answer)]
+    return plain[0] == plain[1]
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    return template_ids(tokenizer, row["prompt"] + row["completion"], **row["chat_template_kwargs"])
 
 
 def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
@@ -138,61 +157,62 @@ def last_trained(ids: list[int], trained: list[int], tokenizer: PreTrainedTokeni
     return ids[trained[-1]]
 
 
-def one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+def one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase, expected: bool) -> bool:
     """Exactly one BOS at the start where the template writes one, none where it does not; never two in a row."""
     bos = tokenizer.bos_token_id
-    if bos is None:
-        return True
-    expected = template_ids(tokenizer, PROBE)[:1] == [bos]
-    return (ids[:1] == [bos]) == expected and ids[:2] != [bos, bos]
+    return bos is None or ((ids[:1] == [bos]) == expected and ids[:2] != [bos, bos])
 
 
-def unpacked(dataset: Dataset) -> Iterator[tuple[list[int], list[int]]]:
+def spans(dataset: Dataset) -> Iterator[tuple[list[int], list[int]]]:
+    """Input ids and labels of each row; of each row inside, where rows are packed."""
+    packed = "seq_lengths" in dataset.column_names
     for row in dataset:
         start = 0
-        for length in row["seq_lengths"]:
+        for length in row["seq_lengths"] if packed else [len(row["input_ids"])]:
             yield row["input_ids"][start : start + length], row["labels"][start : start + length]
             start += length
 
 
 def gate(report: Audit, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse to train on a dataset that would teach the wrong thing; each kind of fault with its count and an example."""
+    """Refuse to train on what would teach the wrong thing; each kind of fault with its count and an example."""
     faults = []
     for key, rows in report.violations.items():
-        example = f"{report.rows_in} in, {report.rows_out} out"
-        if key != "lost" and "seq_lengths" not in dataset.column_names:
-            example = f"row {rows[0]}: {ending(dataset[rows[0]], tokenizer)}"
+        example = f"{report.rows_in:,} in, {report.rows_out:,} out"
+        if key != "lost":
+            example = f"row {rows[0]}: {described(*next(islice(spans(dataset), rows[0], None)), tokenizer)}"
         faults.append(f"{len(rows):,} of {report.rows_out:,} {report.split}: {NAMES[key]} ({example})")
     if faults:
         raise RecipeError.of("loss mask", "; ".join(faults), "see the painted rows with: medibot inspect")
 
 
-def ending(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
-    return f"the loss ends in {tokenizer.decode(trained[-8:])!r}" if trained else "every label is masked"
+def described(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The two ends of what the loss covers."""
+    trained = [i for i, label in zip(ids, labels, strict=True) if label != IGNORED]
+    if len(trained) > 24:
+        return f"the loss covers {tokenizer.decode(trained[:12])!r} … {tokenizer.decode(trained[-12:])!r}"
+    return f"the loss covers {tokenizer.decode(trained)!r}" if trained else "every label is masked"
 
 
 # --- painted rows -----------------------------------------------------------------------------------------------------
 
 
 def painted(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> list[tuple[str, str]]:
-    """(text, masked | trained | stop) pieces of one trainer row, whole characters only.
-
-    A character that several byte tokens spell is one piece, painted as its last token is.
-    """
+    """(text, masked | trained | stop) pieces of one trainer row, whole characters only: joined, they are its text."""
+    ids = row["input_ids"]
+    kinds = [
+        "masked" if label == IGNORED else "stop" if token in stops else "trained"
+        for token, label in zip(ids, row["labels"], strict=True)
+    ]
     pieces: list[tuple[str, str]] = []
-    pending: list[int] = []
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        pending.append(token)
-        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
-        if text.endswith("�") and len(pending) < 4:
+    # Each piece is decoded behind the one before it: SentencePiece drops a space at the start of what it decodes
+    start = read = 0
+    for end in range(1, len(ids) + 1):
+        before, text = (tokenizer.decode(ids[start:e], clean_up_tokenization_spaces=False) for e in (read, end))
+        # An unfinished character waits for the tokens that spell its rest, but not beyond its own kind
+        if text.endswith("�") and kinds[end : end + 1] == [kinds[end - 1]]:
             continue
-        kind = "masked" if label == IGNORED else "stop" if token in stops else "trained"
-        piece = tokenizer.convert_ids_to_tokens(token) if len(pending) == 1 else None
-        # SentencePiece decodes a lone token without the space in front of it
-        lead = " " if piece and piece.startswith("▁") and not text.startswith(" ") else ""
-        pieces.append((lead + text, kind))
-        pending = []
+        pieces.append((text[len(before) :], kinds[end - 1]))
+        start, read = read, end
     return pieces
 
 

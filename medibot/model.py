@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from medibot.recipe import Recipe, RecipeError
 # What a chat template writes between angle or square brackets is a role or turn marker, whether or not it is a token of
 # its own: TinyLlama's <|user|> is plain text to its tokenizer and would still forge a turn.
 MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
+# Files of a model folder that decide what it computes
+IDENTIFYING = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
@@ -66,7 +67,8 @@ def precision(written: str | None = None) -> Precision:
 def source(recipe: Recipe) -> dict[str, Any]:
     """Where config, tokenizer and weights come from: `from_pretrained`'s keyword arguments that all three share."""
     shared = ("revision", "subfolder", "trust_remote_code", "local_files_only", "cache_dir")
-    return {key: recipe.model[key] for key in shared if key in recipe.model}
+    # Unset, upstream asks at the terminal whether to run the folder's code
+    return {"trust_remote_code": False} | {key: recipe.model[key] for key in shared if key in recipe.model}
 
 
 def model_path(recipe: Recipe) -> str:
@@ -144,12 +146,18 @@ def defuse(text: str, markers: Sequence[str]) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token with which the chat template closes an assistant's turn; None if it closes with plain text."""
-    ids = tokenizer.apply_chat_template(PROBE, tokenize=True, return_dict=True)["input_ids"]
-    while ids and not tokenizer.decode([ids[-1]]).strip():
-        ids = ids[:-1]
-    added = tokenizer.added_tokens_decoder
-    return ids[-1] if ids and ids[-1] in added else None
+    """Id of the token with which the chat template closes an assistant's turn; None if it closes with plain text.
+
+    Where it writes several, as Phi-3 does, it is the one right behind the answer.
+    """
+    end = None
+    for token in reversed(tokenizer.apply_chat_template(PROBE, tokenize=True, return_dict=True)["input_ids"]):
+        if not tokenizer.decode([token]).strip():
+            continue
+        if token not in tokenizer.added_tokens_decoder:
+            break
+        end = token
+    return end
 
 
 def generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -227,10 +235,10 @@ def load_tuned(recipe: Recipe, weights: Path, dtype: torch.dtype) -> PreTrainedM
 def base_identity(recipe: Recipe) -> dict[str, str]:
     """What pins the base model: the hub's commit, or the sha256 of each file of a local folder."""
     path = model_path(recipe)
-    if not os.path.isdir(path):
+    if not Path(path).is_dir():
         config = loading(recipe, "config", AutoConfig.from_pretrained)
         return {"hub": path, "commit": str(config._commit_hash)}
-    names = sorted(p for p in Path(path).iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".model"})
+    names = sorted(p for p in Path(path).iterdir() if p.suffix in IDENTIFYING)
     return {file.name: file_sha256(file) for file in names}
 
 

@@ -99,10 +99,12 @@ def case(name: str, command: str, *says: str, wrong_today: str = "", **settings)
     return pytest.param(Mistake(command, says, **settings), id=name.replace(" ", "-"), marks=marks)
 
 
-def in_recipe(name: str, old: str, new: str, *says: str, at: str | None = None, command: str = "train", **settings):
+def in_recipe(
+    name: str, old: str, new: str, *says: str, at: str | None = None, verb: str = "train", more: str = "", **settings
+):
     """A recipe with `old` replaced by `new`; the line must point there, or to `at`."""
     at = new.strip().splitlines()[0] if at is None else at
-    return case(name, f"{command} mine.yaml", *says, at=at, edits={old: new}, **settings)
+    return case(name, f"{verb} mine.yaml {more}", *says, at=at, edits={old: new}, **settings)
 
 
 def in_rows(name: str, suffix: str, content: str | bytes, *says: str, **settings):
@@ -132,7 +134,7 @@ RULE = "drop_unanswered"
 RECIPES = [
     in_recipe("typo", "  max_steps: 1", "  max_step: 1", "training.max_step: no such", "did you mean max_steps?"),
     in_recipe("renamed setting", "  max_length: 256", "  max_seq_length: 256", "renamed: max_length"),
-    in_recipe("text for a number", "  max_steps: 1", "  max_steps: one", "must be a whole number", command="inspect"),
+    in_recipe("text for a number", "  max_steps: 1", "  max_steps: one", "must be a whole number", verb="inspect"),
     in_recipe("number for text", "  system: Be careful.", "  system: 5", "data.system", "must be text"),
     in_recipe("unknown section", "lora:\n", "adapter:\n", "did you mean lora?"),
     in_recipe("share above a half", "  validation: 0.3", "  validation: 3", "must be at most 0.5"),
@@ -298,8 +300,7 @@ CONTENT = [
         "  max_length: 8",
         "every conversation is longer than 8 tokens",
         "raise it",
-        command="train",
-        overrides="data.too_long=drop",
+        more="data.too_long=drop",
     ),
     case(
         "validation left empty",
