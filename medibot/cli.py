@@ -52,12 +52,14 @@ def validate(recipes: Annotated[list[str] | None, typer.Argument()] = None) -> N
 def diff(a: str, b: str) -> None:
     """What differs between two recipes, key by key."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("key", a, b)
-    for key, left, right in diff_recipes(load_recipe(a), load_recipe(b)):
-        table.add_row(key, str(left), str(right))
-    Console().print(table if table.row_count else f"{a} and {b} say the same")
+    # Text such as `[topic]` would be read as rich's markup
+    table = Table("key", escape(a), escape(b))
+    for row in diff_recipes(load_recipe(a), load_recipe(b)):
+        table.add_row(*(escape(str(cell)) for cell in row))
+    Console().print(table if table.row_count else escape(f"{a} and {b} say the same"))
 
 
 @app.command()
@@ -68,9 +70,12 @@ def inspect(
     row: Annotated[int | None, typer.Option(help="Paint this row of the training split as well.")] = None,
 ) -> None:
     """Ledger, leak report, loss-mask report and painted examples; loads no weights."""
+    checked = load_recipe(recipe, overrides or [])
+    if html:
+        require_folder(html, "--html")
     from medibot.preview import inspect_recipe
 
-    inspect_recipe(load_recipe(recipe, overrides or []), html, row)
+    inspect_recipe(checked, html, row)
 
 
 @app.command()
@@ -89,7 +94,7 @@ def train(
         checked = load_recipe(recipe, overrides or [])
         train_here(checked, run or checked.name)
     else:
-        sys.exit(launch_training(recipe, overrides or [], run, accelerate, shlex.split(launch)))
+        sys.exit(launch_training(recipe, overrides or [], run, accelerate, split_launch(launch)))
 
 
 @app.command()
@@ -109,7 +114,9 @@ def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
     from medibot.recipe import write_schema
 
-    write_schema(Path("recipes/recipe.schema.json"))
+    path = Path("recipes/recipe.schema.json")
+    require_folder(path, "schema")
+    write_schema(path)
 
 
 @app.command("convert-gguf")
@@ -156,12 +163,38 @@ def hardware_config(name: str | None) -> Path:
     return path
 
 
+def split_launch(launch: str) -> list[str]:
+    """`--launch`'s text as arguments; `--option=value` as two."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise RecipeError.of("LAUNCH", f"cannot be split: {error}", "close the quote") from error
+    return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+
+
 def launched_processes(config: Path, more: list[str]) -> int:
     """How many processes the launch will start in all; a config without a number takes every GPU."""
     if "--num_processes" in more:
-        return int(more[more.index("--num_processes") + 1])
-    written = yaml.safe_load(config.read_text())
+        number = "".join(more[more.index("--num_processes") + 1 :][:1])
+        if not number.isdecimal() or int(number) < 1:
+            raise RecipeError.of("LAUNCH", f"--num_processes {number}".rstrip(), "give a whole number from 1")
+        return int(number)
+    try:
+        written = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        what = f"{config} is not YAML: {' '.join(str(error).split())}"
+        raise RecipeError.of("ACCELERATE", what, "take one of accelerate_configs/") from error
+    if not isinstance(written, dict):
+        raise RecipeError.of("ACCELERATE", f"{config} is no accelerate config", "take one of accelerate_configs/")
     return written.get("num_processes") or max(1, visible_gpus())
+
+
+def require_folder(file: Path, subject: str) -> None:
+    """Refuse, before any work, a file that could not be written afterwards."""
+    if file.is_dir():
+        raise RecipeError.of(subject, f"{file} is a folder", "name a file")
+    if not file.parent.is_dir():
+        raise RecipeError.of(subject, f"no folder {file.parent}", "make it, or go to where it is")
 
 
 def visible_gpus() -> int:

@@ -3,10 +3,13 @@
 import csv
 import hashlib
 import inspect
+import io
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from medibot.recipe import Recipe, RecipeError
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 SPLITS = ("train", "validation", "test")
+# Columns that the prepared data set has of its own
+RESERVED = {"prompt", "completion", "row", "group", "part", "tokens", "chat_template_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def make(
     data = recipe.data
     progress(f"preparing {data.path}: {len(rows):,} rows, {len(data.clean)} rules")
     rows = map_columns(recipe, rows)
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("cleaning", total=len(data.clean))
         rows, ledger = cleaning.clean(rows, data.clean, progress=lambda _: bar.advance(task))
     require_text(recipe, rows, ledger)
@@ -115,6 +120,7 @@ def write(folder: Path, tables: dict[str, pyarrow.Table], record: dict[str, Any]
     for name, table in tables.items():
         Dataset(table).save_to_disk(str(partial / name))
     (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
@@ -130,7 +136,7 @@ def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest(), lambda: [row for file in files for row in read_file(recipe, file)]
+    return digest.hexdigest(), lambda: read_files(recipe, files)
 
 
 def local_files(recipe: Recipe) -> list[Path] | None:
@@ -145,7 +151,8 @@ def local_files(recipe: Recipe) -> list[Path] | None:
         if path.suffix not in SUFFIXES:
             raise recipe.error("data.path", f"cannot read {path.suffix or 'a file without suffix'}", "use " + ", ".join(SUFFIXES))
         return [path]
-    if path.suffix in SUFFIXES or path.is_absolute() or recipe.data.path.count("/") != 1:
+    written = recipe.data.path
+    if path.suffix in SUFFIXES or written.startswith((".", "/", "~")) or written.count("/") != 1:
         raise recipe.error("data.path", f"no file or folder {recipe.data.path!r}", "check the path, seen from here")
     return None
 
@@ -164,14 +171,21 @@ def hub_rows(recipe: Recipe) -> list[Row]:
         raise recipe.error("data.path", f"cannot load {data.path!r} from the hub: {first}", remedy) from error
 
 
+def read_files(recipe: Recipe, files: list[Path]) -> list[Row]:
+    """Rows of all files, each with every column of any of them."""
+    rows = [row for file in files for row in read_file(recipe, file)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
 def read_file(recipe: Recipe, file: Path) -> list[Row]:
     """Rows of one parquet, JSON lines or CSV file; a malformed one is refused with its line."""
     readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
     try:
         rows = readers[file.suffix](file)
-    except (UnicodeDecodeError, pyarrow.ArrowException, csv.Error, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         what = f"{file} cannot be read: {str(error).splitlines()[0]}"
-        raise recipe.error("data.path", what, "repair the file (UTF-8 text, or whole parquet)") from error
+        raise recipe.error("data.path", what, "name a whole, readable file") from error
     if not rows:
         raise recipe.error("data.path", f"{file} has no rows", "name a file with rows")
     return rows
@@ -183,35 +197,64 @@ def read_parquet(file: Path) -> list[Row]:
 
 def read_jsonl(file: Path) -> list[Row]:
     rows = []
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise RecipeError.of(f"{file}:{number}", f"not JSON: {error}", "one JSON object a line") from error
-            if not isinstance(row, dict):
-                raise RecipeError.of(f"{file}:{number}", f"a {type(row).__name__}", "one JSON object a line")
-            rows.append(row)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return [{column: row.get(column) for column in columns} for row in rows]
+    for number, line in enumerate(io.StringIO(read_text(file)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if re.search(r"\\u[dD][89a-fA-F]", line):
+                json.dumps(row, ensure_ascii=False).encode()  # half an escaped pair is no character
+        except (ValueError, RecursionError) as error:
+            raise RecipeError.of(f"{file}:{number}", f"not JSON: {error}", "one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise RecipeError.of(f"{file}:{number}", f"a {type(row).__name__}", "one JSON object a line")
+        rows.append(row)
+    return rows
 
 
 def read_csv(file: Path) -> list[Row]:
-    csv.field_size_limit(1 << 27)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        lines = csv.reader(stream, strict=True)
-        header = next(lines, [])
-        if len(set(header)) != len(header):
-            raise RecipeError.of(f"{file}:1", "a column name stands twice in the header", "rename one")
-        rows = []
-        for cells in lines:
-            if len(cells) != len(header):
-                what = f"{len(cells)} cells under {len(header)} columns"
-                raise RecipeError.of(f"{file}:{lines.line_num}", what, "quote cells that hold commas or line breaks")
-            rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
+    records = csv_records(file)
+    start, header = next(records, (1, []))
+    if len(set(header)) != len(header):
+        raise RecipeError.of(f"{file}:{start}", "a column name stands twice in the header", "rename one")
+    rows = []
+    for start, cells in records:
+        if len(cells) != len(header):
+            what = f"{len(cells)} cells under {len(header)} columns"
+            raise RecipeError.of(f"{file}:{start}", what, "quote cells that hold commas or line breaks")
+        rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
     return rows
+
+
+def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """(the line that it begins on, its cells) of each record; blank lines are none."""
+    csv.field_size_limit(1 << 27)
+    records = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    while True:
+        start = records.line_num + 1
+        try:
+            cells = next(records, None)
+        except csv.Error as error:
+            what = f"not CSV: {error}"
+            raise RecipeError.of(f"{file}:{start}", what, "close each quote, and double those inside a cell") from error
+        if cells is None:
+            return
+        if cells:
+            yield start, cells
+
+
+def read_text(file: Path) -> str:
+    """The file as UTF-8 text; what is none is refused with its line."""
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError.of(f"{file}:{line}", "not UTF-8 text", "save it as UTF-8, not compressed") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise RecipeError.of(f"{file}:{line}", "holds a NUL character, which no text has", "save it as UTF-8 text")
+    return text
 
 
 # --- rows to conversations --------------------------------------------------------------------------------------------
@@ -230,7 +273,7 @@ def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
     if data.prompt == data.completion:
         raise recipe.error("data.completion", "the same column as data.prompt", "name the answers' column")
     kept = [column for column in columns if column not in generic.values()]
-    if clash := {"prompt", "completion", "row", "group", "part", "tokens"} & set(kept):
+    if clash := RESERVED & set(kept):
         raise recipe.error("data.path", f"column {sorted(clash)[0]!r} has a name that MediBot gives", "rename it")
     mapped = []
     for index, row in enumerate(rows):

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
@@ -90,8 +92,17 @@ def loading(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
         return load(path, **source(recipe), **kwargs)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        remedy = "check the name, the revision, and that the hub or the folder is readable from here"
-        raise recipe.error("model.pretrained_model_name_or_path", f"no {what} in {path!r}: {first}", remedy) from error
+        raise recipe.error(
+            "model.pretrained_model_name_or_path", f"no {what} in {path!r}: {first}", remedy(what, error)
+        ) from error
+
+
+def remedy(what: str, error: Exception) -> str:
+    """What the author can do about something that upstream could not load."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own: read that, then write model.trust_remote_code: true"
+    converted = ", or convert other weights to safetensors" if "safetensors" in what else ""
+    return "check the name, the revision, and that the hub or the folder is readable from here" + converted
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -261,26 +272,28 @@ def answer(
     Prompts go through the chat template as in training (`template`: see template_kwargs), left-padded in batches.
     """
     was_training = model.training
-    model.eval()
     stops = set(config.eos_token_id)
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer.apply_chat_template(
-            list(prompts[start : start + batch_size]),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            tokenizer_kwargs={"padding_side": "left"},
-            **template,
-        ).to(model.device)
-        output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
-        for ids in output.tolist():
-            ends = [place for place, token in enumerate(ids) if token in stops]
-            kept = ids[: ends[0]] if ends else ids
-            text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-            yield {"text": text, "tokens": len(kept), "stopped": bool(ends)}
-    model.train(was_training)
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = tokenizer.apply_chat_template(
+                list(prompts[start : start + batch_size]),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                padding=True,
+                tokenizer_kwargs={"padding_side": "left"},
+                **template,
+            ).to(model.device)
+            output = model.generate(**batch, generation_config=config, tokenizer=tokenizer)
+            for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+                ends = [place for place, token in enumerate(ids) if token in stops]
+                kept = ids[: ends[0]] if ends else ids
+                text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+                yield {"text": text, "tokens": len(kept), "stopped": bool(ends)}
+    finally:
+        model.train(was_training)
 
 
 def prompt_messages(question: str, system: str | None, markers: Sequence[str]) -> list[dict[str, str]]:
@@ -293,6 +306,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """Turn a GGUF file into a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all."""
     from transformers import GgufConfig
 
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     if not file.is_file():
         raise RecipeError.of("model", f"no GGUF file {file}", "run: make model")
     partial = folder.with_name(f".{folder.name}.partial")

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from medibot.recipe import Recipe, RecipeError
+from medibot.recipe import ABSENT, Recipe, RecipeError, flattened, scalar
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
 
@@ -50,7 +50,11 @@ class Run:
     def record(self) -> dict[str, Any] | None:
         """What `run.json` says; None if this run was never started."""
         file = self.folder / "run.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        try:
+            return read_json(file) if file.is_file() else None
+        except ValueError as error:
+            remedy = "delete the folder, or choose another RUN=name"
+            raise RecipeError.of(f"outputs/{self.name}/run.json", f"not JSON: {error}", remedy) from error
 
     def write(self, name: str, content: Any) -> None:
         """Write `name` whole: the file is visible only when it is complete."""
@@ -107,21 +111,15 @@ def fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int)
 def refuse_changed(run: Run, parts: dict[str, Any]) -> None:
     """A run goes on only as what it began as; the error names what is different."""
     record = run.record()
-    if record is None or record["parts"] == json.loads(json.dumps(parts)):
+    parts = json.loads(json.dumps(parts))
+    if record is None or record["parts"] == parts:
         return
-    before, after = flat(record["parts"]), flat(json.loads(json.dumps(parts)))
-    changed = [key for key in before | after if before.get(key) != after.get(key)]
-    first = f"{changed[0]}: was {before.get(changed[0])!r}, is {after.get(changed[0])!r}"
+    before, after = dict(flattened(record["parts"])), dict(flattened(parts))
+    changed = [key for key in before | after if before.get(key, ABSENT) != after.get(key, ABSENT)]
+    was, now = ("absent" if changed[0] not in leaves else repr(leaves[changed[0]]) for leaves in (before, after))
+    first = f"{changed[0]}: was {was}, is {now}"
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     raise RecipeError.of(f"outputs/{run.name}", f"made from something else ({first}{more})", "choose another RUN=name")
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
 
 
 def read_json(file: Path) -> Any:
@@ -168,8 +166,23 @@ def git(*args: str) -> str | None:
         return None
 
 
+class RecipeDumper(yaml.SafeDumper):
+    """Writes what recipes read back: text that YAML 1.2 takes for a number, and PyYAML does not, in quotes."""
+
+
+def represent_text(dumper: RecipeDumper, text: str) -> yaml.Node:
+    try:
+        style = None if isinstance(scalar(text), str) else "'"
+    except ValueError:
+        style = "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+RecipeDumper.add_representer(str, represent_text)
+
+
 def resolved_yaml(recipe: Recipe, resolved: dict[str, Any]) -> str:
     """The recipe as it ran: overrides applied, and what the machine decided as a comment."""
     decided = "".join(f"# {line}\n" for line in yaml.safe_dump(resolved, sort_keys=False).splitlines())
-    body = yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True, width=120)
+    body = yaml.dump(recipe.as_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
     return f"# Resolved from {recipe.path.name}, overrides included.\n# Decided by the machine and the run:\n{decided}{body}"

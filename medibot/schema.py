@@ -229,7 +229,7 @@ REFUSED_NAMES = {
         "use_cpu no_cuda bf16 fp16 bf16_full_eval fp16_full_eval tf32"
     ),
     ("training", HARDWARE): "deepspeed fsdp fsdp_config accelerator_config parallelism_config ddp_backend local_rank",
-    ("training", "publish a finished run with `medibot push`"): (
+    ("training", "nothing leaves this machine while it trains"): (
         "push_to_hub push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"
         " hub_revision"
     ),

@@ -348,7 +348,7 @@ def farewell(this: Run, inputs: Inputs) -> None:
 def quiet_upstream() -> None:
     """One voice: upstream's warnings and bars that repeat what MediBot reports itself."""
     transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
     disable_progress_bars()

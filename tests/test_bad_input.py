@@ -113,7 +113,7 @@ def in_rows(name: str, suffix: str, content: str | bytes, *says: str, **settings
     return case(name, "train mine.yaml", *says, edits={"rows.jsonl": file}, files={file: content}, **settings)
 
 
-def in_content(name: str, files: dict[str, str], *says: str, at: str = "path", **settings):
+def in_content(name: str, files: dict[str, str], *says: str, at: str = "path: rows", **settings):
     """Rows that can be read and not used."""
     return case(name, "inspect mine.yaml", *says, at=at, files=files, **settings)
 
@@ -124,6 +124,7 @@ def in_model(name: str, files: dict[str, str | bytes | None], *says: str, at: st
     return case(name, "train mine.yaml", *says, at=at, files=files, **settings)
 
 
+ONE, TWO = {"a.yaml": "num_processes: 1"}, {"a.yaml": "num_processes: 2"}
 STARTED = '{"status": "running", "fingerprint": "0", "parts": {"lora": {"r": 1}}}'
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LATIN = "question,answer\nWas heißt Anämie?,Blutarmut\n".encode("latin-1")
@@ -134,7 +135,9 @@ RULE = "drop_unanswered"
 RECIPES = [
     in_recipe("typo", "  max_steps: 1", "  max_step: 1", "training.max_step: no such", "did you mean max_steps?"),
     in_recipe("renamed setting", "  max_length: 256", "  max_seq_length: 256", "renamed: max_length"),
-    in_recipe("text for a number", "  max_steps: 1", "  max_steps: one", "must be a whole number", verb="inspect"),
+    in_recipe(
+        "text for a number", "  max_steps: 1", "  max_steps: one", "a whole number, not the text 'one'", verb="inspect"
+    ),
     in_recipe("number for text", "  system: Be careful.", "  system: 5", "data.system", "must be text"),
     in_recipe("unknown section", "lora:\n", "adapter:\n", "did you mean lora?"),
     in_recipe("share above a half", "  validation: 0.3", "  validation: 3", "must be at most 0.5"),
@@ -145,7 +148,9 @@ RECIPES = [
     in_recipe("required key left out", "  path: rows.jsonl\n", "", "data.path", at="data"),
     in_recipe("not a mapping", RECIPE, "- model\n", "must be a mapping, not a list", at="- model"),
     in_recipe("nothing in it", RECIPE, "# to do\n", "holds nothing", "sections at the left margin", at="# to do"),
-    in_recipe("unknown rule", "[drop_unanswered]", "[drop_unanswerd]", "did you mean drop_unanswered?", at=RULE),
+    in_recipe(
+        "unknown rule", "[drop_unanswered]", "[drop_unanswerd]", "did you mean drop_unanswered?", at="drop_unanswerd"
+    ),
     in_recipe("unknown rule setting", RULE, "{drop_short: {words: 3}}", "min_words", at="{drop_short"),
     in_recipe(
         "text in a rule setting", RULE, "{drop_short: {min_words: few}}", "must be int, not 'few'", at="{drop_sh"
@@ -158,7 +163,9 @@ RECIPES = [
     case("override of a wrong type", "inspect mine.yaml lora.r=big", "lora.r=big: lora.r", "must be a whole number"),
     case("override takes away nothing", "train mine.yaml data.name=null", "data.name=null", "nothing to take away"),
     case("unknown recipe", "train quickstrat", "quickstrat: no such recipe", "did you mean quickstart?"),
-    case("no recipe file", "inspect recipes/none.yaml", "recipes/none.yaml: no such recipe", "there are: quickstart"),
+    case(
+        "no recipe file", "inspect recipes/none.yaml", "recipes/none.yaml: no such recipe", "there are: ", "quickstart"
+    ),
     case("unknown recipe to compare", "diff mine.yaml none", "none: no such recipe"),
     case("unknown recipe to check", "validate none", "none: no such recipe"),
 ]
@@ -185,21 +192,33 @@ FILES = [
     in_recipe(
         "hub data offline", PATH, "path: org/rows", "cannot load 'org/rows' from the hub", "name, revision and network"
     ),
-    in_rows("empty file", ".jsonl", "", "rows.jsonl has no rows", "name a file with rows", at="path"),
-    in_rows("blank lines only", ".jsonl", "\n \n", "rows.jsonl has no rows", at="path"),
-    in_rows("empty CSV", ".csv", "", "rows.csv has no rows", at="path"),
-    in_rows("CSV of a header", ".csv", "topic,question,answer\n", "rows.csv has no rows", at="path"),
-    in_rows("parquet without rows", ".parquet", parquet(ROWS, 0), "rows.parquet has no rows", at="path"),
+    in_rows("empty file", ".jsonl", "", "rows.jsonl has no rows", "name a file with rows", at="path: rows"),
+    in_rows("blank lines only", ".jsonl", "\n \n", "rows.jsonl has no rows", at="path: rows"),
+    in_rows("empty CSV", ".csv", "", "rows.csv has no rows", at="path: rows"),
+    in_rows("CSV of a header", ".csv", "topic,question,answer\n", "rows.csv has no rows", at="path: rows"),
+    in_rows("parquet without rows", ".parquet", parquet(ROWS, 0), "rows.parquet has no rows", at="path: rows"),
     in_rows("JSON lines not UTF-8", ".jsonl", LATIN, "rows.jsonl:2: not UTF-8", "save it as UTF-8"),
     in_rows("CSV not UTF-8", ".csv", LATIN, "rows.csv:2: not UTF-8", "save it as UTF-8"),
     in_rows("UTF-16", ".csv", "question,answer\na,b\n".encode("utf-16"), "rows.csv:1: not UTF-8"),
-    in_rows("NUL in JSON lines", ".jsonl", '{"a": "\0"}\n', "rows.jsonl:1: not JSON"),
+    in_rows("NUL in JSON lines", ".jsonl", '{"a": "\0"}\n', "rows.jsonl:1: holds a NUL"),
     in_rows("NUL in CSV", ".csv", "question,answer\na,b\0\n", "rows.csv:2: ", "NUL"),
     in_rows(
-        "truncated parquet", ".parquet", parquet(ROWS)[:-50], "rows.parquet cannot be read", "whole parquet", at="path"
+        "truncated parquet",
+        ".parquet",
+        parquet(ROWS)[:-50],
+        "rows.parquet cannot be read",
+        "name a whole, readable file",
+        at="path: rows",
     ),
-    in_rows("text named parquet", ".parquet", jsonl(ROWS), "rows.parquet cannot be read", "whole parquet", at="path"),
-    in_rows("empty parquet", ".parquet", "", "rows.parquet cannot be read", at="path"),
+    in_rows(
+        "text named parquet",
+        ".parquet",
+        jsonl(ROWS),
+        "rows.parquet cannot be read",
+        "name a whole, readable file",
+        at="path: rows",
+    ),
+    in_rows("empty parquet", ".parquet", "", "rows.parquet cannot be read", at="path: rows"),
     in_rows("gzip named JSON lines", ".jsonl", gzip.compress(b"{}", mtime=0), "rows.jsonl:1: not UTF-8"),
     in_rows("gzip named CSV", ".csv", gzip.compress(b"a,b", mtime=0), "rows.csv:1: not UTF-8"),
     in_rows(
@@ -219,7 +238,7 @@ FILES = [
     ),
     in_rows("JSON array", ".jsonl", json.dumps(ROWS), "rows.jsonl:1: a list", "one JSON object a line"),
     in_rows("bottomless JSON", ".jsonl", jsonl(ROWS[:1]) + "[" * 100_000, "rows.jsonl:2: not JSON"),
-    in_rows("lone surrogate", ".jsonl", jsonl([ROWS[0] | {"answer": "\ud83d"}]), "rows.jsonl:1: ", "surrogate"),
+    in_rows("lone surrogate", ".jsonl", jsonl([ROWS[0] | {"answer": "\ud83d"}]), "rows.jsonl:1: not JSON", "surrogate"),
     in_rows(
         "ragged CSV", ".csv", csv_of(ROWS[:2]) + "gout,What is it, really?,No\n", "rows.csv:4: 4 cells under 3 columns"
     ),
@@ -262,7 +281,6 @@ CONTENT = [
         )
         for name in ("prompt", "completion", "row", "group", "part", "tokens", "chat_template_kwargs")
     ),
-    in_content("column without a name", with_columns(**{"": "x"}), "column", "rename it"),
     in_recipe(
         "every row dropped", RULE, "{drop_short: {min_words: 99}}", "no row is left after drop_short", at="clean"
     ),
@@ -314,7 +332,7 @@ CONTENT = [
         "test left empty",
         "train mine.yaml",
         "data.test: the test split is empty",
-        at="test",
+        at="test:",
         edits={"test: 0": "test: 0.0001"},
     ),
     in_content(
@@ -337,15 +355,31 @@ MODELS = [
         at="pretrained_model",
     ),
     in_recipe("hub model offline", "./model", "org/none", "no tokenizer in 'org/none'", "hub", at="pretrained_model"),
-    in_model("no config", {"config.json": None}, "no config in './model'"),
-    in_model("broken config", {"config.json": "{"}, "in './model'", "config.json"),
-    in_model("unknown architecture", {"config.json": '{"model_type": "none"}'}, "in './model'", "none"),
-    in_model("no tokenizer", {"tokenizer.json": None, "tokenizer_config.json": None}, "no tokenizer in './model'"),
-    in_model("broken tokenizer", {"tokenizer.json": '{"model": '}, "no tokenizer in './model'"),
-    in_model("not a tokenizer", {"tokenizer.json": "[]"}, "no tokenizer in './model'"),
+    in_model("no config", {"config.json": None}, "in 'model'", "config.json"),
+    in_model("broken config", {"config.json": "{"}, "in 'model'", "config.json"),
+    in_model("unknown architecture", {"config.json": '{"model_type": "none"}'}, "in 'model'", "none"),
+    in_model("no tokenizer", {"tokenizer.json": None, "tokenizer_config.json": None}, "no tokenizer in 'model'"),
+    in_model("broken tokenizer", {"tokenizer.json": '{"model": '}, "no tokenizer in 'model'"),
+    in_model(
+        "not a tokenizer",
+        {"tokenizer.json": "[]"},
+        "no tokenizer in 'model'",
+        wrong_today="model.loading lets the TypeError of a tokenizer.json that is no mapping through",
+    ),
     in_model("no chat template", {"chat_template.jinja": None}, "no chat template", "take a chat model"),
-    in_model("broken template", {"chat_template.jinja": "{% for %}"}, "chat template", "chat_template_path"),
-    in_model("template of nothing", {"chat_template.jinja": "{{ '' }}"}, "chat template"),
+    in_model(
+        "broken template",
+        {"chat_template.jinja": "{% for %}"},
+        "chat template",
+        "chat_template_path",
+        wrong_today="model.end_of_turn renders a template that nobody has parsed yet",
+    ),
+    in_model(
+        "template of nothing",
+        {"chat_template.jinja": "{{ '' }}"},
+        "chat template",
+        wrong_today="audit.audit fails on an empty dataset before its gate can speak",
+    ),
     in_model("template without a stop token", {"chat_template.jinja": BARE}, "does not stop generation", at=""),
     in_model(
         "template without system role",
@@ -357,11 +391,21 @@ MODELS = [
     in_model(
         "only pickled weights",
         {"model.safetensors": None, "pytorch_model.bin": b"x"},
-        "no safetensors weights in './model'",
+        "no safetensors weights in 'model'",
     ),
-    in_model("no weights", {"model.safetensors": None}, "no safetensors weights in './model'"),
-    in_model("corrupted weights", {"model.safetensors": b"\xff" * 64}, "no safetensors weights in './model'"),
-    in_model("empty weights", {"model.safetensors": b""}, "no safetensors weights in './model'"),
+    in_model("no weights", {"model.safetensors": None}, "no safetensors weights in 'model'"),
+    in_model(
+        "corrupted weights",
+        {"model.safetensors": b"\xff" * 64},
+        "no safetensors weights in 'model'",
+        wrong_today="model.loading lets SafetensorError through",
+    ),
+    in_model(
+        "empty weights",
+        {"model.safetensors": b""},
+        "no safetensors weights in 'model'",
+        wrong_today="model.loading lets SafetensorError through",
+    ),
     in_recipe(
         "no template file", "  max_steps: 1", "  chat_template_path: t.jinja", "no file 't.jinja'", "give a .jinja file"
     ),
@@ -371,6 +415,7 @@ MODELS = [
         "  chat_template_path: t.jinja",
         "chat template",
         files={"t.jinja": "{% for %}"},
+        wrong_today="model.end_of_turn renders a template that nobody has parsed yet",
     ),
     in_recipe(
         "template file not UTF-8",
@@ -378,14 +423,24 @@ MODELS = [
         "  chat_template_path: t.jinja",
         "UTF-8",
         files={"t.jinja": b"\xff"},
+        wrong_today="model.load_tokenizer lets UnicodeDecodeError through",
     ),
-    in_recipe("no such module to adapt", "all-linear", "[query]", "lora.target_modules", "query", at="target_modules"),
+    in_recipe(
+        "no such module to adapt",
+        "all-linear",
+        "[query]",
+        "lora.target_modules",
+        "query",
+        at="target_modules",
+        wrong_today="train.build_trainer lets peft's NoMatchingPeftModuleError through",
+    ),
     in_recipe(
         "attention not installed",
         "/model\n",
         "/model\n  attn_implementation: flash_attention_2\n",
         "flash_attn",
         at="attn_implementation",
+        wrong_today="model.loading lets the ImportError of an attention kernel through",
     ),
 ]
 RUNS = [
@@ -421,6 +476,43 @@ RUNS = [
     case("schema elsewhere", "schema", "recipes"),
 ]
 
+LAUNCHES = [
+    case("no accelerate config", "train mine.yaml --accelerate gpu", "ACCELERATE: no file accelerate_configs/gpu.yaml"),
+    case("no accelerate file", "train mine.yaml --accelerate a/b.yaml", "ACCELERATE: no file a/b.yaml", "there are: "),
+    case(
+        "broken accelerate file", "train mine.yaml --accelerate a.yaml", "a.yaml is not YAML", files={"a.yaml": "a: [1"}
+    ),
+    case("accelerate file not UTF-8", "train mine.yaml --accelerate a.yaml", "not YAML", files={"a.yaml": b"a: \xff"}),
+    case(
+        "empty accelerate file", "train mine.yaml --accelerate a.yaml", "a.yaml is no accelerate", files={"a.yaml": ""}
+    ),
+    case(
+        "launch quote", "train mine.yaml --accelerate a.yaml --launch '\"x'", "LAUNCH: ", "close the quote", files=ONE
+    ),
+    case(
+        "no process",
+        "train mine.yaml --accelerate a.yaml --launch=--num_processes=0",
+        "LAUNCH: --num_processes 0",
+        files=ONE,
+    ),
+    case(
+        "few processes",
+        "train mine.yaml --accelerate a.yaml --launch '--num_processes few'",
+        "a whole number",
+        files=ONE,
+    ),
+    case(
+        "processes left out",
+        "train mine.yaml --accelerate a.yaml --launch=--num_processes",
+        "a whole number",
+        files=ONE,
+    ),
+    case("typo before two processes", "train mine.yaml lora.s=1 --accelerate a.yaml", "lora.s: no such", files=TWO),
+    case(
+        "no data before two processes", "train mine.yaml data.path=none.csv --accelerate a.yaml", "none.csv", files=TWO
+    ),
+]
+
 
 @pytest.fixture
 def medibot(workplace: Path, make_model: Callable, monkeypatch, capfd) -> Callable:
@@ -451,7 +543,7 @@ def files_of(folder: Path) -> list[str]:
         whole = re.match(r"cache/prepared/[0-9a-f]{16}(/|$)", name)
         if whole and (folder / whole[0] / "prepared.json").is_file():
             continue
-        if path.suffix != ".lock" and name not in {"cache", "cache/prepared"}:
+        if path.suffix != ".lock" and name not in {"cache", "cache/prepared", "outputs"}:
             found.append(name)
     return found
 
@@ -491,4 +583,50 @@ def test_mistake_is_one_line_with_place_and_remedy(mistake: Mistake, medibot: Ca
         assert text in lines[0]
     if mistake.at:
         assert lines[0].startswith(place(workplace, mistake.at))
+    assert files_of(workplace) == before
+
+
+@pytest.mark.parametrize("mistake", LAUNCHES)
+def test_mistake_before_the_launch_starts_nothing(
+    mistake: Mistake, medibot: Callable, workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: pytest.fail(f"started {command}"))
+    arrange(workplace, mistake)
+    before = files_of(workplace)
+    code, lines = medibot(mistake.command)
+    assert code == 2
+    assert len(lines) == 1
+    for text in mistake.says:
+        assert text in lines[0]
+    assert files_of(workplace) == before
+
+
+def test_every_mistake_of_a_recipe_has_its_line(medibot, workplace):
+    arrange(workplace, Mistake("", (), edits={"  r: 2": "  rank: 2", "  max_steps: 1": "  max_steps: one\n  lr: 1"}))
+    code, lines = medibot("train mine.yaml lora.lora_dropout=much")
+    assert code == 2
+    assert len(lines) == 4
+    for line, start in zip(
+        lines, ("mine.yaml:5:3", "mine.yaml:18:3", "mine.yaml:19:3", "lora.lora_dropout=much"), strict=True
+    ):
+        assert line.startswith(f"{start}: ")
+
+
+def test_validate_reports_every_bad_recipe(medibot, workplace):
+    (workplace / "first.yaml").write_text(RECIPE.replace("max_steps", "steps"))
+    (workplace / "second.yaml").write_text(RECIPE.replace("lora:", "peft:").replace("max_length", "max_len"))
+    code, lines = medibot("validate first.yaml mine.yaml second.yaml")
+    assert code == 2
+    assert [line.split(":")[0] for line in lines] == ["first.yaml", "second.yaml", "second.yaml"]
+
+
+def test_finished_run_of_another_recipe_names_what_changed(medibot, workplace):
+    assert medibot("train mine.yaml training.logging_steps=1") == (0, [])
+    before = files_of(workplace)
+    code, lines = medibot("train mine.yaml training.logging_steps=1 training.learning_rate=1e-3 lora.r=4")
+    assert code == 2
+    assert len(lines) == 1
+    assert "outputs/mine: made from something else (lora.r: was 2, is 4 and 1 more)" in lines[0]
+    assert "choose another RUN=name" in lines[0]
     assert files_of(workplace) == before

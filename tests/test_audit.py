@@ -1,0 +1,604 @@
+"""The loss mask: what TRL's own trainer would learn from, and that the gate refuses everything else."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from conftest import FAMILIES, SAMPLE
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from medibot import model
+from medibot.audit import IGNORED, Audit, audit, examples, gate, paint_html, paint_text, painted, spans
+from medibot.data import prepare
+from medibot.recipe import DataSection, EvaluationSection, Recipe, RecipeError
+from medibot.run import Run
+from medibot.train import Inputs, build_trainer, stand_in
+
+SYSTEM = "You answer health questions in plain words."
+STOPS = {
+    "smollm2": "<|im_end|>",
+    "tinyllama": "</s>",
+    "llama3": "<|eot_id|>",
+    "qwen": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "mistral": "</s>",
+}
+QWEN = (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>", "<tool_call>", "</tool_call>"])
+LLAMA = ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"], [])
+GEMMA = ("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>", "<start_of_image>"], [])
+DEEPSEEK = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    [],
+    ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"],
+)
+GLM = (None, "<|endoftext|>", ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"], ["<think>", "</think>"])
+HARMONY = ("<|startoftext|>", "<|return|>", ["<|start|>", "<|message|>", "<|channel|>", "<|end|>"], [])
+PHI = ("<s>", "<|endoftext|>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], [])
+# A template stored in trl: bos, eos, special tokens, other added tokens; then the text that closes an answer
+STORED = {
+    "llama3": (LLAMA, "<|eot_id|>"),
+    "llama3_1": (LLAMA, "<|eot_id|>"),
+    "llama3_2": (LLAMA, "<|eot_id|>"),
+    "qwen2_5": (QWEN, "<|im_end|>"),
+    "qwen3_instruct_2507": (QWEN, "<|im_end|>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "gemma3": (GEMMA, "<end_of_turn>"),
+    "phi3": (PHI, "<|end|>\n<|endoftext|>"),
+}
+NO_THINKING = {"enable_thinking": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe's conversations, and the trainer that TRL made of them."""
+
+    inputs: Inputs
+    trainer: SFTTrainer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.inputs.tokenizer
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.trainer.train_dataset
+
+    @property
+    def conversations(self) -> Dataset:
+        return self.inputs.prepared.load("train")
+
+    def audit(self, dataset: Dataset | None = None) -> Audit:
+        stops, limit = self.inputs.generation.eos_token_id, self.trainer.args.max_length
+        return audit(dataset or self.dataset, self.conversations, self.tokenizer, stops, limit)
+
+    def refusal(self, dataset: Dataset | None = None) -> tuple[Audit, str]:
+        """The audit of `dataset` and the words with which the gate refuses it."""
+        report = self.audit(dataset)
+        with pytest.raises(RecipeError) as refused:
+            gate(report, dataset or self.dataset, self.tokenizer)
+        return report, str(refused.value)
+
+    def trained_again(self, **training: Any) -> "Case":
+        """The same conversations through TRL under other settings, as if the recipe's checks had let them pass."""
+        recipe = self.inputs.recipe
+        inputs = replace(self.inputs, recipe=replace(recipe, training=recipe.training | training))
+        run = Run(recipe.path.parent / "outputs" / "again")
+        return Case(inputs, build_trainer(inputs, run, stand_in(self.tokenizer), lora=False))
+
+    def tampered(self, row: int, change: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> Dataset:
+        """The trainer's dataset with `change` applied to one row's input ids and labels."""
+
+        def apply(columns: dict[str, list[int]], index: int) -> dict[str, list[int]]:
+            ids, labels = columns["input_ids"], columns["labels"]
+            ids, labels = change(ids, labels) if index == row else (ids, labels)
+            return {"input_ids": ids, "labels": labels}
+
+        return self.dataset.map(apply, with_indices=True)
+
+    def supervised(self) -> list[str]:
+        return [
+            self.tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORED])
+            for ids, labels in spans(self.dataset)
+        ]
+
+
+@pytest.fixture
+def make_case(workplace: Path) -> Callable[..., Case]:
+    """make_case(tokenizer, rows): prepared by medibot.data and handed to TRL by medibot.train."""
+
+    def make(
+        tokenizer: PreTrainedTokenizerBase,
+        rows: list[dict[str, str]],
+        system: str | None = SYSTEM,
+        template: dict[str, Any] | None = None,
+        **training: Any,
+    ) -> Case:
+        inputs = make_inputs(workplace, tokenizer, rows, system, template or {}, training)
+        return Case(inputs, build_trainer(inputs, Run(workplace / "outputs" / "r"), stand_in(tokenizer), lora=False))
+
+    return make
+
+
+def make_inputs(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, str]],
+    system: str | None,
+    template: dict[str, Any],
+    training: dict[str, Any],
+) -> Inputs:
+    tokenizer.save_pretrained(folder / "model")
+    config = stand_in(tokenizer).config
+    config.eos_token_id = tokenizer.eos_token_id
+    config.save_pretrained(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe(
+        name="case",
+        path=folder / "case.yaml",
+        model={"pretrained_model_name_or_path": str(folder / "model")},
+        data=DataSection(
+            path="rows.jsonl",
+            prompt="question",
+            completion="answer",
+            system=system,
+            chat_template_kwargs=template,
+            validation=0.0,
+            test=0.0,
+        ),
+        training={"max_length": 2048, "activation_checkpointing": False} | training,
+        evaluation=EvaluationSection(max_new_tokens=8),
+        written={"data": {"system": system, "template": template}},
+    )
+    loaded = model.load_tokenizer(recipe)
+    generation = model.generation_config(recipe, loaded)
+    return Inputs(recipe, loaded, generation, model.precision(), prepare(recipe, loaded, lambda _: None))
+
+
+@pytest.fixture(scope="session")
+def family_tokenizer(make_tokenizer: Callable) -> Callable:
+    """make_tokenizer with TinyLlama's line break where Jinja leaves it: one behind a block tag would be trimmed."""
+
+    def make(family: str) -> PreTrainedTokenizerFast:
+        tokenizer = make_tokenizer(family)
+        tokenizer.chat_template = tokenizer.chat_template.replace("%}\n{{ m.content", "%}{{ '\n' + m.content")
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """A SentencePiece-like tokenizer: spaces are ▁, unknown characters are spelled in bytes, the first space is lost."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=letters, show_progress=False, max_token_length=8)
+    words = [word for row in sample_rows(40) for word in row["answer"].replace(" ", " ▁").split()]
+    tokenizer.train_from_iterator(words, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    rebuilt = Tokenizer.from_str(json.dumps(state))
+    loaded = PreTrainedTokenizerFast(tokenizer_object=rebuilt, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    loaded.chat_template = FAMILIES["mistral"][0]
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def stored_tokenizer(bpe: str) -> Callable:
+    """stored_tokenizer(name, tokens): a tokenizer with one of trl's stored templates and the tokens that it needs."""
+
+    def make(name: str, tokens: tuple[str | None, str, list[str], list[str]]) -> PreTrainedTokenizerFast:
+        from tokenizers import Tokenizer
+
+        bos, eos, special, plain = tokens
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe), bos_token=bos, eos_token=eos)
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.add_tokens(plain)
+        tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+        return tokenizer
+
+    return make
+
+
+def sample_rows(count: int) -> list[dict[str, str]]:
+    """Every so-many-th row of the sample set, so that short and long ones are there."""
+    rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
+    rows = [{key: row[key] for key in ("question", "answer")} for row in rows if row["question"] and row["answer"]]
+    unique = list({row["question"]: row for row in rows}.values())
+    return unique[:: len(unique) // count][:count]
+
+
+def assert_exact(case: Case, closing: str) -> None:
+    """The loss covers each answer and what closes it, and the gate agrees."""
+    answers = [row["completion"][0]["content"] for row in case.conversations]
+    taught = [text.removesuffix("\n").lstrip(" ") for text in case.supervised()]
+    assert taught == [answer + closing for answer in answers]
+    report = case.audit()
+    assert report.violations == {}
+    gate(report, case.dataset, case.tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_covers_exactly_the_answer_and_its_stop_token(
+    family: str, family_tokenizer: Callable, make_case: Callable
+) -> None:
+    rows = sample_rows(24)
+    case = make_case(family_tokenizer(family), rows, system=None if family == "gemma" else SYSTEM)
+    assert sorted(row["completion"][0]["content"] for row in case.conversations) == sorted(r["answer"] for r in rows)
+    assert_exact(case, STOPS[family])
+
+
+def test_a_template_without_system_role_refuses_the_system_message(workplace: Path, family_tokenizer: Callable) -> None:
+    with pytest.raises(RecipeError) as refused:
+        make_inputs(workplace, family_tokenizer("gemma"), sample_rows(4), SYSTEM, {}, {})
+    assert refused.value.problems[0].key == "data.system"
+    assert "System role not supported" in refused.value.problems[0].what
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_loss_is_exact_under_stored_templates(name: str, stored_tokenizer: Callable, make_case: Callable) -> None:
+    tokens, closing = STORED[name]
+    assert_exact(
+        make_case(stored_tokenizer(name, tokens), sample_rows(6), None if name == "gemma" else SYSTEM), closing
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "qwen3_8"])
+def test_a_reasoning_model_learns_the_answer_alone_when_it_does_not_think(
+    name: str, stored_tokenizer: Callable, make_case: Callable
+) -> None:
+    assert_exact(make_case(stored_tokenizer(name, QWEN), sample_rows(6), template=NO_THINKING), "<|im_end|>")
+
+
+def test_loss_is_exact_under_a_sentencepiece_tokenizer(metaspace_tokenizer: Any, make_case: Callable) -> None:
+    assert_exact(make_case(metaspace_tokenizer, sample_rows(6)), "</s>")
+
+
+# --- what the gate refuses --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "template", "kinds"),
+    [
+        # The empty thought of a model that thinks would be learned as part of the answer
+        ("qwen3", QWEN, {}, {"outside"}),
+        ("qwen3_6", QWEN, {}, {"outside"}),
+        ("qwen3_8", QWEN, {}, {"outside"}),
+        # The prompt ends in <think>, which the training text does not hold
+        ("deepseek_r1_distill", DEEPSEEK, {}, {"prefix"}),
+        ("deepseek_r1_distill", DEEPSEEK, NO_THINKING, {"prefix"}),
+        # The answer is closed by nothing
+        ("glm4moe", GLM, {}, {"stop", "outside"}),
+        ("glm4moe", GLM, NO_THINKING, {"stop"}),
+        # The name of the channel is part of the completion
+        ("gptoss", HARMONY, {}, {"outside"}),
+    ],
+)
+def test_a_template_that_would_teach_something_else_is_refused(
+    name: str,
+    tokens: Any,
+    template: dict[str, Any],
+    kinds: set[str],
+    stored_tokenizer: Callable,
+    make_case: Callable,
+) -> None:
+    case = make_case(stored_tokenizer(name, tokens), sample_rows(4), template=template)
+    report, _ = case.refusal()
+    assert report.violations == {kind: [0, 1, 2, 3] for kind in kinds}
+
+
+def test_a_clean_dataset_is_counted_and_passes(family_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(family_tokenizer("llama3"), sample_rows(5))
+    report = case.audit()
+    chats = [row["prompt"] + row["completion"] for row in case.conversations]
+    encoded = case.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True)["input_ids"]
+    lengths = [len(ids) for ids in encoded]
+    answers = [case.tokenizer.encode(chat[-1]["content"], add_special_tokens=False) for chat in chats]
+    assert (report.rows_in, report.rows_out) == (5, 5)
+    assert (report.tokens, report.longest) == (sum(lengths), max(lengths))
+    assert report.supervised == sum(len(ids) + 1 for ids in answers)
+    record = report.as_dict()
+    assert set(record["violations"].values()) == {0}
+    assert record["supervised_share"] == round(report.supervised / report.tokens, 4)
+
+
+def add_bos(case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return [case.tokenizer.bos_token_id, *ids], [IGNORED, *labels]
+
+
+def drop_bos(_case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return ids[1:], labels[1:]
+
+
+def mask_all(_case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return ids, [IGNORED] * len(labels)
+
+
+def drop_stop(_case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return ids[:-1], labels[:-1]
+
+
+def mask_stop(_case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return ids, [*labels[:-1], IGNORED]
+
+
+def change_prompt(case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return [*ids[:6], case.tokenizer.encode("z")[0], *ids[7:]], labels
+
+
+def mask_first_of_answer(_case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    first = next(place for place, label in enumerate(labels) if label != IGNORED)
+    return ids, [*labels[:first], IGNORED, *labels[first + 1 :]]
+
+
+def train_end_of_prompt(_case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    first = next(place for place, label in enumerate(labels) if label != IGNORED)
+    return ids, [*labels[: first - 1], ids[first - 1], *labels[first:]]
+
+
+def teach_another_token(case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return ids, [*labels[:-3], case.tokenizer.encode("z")[0], *labels[-2:]]
+
+
+def close_the_answer_early(_case: Case, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return [*ids[:-4], ids[-1], *ids[-3:]], [*labels[:-4], ids[-1], *labels[-3:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (add_bos, "bos"),
+        (drop_bos, "bos"),
+        (mask_all, "nothing"),
+        (drop_stop, "stop"),
+        (mask_stop, "stop"),
+        (change_prompt, "prefix"),
+        (mask_first_of_answer, "outside"),
+        (train_end_of_prompt, "outside"),
+        (teach_another_token, "outside"),
+        (close_the_answer_early, "control"),
+    ],
+)
+def test_a_tampered_row_is_found_and_refused(
+    change: Callable, kind: str, family_tokenizer: Callable, make_case: Callable
+) -> None:
+    case = make_case(family_tokenizer("llama3"), sample_rows(4))
+    dataset = case.tampered(2, lambda ids, labels: change(case, ids, labels))
+    report, words = case.refusal(dataset)
+    assert set(map(tuple, report.violations.values())) == {(2,)}
+    assert kind in report.violations
+    assert report.as_dict()["violations"][kind] == 1
+    assert "1 of 4 train" in words
+    assert "row 2: " in words
+    assert "medibot inspect" in words
+
+
+def test_a_lost_row_is_counted(family_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(family_tokenizer("qwen"), sample_rows(5))
+    report, words = case.refusal(case.dataset.select([0, 2, 4]))
+    assert report.as_dict()["violations"]["lost"] == 2
+    assert "5 in, 3 out" in words
+    assert set(report.violations) == {"lost"}
+
+
+def test_answers_that_trl_cuts_and_rows_that_it_drops_are_refused(
+    family_tokenizer: Callable, make_case: Callable
+) -> None:
+    rows = [
+        {"question": "What is a fever?", "answer": "A rise in temperature."},
+        {"question": "What is a cough?", "answer": "Air pushed out of the lungs. " * 20},
+        {"question": "What is a cold, and " + "how long is it there, and " * 20, "answer": "A week."},
+    ]
+    case = make_case(family_tokenizer("qwen"), rows).trained_again(max_length=100)
+    report, words = case.refusal()
+    assert report.violations == {"cut": [1], "lost": [2]}
+    assert "answers cut at max_length (row 1: the loss covers 'Air pushed" in words
+    assert "3 in, 2 out" in words
+
+
+def test_loss_on_the_prompt_is_refused(family_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(family_tokenizer("qwen"), sample_rows(3)).trained_again(completion_only_loss=False)
+    report, words = case.refusal()
+    assert report.violations == {"outside": [0, 1, 2]}
+    assert "3 of 3 train: rows whose trained span is not exactly the answer" in words
+    assert "the loss covers '<|im_start|>system" in words
+
+
+def test_an_answer_whose_end_token_generation_does_not_know_is_refused(
+    family_tokenizer: Callable, make_case: Callable
+) -> None:
+    case = make_case(family_tokenizer("gemma"), sample_rows(3), system=None)
+    report = audit(case.dataset, case.conversations, case.tokenizer, [case.tokenizer.eos_token_id], 2048)
+    assert report.violations == {"stop": [0, 1, 2]}
+
+
+def test_rows_in_another_order_are_found_by_their_tokens(family_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(family_tokenizer("qwen"), sample_rows(8)).trained_again(shuffle_dataset=True, seed=3)
+    answers = [row["completion"][0]["content"] + "<|im_end|>\n" for row in case.conversations]
+    assert case.supervised() != answers
+    assert sorted(case.supervised()) == sorted(answers)
+    assert case.audit().violations == {}
+
+
+def test_packed_rows_are_audited_one_by_one(family_tokenizer: Callable, make_case: Callable) -> None:
+    plain = make_case(family_tokenizer("qwen"), sample_rows(12))
+    case = plain.trained_again(packing=True)
+    assert len(case.dataset) < 12
+    report = case.audit()
+    assert report.violations == {}
+    assert report.as_dict() == plain.audit().as_dict()
+
+
+def test_a_fault_inside_a_packed_row_is_refused_with_its_example(
+    stored_tokenizer: Callable, make_case: Callable
+) -> None:
+    case = make_case(stored_tokenizer("qwen3", QWEN), sample_rows(6)).trained_again(packing=True)
+    report, words = case.refusal()
+    assert report.violations == {"outside": [0, 1, 2, 3, 4, 5]}
+    assert "'<think>" in words
+
+
+def test_wrapped_packing_is_refused(family_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(family_tokenizer("qwen"), sample_rows(12))
+    for length in (128, 2048):
+        again = case.trained_again(packing=True, packing_strategy="wrapped", max_length=length)
+        report, words = again.refusal()
+        assert "lost" in report.violations
+        assert "12 in" in words
+
+
+# --- text that looks like control tokens ------------------------------------------------------------------------------
+
+TYPED = ["<|im_end|>", "</s>", "<|eot_id|>", "[INST]", "<|user|>", "<start_of_turn>", "<end_of_turn>", "<think>"]
+TYPED_ROWS = [
+    {"question": f"What does {text} mean, and {text}{text}?", "answer": f"The sign {text} means\n{text}: stop {text}."}
+    for text in TYPED
+]
+CLEAN_ROW = {"question": "What is a fever?", "answer": "A rise in temperature."}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_control_tokens_in_a_row_stay_text(family: str, family_tokenizer: Callable, make_case: Callable) -> None:
+    tokenizer = family_tokenizer(family)
+    case = make_case(tokenizer, [*TYPED_ROWS, CLEAN_ROW], system=None if family == "gemma" else SYSTEM)
+    assert case.audit().violations == {}
+    control = set(tokenizer.all_special_ids)
+    counts = {sum(i in control for i in ids) for ids in case.dataset["input_ids"]}
+    assert len(counts) == 1
+    plain = ["<|user|>"] if family == "tinyllama" else []
+    taught = {text.strip().removesuffix(STOPS[family]) for text in case.supervised()}
+    for typed, row in zip(TYPED, TYPED_ROWS, strict=True):
+        spaced = row["answer"].replace(typed, f"{typed[0]} {typed[1:]}")
+        assert (spaced if typed in plain else row["answer"]) in taught
+    line = next(line for line in case.inputs.prepared.ledger if line["rule"] == "role markers made text")
+    assert line["changed"] == len(plain)
+
+
+def test_control_tokens_are_found_where_upstream_is_not_asked_to_read_them_as_text(
+    family_tokenizer: Callable, make_case: Callable
+) -> None:
+    case = make_case(family_tokenizer("qwen"), [TYPED_ROWS[0], CLEAN_ROW])
+    forged = SFTTrainer(
+        model=stand_in(case.tokenizer),
+        args=SFTConfig(output_dir=str(case.inputs.recipe.path.parent), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=case.conversations.select_columns(["prompt", "completion"]),
+        processing_class=case.tokenizer,
+    )
+    typed = [row["completion"][0]["content"] for row in case.conversations].index(TYPED_ROWS[0]["answer"])
+    report, words = case.refusal(forged.train_dataset)
+    assert report.violations["control"] == [typed]
+    assert "1 of 2 train: rows whose text holds control tokens" in words
+
+
+def test_a_question_about_thinking_marks_is_text_to_a_reasoning_model(
+    stored_tokenizer: Callable, make_case: Callable
+) -> None:
+    row = {"question": "What is <think> and </think>?", "answer": "Marks around a thought."}
+    assert_exact(make_case(stored_tokenizer("qwen3", QWEN), [row, CLEAN_ROW], template=NO_THINKING), "<|im_end|>")
+
+
+def test_an_answer_of_which_the_template_drops_a_part_is_refused(
+    stored_tokenizer: Callable, make_case: Callable
+) -> None:
+    row = {"question": "What closes a thought?", "answer": "The mark </think> does."}
+    case = make_case(stored_tokenizer("qwen3", QWEN), [row, CLEAN_ROW], template=NO_THINKING)
+    report, words = case.refusal()
+    assert report.violations == {"prefix": [0]}
+    assert "1 of 2 train" in words
+
+
+def test_letters_that_a_tokenizer_composes_are_still_the_answer(bpe: str, make_case: Callable) -> None:
+    from tokenizers import Tokenizer, normalizers
+
+    backend = Tokenizer.from_str(bpe)
+    backend.normalizer = normalizers.NFC()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = FAMILIES["qwen"][0]
+    row = {"question": "What is it called?", "answer": "Me\u0301nie\u0300re's disease."}
+    case = make_case(tokenizer, [row, CLEAN_ROW])
+    assert any("M\u00e9ni\u00e8re" in text for text in case.supervised())
+    assert case.audit().violations == {}
+
+
+# --- painted rows -----------------------------------------------------------------------------------------------------
+
+COLOURFUL = {
+    "question": "Is Ménière's disease 🤢 rare?",
+    "answer": "It is rare 👩‍⚕️: naïve tests say 0.2 ‰ 🩺\N{REPLACEMENT CHARACTER}",
+}
+
+
+def painted_row(case: Case, row: int) -> list[tuple[str, str]]:
+    return painted(case.dataset[row], case.tokenizer, case.inputs.generation.eos_token_id)
+
+
+def check_painted(case: Case, index: int) -> None:
+    """Pieces spell the decoded row, and each kind the decoded tokens of that kind."""
+    row, pieces = case.dataset[index], painted_row(case, index)
+    assert "".join(text for text, _ in pieces) == case.tokenizer.decode(row["input_ids"])
+    stops = case.inputs.generation.eos_token_id
+    masked = "".join(text for text, kind in pieces if kind == "masked")
+    start = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
+    assert masked == case.tokenizer.decode(row["input_ids"][:start])
+    ends = [case.tokenizer.decode([i]) for i in row["input_ids"][start:] if i in stops]
+    assert [text for text, kind in pieces if kind == "stop"] == ends
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize("family", ["smollm2", "tinyllama", "llama3"])
+def test_painted_pieces_spell_the_row(family: str, family_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(family_tokenizer(family), [COLOURFUL, *sample_rows(2)])
+    for index in range(3):
+        check_painted(case, index)
+    colourful = next(i for i in range(3) if "👩" in case.supervised()[i])
+    texts = [text for text, _ in painted_row(case, colourful)]
+    for character in "éè🤢👩⚕ï‰🩺":
+        assert any(character in text for text in texts)
+    assert sum("\N{REPLACEMENT CHARACTER}" in text for text in texts) == 1
+
+
+def test_painted_pieces_keep_the_spaces_of_sentencepiece(metaspace_tokenizer: Any, make_case: Callable) -> None:
+    case = make_case(metaspace_tokenizer, [COLOURFUL, *sample_rows(2)])
+    for index in range(3):
+        check_painted(case, index)
+    assert any(text.startswith(" ") for text, _ in painted_row(case, 1))
+
+
+def test_a_row_that_ends_inside_a_character_is_painted_whole(family_tokenizer: Callable) -> None:
+    tokenizer = family_tokenizer("qwen")
+    ids = tokenizer.encode("well 🩺")[:-1]
+    pieces = painted({"input_ids": ids, "labels": ids}, tokenizer, [tokenizer.eos_token_id])
+    assert "".join(text for text, _ in pieces) == tokenizer.decode(ids)
+
+
+def test_painted_html_is_escaped_and_says_each_kind() -> None:
+    pieces = [('<b>&"', "masked"), ("fine", "trained"), ("</s>", "stop")]
+    assert paint_html(pieces) == (
+        '<span class="masked">&lt;b&gt;&amp;&quot;</span><span class="trained">fine</span>'
+        '<span class="stop">&lt;/s&gt;</span>'
+    )
+
+
+def test_painted_text_is_not_read_as_markup() -> None:
+    text = paint_text([("[INST] [bold]", "masked"), ("fine", "trained"), ("</s>", "stop")])
+    assert text.plain == "[INST] [bold]fine</s>"
+    assert len({str(span.style) for span in text.spans}) == 3
+
+
+def test_examples_are_the_shortest_the_median_and_the_longest_row() -> None:
+    dataset = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 1, 9, 3, 7)]})
+    assert examples(dataset) == {"shortest": 1, "median": 0, "longest": 2}
+    assert list(islice(examples(dataset, row=4).items(), 3, None)) == [("row 4", 4)]

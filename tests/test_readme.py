@@ -1,0 +1,91 @@
+"""Every command that the README shows is run, as it stands there; what needs a GPU or the hub runs in miniature."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SAMPLE
+
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for line in block.splitlines()
+    if line.startswith("make ")
+]
+COMMANDS += re.findall(r"`(make (?:list|validate|diff A=[\w-]+ B=[\w-]+))`", (ROOT / "README.md").read_text())
+SHORT = "training.max_steps=2 training.logging_steps=1 evaluation.max_new_tokens=4 data.limit.train=8 data.limit.validation=4"
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+def make(command: str, outputs: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MEDIBOT_OUTPUTS": str(outputs), "MEDIBOT_CACHE": str(outputs / "cache")}
+    words = [*shlex.split(command), *more]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def test_the_readme_shows_commands():
+    assert {"make train", "make test", "make help"} <= set(COMMANDS) and len(COMMANDS) >= 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_runs(command, outputs, make_model):
+    if command == "make test" or "multi-gpu" in command:
+        # The tests cannot run themselves, nor start GPUs that are not there: make must still know the way
+        done = make(command, outputs, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        return
+    words = dict(word.split("=", 1) for word in shlex.split(command)[1:] if "=" in word)
+    if not (ROOT / "models").exists() and "medquad" not in command:
+        pytest.skip("no models/SmolLM2-135M-Instruct here: run make model")
+    more = []
+    if command.startswith(("make train", "make inspect")):
+        small = SHORT if command.startswith("make train") else ""
+        if "medquad" in command:
+            small += f" data.path={SAMPLE} data.too_long=drop model.pretrained_model_name_or_path={make_model()}"
+        more = [f"ARGS={words.get('ARGS', '')} {small}"]
+    done = make(command, outputs, *more)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    if command.startswith("make train"):
+        run = words.get("RUN", words.get("RECIPE", "quickstart"))
+        assert f"Next:  make ask RUN={run}" in done.stdout
+        assert (outputs / run / "model" / "adapter_model.safetensors").is_file()
+    if command.startswith("make ask"):
+        assert "[base]" in done.stdout and "[tuned]" in done.stdout and "Not a medical device" in done.stdout
+
+
+def test_every_target_that_documents_name_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for document in ("README.md", "CONTRIBUTING.md", "recipes/README.md"):
+        named = set(re.findall(r"make ([a-z]+)", (ROOT / document).read_text()))
+        assert named - {"sure"} <= targets, document
+
+
+def test_recipe_headers_say_purpose_launch_and_override():
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert header[0] == "# yaml-language-server: $schema=recipe.schema.json", path
+        assert any(line.startswith("# Launch:") for line in header), path
+        assert any(line.startswith("# Override:") for line in header), path
+        assert f"`{path.stem}`" in (ROOT / "recipes" / "README.md").read_text(), path
+
+
+def test_accelerate_configs_hold_what_accelerate_knows():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+    assert {file.stem for file in files} >= {"cpu", "cpu-2", "single-gpu", "multi-gpu", "fsdp2", "zero3", "multi-node"}
+    for file in files:
+        loaded = load_config_from_file(str(file))
+        written = yaml.safe_load(file.read_text())
+        assert loaded.distributed_type == written["distributed_type"], file
+    fsdp = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+    assert fsdp["fsdp_version"] == 2 and fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
