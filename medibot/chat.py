@@ -40,6 +40,8 @@ def answers(recipe: Recipe, weights: Path, question: str) -> Iterator[tuple[str,
     yield "tuned", answer_text(tuned, tokenizer, prompts, config, template)
 
 
-def answer_text(weights: Any, tokenizer: Any, prompts: list[Any], config: GenerationConfig, template: dict[str, Any]) -> str:
+def answer_text(
+    weights: Any, tokenizer: Any, prompts: list[Any], config: GenerationConfig, template: dict[str, Any]
+) -> str:
     got = next(model.answer(weights, tokenizer, prompts, config, template))
     return got["text"] + ("" if got["stopped"] else f" … [cut at {got['tokens']} tokens]")

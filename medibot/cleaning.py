@@ -83,7 +83,7 @@ def row_key(row: Row) -> tuple[int, int]:
 def example(before: Row, after: Row | None) -> dict[str, Any]:
     """{"row": index, column: {"before", "after"}} of the question, the answer and what else changed."""
     shown: dict[str, Any] = {"row": before["row"]}
-    others = [column for column in after or {} if column not in before or after[column] != before[column]]
+    others = [column for column, new in (after or {}).items() if column not in before or new != before[column]]
     for column in dict.fromkeys(["prompt", "completion", *others]):
         old = str(before.get(column) or "")
         new = str(after.get(column) or "") if after else None

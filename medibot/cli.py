@@ -127,9 +127,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     convert(file, folder)
 
 
-def launch_training(
-    recipe: str, overrides: list[str], run: str | None, accelerate: str | None, more: list[str]
-) -> int:
+def launch_training(recipe: str, overrides: list[str], run: str | None, accelerate: str | None, more: list[str]) -> int:
     """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code."""
     config = hardware_config(accelerate)
     processes = launched_processes(config, more)

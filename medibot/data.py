@@ -25,6 +25,7 @@ from medibot import cleaning, medquad, splitting
 from medibot.cleaning import LedgerLine, Row
 from medibot.model import defuse, prompt_messages, role_markers, template_kwargs, tokenizer_fingerprint
 from medibot.recipe import Recipe, RecipeError
+from medibot.splitting import sha256
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 SPLITS = ("train", "validation", "test")
@@ -104,7 +105,7 @@ def make(
     leaks["random_split"] = splitting.random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
     chosen, limits = limit_rows(recipe, splits)
     ledger += [*lines, *limits]
-    require_rows(recipe, chosen, ledger)
+    require_rows(recipe, chosen)
     sizes = {name: len(chosen[name]) for name in SPLITS}
     record = {
         "ledger": [asdict(line) for line in ledger],
@@ -149,7 +150,9 @@ def local_files(recipe: Recipe) -> list[Path] | None:
         return files
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise recipe.error("data.path", f"cannot read {path.suffix or 'a file without suffix'}", "use " + ", ".join(SUFFIXES))
+            raise recipe.error(
+                "data.path", f"cannot read {path.suffix or 'a file without suffix'}", "use " + ", ".join(SUFFIXES)
+            )
         return [path]
     written = recipe.data.path
     if path.suffix in SUFFIXES or written.startswith((".", "/", "~")) or written.count("/") != 1:
@@ -281,7 +284,9 @@ def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
             if not isinstance(row[column], str | None):
                 what = f"row {index} holds {type(row[column]).__name__}, not text, in column {column!r}"
                 raise recipe.error("data.path", what, "convert the column to text")
-        mapped.append({"row": index} | {key: row[column] for key, column in generic.items()} | {c: row[c] for c in kept})
+        mapped.append(
+            {"row": index} | {key: row[column] for key, column in generic.items()} | {c: row[c] for c in kept}
+        )
     return mapped
 
 
@@ -292,24 +297,28 @@ def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> N
     for column, rule in (("prompt", "drop_unasked"), ("completion", "drop_unanswered")):
         empty = sum(1 for row in rows if not (row[column] or "").strip())
         if empty:
-            raise recipe.error("data.clean", f"{empty:,} of {len(rows):,} rows have no {column}", f"add the rule {rule}")
+            raise recipe.error(
+                "data.clean", f"{empty:,} of {len(rows):,} rows have no {column}", f"add the rule {rule}"
+            )
 
 
 def defuse_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
     """Rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
     after = [row | {key: defuse(row[key], markers) for key in ("prompt", "completion")} for row in rows]
     changed = [(old, new) for old, new in zip(rows, after, strict=True) if old != new]
-    examples = [{"row": old["row"], "before": old["completion"], "after": new["completion"]} for old, new in changed[:3]]
+    examples = [
+        {"row": old["row"], "before": old["completion"], "after": new["completion"]} for old, new in changed[:3]
+    ]
     return after, LedgerLine("role markers made text", len(rows), 0, len(changed), 0, len(rows), examples)
 
 
-def fit_length(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]
-) -> tuple[list[Row], LedgerLine]:
+def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[Row], LedgerLine]:
     """Rows with `tokens`; those over `training.max_length` are dropped, or refused under `too_long: error`."""
     limit = recipe.training.get("max_length", 1024)
     chats = [prompt_of(recipe, row) + completion_of(row) for row in rows]
-    counted = [row | {"tokens": tokens} for row, tokens in zip(rows, count_tokens(recipe, tokenizer, chats), strict=True)]
+    counted = [
+        row | {"tokens": tokens} for row, tokens in zip(rows, count_tokens(recipe, tokenizer, chats), strict=True)
+    ]
     long = [row for row in counted if limit is not None and row["tokens"] > limit]
     if long and recipe.data.too_long == "error":
         worst = max(long, key=lambda row: row["tokens"])
@@ -347,17 +356,18 @@ def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[dict[str, list
     lines = []
     for name, most in limits.items():
         rows = chosen[name]
-        order = sorted(rows, key=lambda row: hashlib.sha256(f"{recipe.data.seed}:{row['prompt']}:{row['row']}".encode()).digest())
-        chosen[name] = sorted(order[:most], key=lambda row: (row["row"], row.get("part") or 0))
-        lines.append(LedgerLine(f"limit {name} to {most:,}", len(rows), max(0, len(rows) - most), 0, 0, len(chosen[name]), []))
+        first = sorted(rows, key=lambda row: sha256(f"{recipe.data.seed}:{row['prompt']}:{row['row']}"))[:most]
+        chosen[name] = sorted(first, key=cleaning.row_key)
+        lines.append(LedgerLine(f"limit {name} to {most:,}", len(rows), len(rows) - len(first), 0, 0, len(first), []))
     return chosen, lines
 
 
-def require_rows(recipe: Recipe, chosen: dict[str, list[Row]], ledger: list[LedgerLine]) -> None:
+def require_rows(recipe: Recipe, chosen: dict[str, list[Row]]) -> None:
     for name, share in (("train", 1.0), ("validation", recipe.data.validation), ("test", recipe.data.test)):
         if share and not chosen[name]:
             what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"
-            raise recipe.error("data.validation" if name == "train" else f"data.{name}", what, "change the share or add rows")
+            key = "data.validation" if name == "train" else f"data.{name}"
+            raise recipe.error(key, what, "change the share or add rows")
 
 
 def prompt_of(recipe: Recipe, row: Row) -> list[dict[str, str]]:

@@ -254,7 +254,8 @@ def ask_naturally(row: Row) -> Row:
     question = TOPIC_PREFIX.sub("", question.rstrip(" ?"), count=1) + "?"
     for template, natural in QUESTIONS.items():
         if match := template.fullmatch(question):
-            if natural == r"What is \1?" and not SINGULAR.search(TOPIC_HEAD.match(match[1])[0]):
+            head = TOPIC_HEAD.match(match[1])
+            if natural == r"What is \1?" and head and not SINGULAR.search(head[0]):
                 natural = r"What are \1?"
             question = match.expand(natural)
     return revised(row, "prompt", question[0].upper() + question[1:])

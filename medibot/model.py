@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -90,7 +92,7 @@ def loading(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
     path = model_path(recipe)
     try:
         return load(path, **source(recipe), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise recipe.error(
             "model.pretrained_model_name_or_path", f"no {what} in {path!r}: {first}", remedy(what, error)
@@ -110,21 +112,42 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = loading(recipe, "tokenizer", AutoTokenizer.from_pretrained)
     template = recipe.training.get("chat_template_path")
     if template:
-        if not Path(template).is_file():
-            raise recipe.error("training.chat_template_path", f"no file {template!r}", "give a .jinja file")
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(recipe, Path(template))
     if not tokenizer.chat_template:
         raise recipe.error(
             "model.pretrained_model_name_or_path",
             "the tokenizer has no chat template",
             "take a chat model, or name a .jinja file in training.chat_template_path",
         )
+    require_working_template(recipe, tokenizer)
     if tokenizer.eos_token_id is None:
         raise recipe.error("model.pretrained_model_name_or_path", "the tokenizer has no end token", "take a chat model")
     if tokenizer.pad_token is None:
         # Labels are padded by position and attention is masked, so sharing the end token costs nothing
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_template(recipe: Recipe, file: Path) -> str:
+    if not file.is_file():
+        raise recipe.error("training.chat_template_path", f"no file {str(file)!r}", "give a .jinja file")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise recipe.error("training.chat_template_path", f"{file} is not UTF-8 text", "save it as UTF-8") from error
+
+
+def require_working_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that cannot render one question and its answer."""
+    own = "training.chat_template_path" in recipe.places
+    key = "training.chat_template_path" if own else "model.pretrained_model_name_or_path"
+    remedy = "repair it" if own else "name a .jinja file in training.chat_template_path"
+    try:
+        text = tokenizer.apply_chat_template(PROBE, tokenize=False)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise recipe.error(key, f"the chat template cannot be rendered: {error}", remedy) from error
+    if not all(message["content"] in text for message in PROBE):
+        raise recipe.error(key, "the chat template leaves out what the messages say", remedy)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -181,7 +204,7 @@ def generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Gen
     except OSError:
         config = GenerationConfig.from_model_config(loading(recipe, "config", AutoConfig.from_pretrained))
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = {*known, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
+    stops = {token for token in (*known, tokenizer.eos_token_id, end_of_turn(tokenizer)) if token is not None}
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     config.update(**sampling)
     config.update(eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, **recipe.evaluation.generate)
@@ -205,15 +228,13 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
 def load_base(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     """The base model's weights, safetensors only, quantized if the recipe says so; placed by upstream's rules."""
     written = ("attn_implementation", "variant", "use_kernels")
-    model = loading(
-        recipe,
-        "safetensors weights",
-        AutoModelForCausalLM.from_pretrained,
-        dtype=dtype,
-        use_safetensors=True,
-        quantization_config=quantization_config(recipe, dtype),
-        **{key: recipe.model[key] for key in written if key in recipe.model},
-    )
+    kwargs = {key: recipe.model[key] for key in written if key in recipe.model}
+    kwargs |= {"dtype": dtype, "use_safetensors": True, "quantization_config": quantization_config(recipe, dtype)}
+    try:
+        model = loading(recipe, "safetensors weights", AutoModelForCausalLM.from_pretrained, **kwargs)
+    except ImportError as error:
+        what = " ".join(str(error).split())
+        raise recipe.error("model.attn_implementation", what, "install it, or leave the setting out: sdpa") from error
     if recipe.quantization and not torch.cuda.is_available():
         keep_4bit_trainable(model)
     return model

@@ -53,7 +53,9 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
         raise RecipeError.of("--row", f"no row {row}", f"the training split has rows 0 to {len(dataset) - 1}")
     tables = [ledger_table(inputs), leak_table(inputs), mask_table(reports)]
     pieces = {
-        f"{name} (row {index}, {len(dataset[index]['input_ids'])} tokens)": painted(dataset[index], inputs.tokenizer, stops)
+        f"{name} (row {index}, {len(dataset[index]['input_ids'])} tokens)": painted(
+            dataset[index], inputs.tokenizer, stops
+        )
         for name, index in examples(dataset, row).items()
     }
     show(inputs, tables, pieces)
@@ -68,7 +70,9 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
 
 def show(inputs: Inputs, tables: list[Any], pieces: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    console.print(f"{inputs.recipe.name}: {method(inputs.recipe)} of {inputs.recipe.model['pretrained_model_name_or_path']}")
+    console.print(
+        f"{inputs.recipe.name}: {method(inputs.recipe)} of {inputs.recipe.model['pretrained_model_name_or_path']}"
+    )
     console.print(f"precision here: {inputs.precision.name} ({inputs.precision.reason})")
     names = [repr(inputs.tokenizer.decode([token])) for token in inputs.generation.eos_token_id]
     console.print(f"generation stops at {', '.join(names)}")

@@ -152,7 +152,7 @@ def assemble(path: Path, document: "Document") -> Recipe:
     written = {
         name: schema.as_written(name, document.value[name]) for name in schema.SECTIONS if name in document.value
     }
-    sections = {
+    sections: dict[str, Any] = {
         **written,
         "data": DataSection.model_validate(written["data"]),
         "evaluation": EvaluationSection.model_validate(written.get("evaluation", {})),
@@ -283,7 +283,7 @@ class NodeLoader(yaml.BaseLoader):
 
 def read_document(text: str, file: str) -> Document:
     """Parse one strict YAML document; RecipeError if it is none."""
-    loader = None
+    loader: Any = None
     try:
         loader = NodeLoader(text)
         node = loader.get_single_node()

@@ -47,11 +47,11 @@ class Run:
     def recipe(self) -> Path:
         return self.folder / "recipe.yaml"
 
-    def record(self) -> dict[str, Any] | None:
-        """What `run.json` says; None if this run was never started."""
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says; nothing if this run was never started."""
         file = self.folder / "run.json"
         try:
-            return read_json(file) if file.is_file() else None
+            return read_json(file) if file.is_file() else {}
         except ValueError as error:
             remedy = "delete the folder, or choose another RUN=name"
             raise RecipeError.of(f"outputs/{self.name}/run.json", f"not JSON: {error}", remedy) from error
@@ -92,9 +92,11 @@ def finished_run(name: str) -> Run:
     """The trained run called `name`, or a RecipeError that says which runs there are."""
     run = open_run(name)
     record = run.record()
-    if record is None:
+    if not record:
         there = sorted(file.parent.name for file in outputs_folder().glob("*/run.json"))
-        raise RecipeError.of("RUN", f"no run {name!r}", f"there are: {', '.join(there)}" if there else "run: make train")
+        raise RecipeError.of(
+            "RUN", f"no run {name!r}", f"there are: {', '.join(there)}" if there else "run: make train"
+        )
     if record["status"] != "finished":
         raise RecipeError.of("RUN", f"{name!r} is not finished", "run the same make train again: it goes on")
     return run
@@ -112,7 +114,7 @@ def refuse_changed(run: Run, parts: dict[str, Any]) -> None:
     """A run goes on only as what it began as; the error names what is different."""
     record = run.record()
     parts = json.loads(json.dumps(parts))
-    if record is None or record["parts"] == parts:
+    if not record or record["parts"] == parts:
         return
     before, after = dict(flattened(record["parts"])), dict(flattened(parts))
     changed = [key for key in before | after if before.get(key, ABSENT) != after.get(key, ABSENT)]

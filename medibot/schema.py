@@ -326,7 +326,7 @@ def narrowed(hint: Any) -> Any:
         typed = any(get_origin(part) in (Literal, dict) or part is dict for part in parts)
         return Union[tuple(part for part in parts if not (typed and part is str))]  # noqa: UP007
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return Literal[tuple(member.value for member in hint)]
+        return Literal[tuple(member.value for member in hint)]  # ty: ignore[invalid-type-form]
     if isinstance(hint, type) and hint.__module__.split(".")[0] in ("peft", "trl", "transformers", "accelerate"):
         return dict[str, Any]
     return hint
@@ -371,7 +371,7 @@ def section_models() -> dict[str, type[Section]]:
         "data": DataSection,
         "training": constructor_section("training", SFTConfig, hints(SFTConfig, TRAINING_TYPES)),
         "evaluation": EvaluationSection,
-        "evaluation.generate": create_model("GenerationSettings", __base__=Section, **generation),
+        "evaluation.generate": create_model("GenerationSettings", __base__=Section, **generation),  # ty: ignore[no-matching-overload]
         "tracking": TrackingSection,
     }
 
@@ -729,7 +729,7 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe for editors, made from the same models that check it."""
     models = section_models()
     sections = {name: (models[name], ... if name in REQUIRED else Field(default_factory=dict)) for name in SECTIONS}
-    schema = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections).model_json_schema()
+    schema = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections).model_json_schema()  # ty: ignore[no-matching-overload]
     generate = schema["$defs"]["EvaluationSection"]["properties"]["generate"]
     generate |= models["evaluation.generate"].model_json_schema() | {"description": generate["description"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

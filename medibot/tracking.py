@@ -3,7 +3,7 @@
 import hashlib
 import netrc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,12 @@ class Mirror:
 
 
 @contextmanager
-def tracked(recipe: Recipe, run: Run, config: dict[str, Any], main_process: bool) -> Iterator[Mirror]:
+def tracked(recipe: Recipe, run: Run, config: dict[str, Any], main_process: bool) -> Generator[Mirror]:
     """A `Mirror` for the duration of a training; silent where the recipe has no tracking section."""
     if recipe.tracking is None or not main_process:
         yield Mirror()
         return
-    wandb_run = start(recipe, run, config)
+    wandb_run = start(recipe.tracking, recipe.name, run, config)
     try:
         yield Mirror(wandb_run)
     except BaseException:
@@ -58,24 +58,30 @@ def tracked(recipe: Recipe, run: Run, config: dict[str, Any], main_process: bool
             print(f"W&B: kept offline; to upload: wandb sync {run.folder}/wandb/offline-run-*")
 
 
-def start(recipe: Recipe, run: Run, config: dict[str, Any]) -> Any:
+def start(tracking: dict[str, Any], group: str, run: Run, config: dict[str, Any]) -> Any:
     """`wandb.init` with the recipe's tracking section; offline without a key, and offline again if the server fails."""
     # Staged artifacts and error reports would otherwise leave the run's folder
     os.environ.setdefault("WANDB_DATA_DIR", str(run.folder.absolute() / "wandb"))
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    settings = {"console": "off", "disable_code": True, "init_timeout": 20, "silent": True, "disable_job_creation": True}
+    settings = {
+        "console": "off",
+        "disable_code": True,
+        "init_timeout": 20,
+        "silent": True,
+        "disable_job_creation": True,
+    }
     options: dict[str, Any] = {
         "project": "medibot",
-        "group": recipe.name,
+        "group": group,
         "job_type": "train",
         "name": run.name,
         "dir": str(run.folder),
-        "id": hashlib.sha256(str(run.record()["fingerprint"] + run.name).encode()).hexdigest()[:16],
+        "id": hashlib.sha256((run.record()["fingerprint"] + run.name).encode()).hexdigest()[:16],
         "resume": "allow",
         "config": config,
-    } | recipe.tracking
+    } | tracking
     mode = options.pop("mode", None) or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     try:
         wandb_run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)

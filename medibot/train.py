@@ -1,6 +1,6 @@
 """Assemble TRL's SFTTrainer from a recipe, prove its loss mask, train, resume, save.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train quickstart
+accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train quickstart
 """
 
 import logging
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
+from peft import NoMatchingPeftModuleError
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -70,7 +71,7 @@ def train(recipe: Recipe, name: str) -> None:
     base = model.base_identity(recipe)
     key, parts = run.fingerprint(recipe, inputs.prepared.fingerprint, base, state.num_processes)
     run.refuse_changed(this, parts)
-    if (this.record() or {}).get("status") == "finished":
+    if this.record().get("status") == "finished":
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
         return
     started = this.folder.exists()
@@ -114,14 +115,18 @@ def build_trainer(inputs: Inputs, this: Run, weights: PreTrainedModel, lora: boo
     """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
     columns = {split: inputs.prepared.load(split) for split in ("train", "validation")}
     datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
-    trainer = SFTTrainer(
-        model=weights,
-        args=sft_config(inputs, this),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
-        processing_class=inputs.tokenizer,
-        peft_config=model.lora_config(inputs.recipe) if lora else None,
-    )
+    try:
+        trainer = SFTTrainer(
+            model=weights,
+            args=sft_config(inputs, this),
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("validation"),
+            processing_class=inputs.tokenizer,
+            peft_config=model.lora_config(inputs.recipe) if lora else None,
+        )
+    except NoMatchingPeftModuleError as error:
+        what = " ".join(str(error).split())
+        raise inputs.recipe.error("lora.target_modules", what, "name modules that this model has") from error
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad and inputs.recipe.lora:
@@ -242,7 +247,11 @@ class Record(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and (not math.isfinite(loss) or loss == 0.0):
-            why = "lower training.learning_rate, or check the weights" if loss != 0.0 else "nothing was learned from: check the data"
+            why = (
+                "lower training.learning_rate, or check the weights"
+                if loss != 0.0
+                else "nothing was learned from: check the data"
+            )
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", why)
         if not state.is_world_process_zero:
             return
@@ -290,7 +299,9 @@ def describe(trainer: SFTTrainer, inputs: Inputs) -> None:
     say(f"precision  {inputs.precision.name}: {inputs.precision.reason}")
     say(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     accumulated = args.gradient_accumulation_steps
-    say(f"batch      {each} per device x {accumulated} accumulated x {ways} processes = {global_batch_size(trainer)} rows a step")
+    say(
+        f"batch      {each} per device x {accumulated} accumulated x {ways} processes = {global_batch_size(trainer)} rows a step"
+    )
 
 
 def method(recipe: Recipe) -> str:

@@ -17,14 +17,15 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # SmolLM2 puts in a system prompt of its own when none is given
-SMOLLM2 = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}" + CHATML
-)
+SMOLLM2 = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}" + CHATML
 # Role markers are plain text, and each turn ends in the end token
 TINYLLAMA = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-).replace("<|{{ m.role }}|>", "{% if m.role == 'user' %}<|user|>{% elif m.role == 'system' %}<|system|>{% else %}<|assistant|>{% endif %}")
+).replace(
+    "<|{{ m.role }}|>",
+    "{% if m.role == 'user' %}<|user|>{% elif m.role == 'system' %}<|system|>{% else %}<|assistant|>{% endif %}",
+)
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
     "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -45,7 +46,12 @@ MISTRAL = (
 FAMILIES = {
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>", ["<|endoftext|>"]),
     "tinyllama": (TINYLLAMA, "<s>", "</s>", ["<unk>"]),
-    "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"]),
+    "llama3": (
+        LLAMA3,
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"],
+    ),
     "qwen": (CHATML, None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"]),
     "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
     "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"]),
@@ -62,7 +68,9 @@ def bpe() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    )
     return tokenizer.to_str()
 
 

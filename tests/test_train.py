@@ -143,7 +143,14 @@ def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
     for name in ("metrics.jsonl", "answers.jsonl"):
         whole, torn = (read_lines(open_run(run).folder / name) for run in ("whole", "torn"))
         timing = {"seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
-        timing |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "num_tokens", "eval_num_tokens", "train_tokens_per_second"}
+        timing |= {
+            "eval_runtime",
+            "eval_samples_per_second",
+            "eval_steps_per_second",
+            "num_tokens",
+            "eval_num_tokens",
+            "train_tokens_per_second",
+        }
         strip = [[{k: v for k, v in line.items() if k not in timing} for line in lines] for lines in (whole, torn)]
         assert strip[0] == strip[1]
 
@@ -164,7 +171,9 @@ def test_evaluation_leaves_4bit_training_unchanged(miniature):
     # Evaluations draw from the random stream that orders the batches, so the order is fixed here
     steps = ["training.max_steps=4", "training.train_sampling_strategy=sequential"]
     training.train(miniature("quickstart", *steps, "training.eval_steps=1"), "often")
-    training.train(miniature("quickstart", *steps, "training.eval_strategy=no", "training.eval_on_start=false"), "never")
+    training.train(
+        miniature("quickstart", *steps, "training.eval_strategy=no", "training.eval_on_start=false"), "never"
+    )
     assert losses("often") == losses("never")
     assert_same(adapter("often"), adapter("never"))
 
@@ -184,7 +193,9 @@ def test_two_processes_give_the_weights_of_one(make_model, workplace):
         config = str(ROOT / "accelerate_configs" / f"{hardware}.yaml")
         command = [sys.executable, "-m", "medibot", "train", str(ROOT / "recipes" / "quickstart.yaml"), *shared]
         command += [f"training.per_device_train_batch_size={rows}", "--run", name, "--accelerate", config]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"{rows} per device x 1 accumulated x {2 // rows} processes = 2 rows a step" in done.stdout
     assert_same(adapter("one"), adapter("two"), tolerance=1e-5)
