@@ -51,7 +51,7 @@ test: .venv/.dev $(SMOLLM2)/config.json  ## run the tests
 check: .venv/.dev  ## lint, format, types, spelling, import contract, recipes against their schema
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/ty check medibot
-	@$(BIN)/codespell medibot tests recipes/*.yaml accelerate_configs *.md
+	@$(BIN)/codespell medibot recipes/*.yaml accelerate_configs *.md
 	@$(BIN)/lint-imports
 	@$(BIN)/check-jsonschema --schemafile recipes/recipe.schema.json recipes/*.yaml
 

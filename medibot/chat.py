@@ -12,23 +12,25 @@ from medibot.recipe import Recipe, RecipeError, load_recipe
 from medibot.run import finished_run
 
 
-def ask_both(run_name: str, question: str) -> None:
+def ask_both(run_name: str, question: str, max_new_tokens: int = 256) -> None:
     """Print the base model's and the tuned model's answer to `question`, from one load where there is an adapter."""
     if not question.strip():
         raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
     this = finished_run(run_name)
+    model.quiet_upstream()
     recipe = load_recipe(str(this.recipe))
     print(f"\n{question}")
-    for name, text in answers(recipe, this.weights, question):
+    for name, text in answers(recipe, this.weights, question, max_new_tokens):
         print(f"\n[{name}]\n{text}")
 
 
-def answers(recipe: Recipe, weights: Path, question: str) -> Iterator[tuple[str, str]]:
+def answers(recipe: Recipe, weights: Path, question: str, max_new_tokens: int) -> Iterator[tuple[str, str]]:
     """("base", text) and ("tuned", text) for one question: same prompt, same decoding."""
     dtype = model.precision(recipe.model.get("dtype")).dtype
     # The run's own copy of tokenizer and template, so that use cannot differ from training
     tokenizer = AutoTokenizer.from_pretrained(weights)
     config = GenerationConfig.from_pretrained(weights)
+    config.max_new_tokens = max_new_tokens
     template = model.template_kwargs(recipe)
     prompts = [model.prompt_messages(question, recipe.data.system, model.role_markers(tokenizer))]
     tuned = model.load_tuned(recipe, weights, dtype)

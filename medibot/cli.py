@@ -101,12 +101,13 @@ def train(
 def ask(
     run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
     question: Annotated[str, typer.Option("--question", "-q")] = "What is anemia?",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
 ) -> None:
     """One question to a run: the base model's answer and the tuned one's."""
     from medibot.chat import ask_both
 
     print(NOTICE)
-    ask_both(run, question)
+    ask_both(run, question, max_new_tokens)
 
 
 @app.command()

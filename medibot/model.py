@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,3 +340,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(partial)
     partial.rename(folder)
+
+
+def quiet_upstream() -> None:
+    """One voice: upstream's warnings and bars that repeat what MediBot reports itself."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")

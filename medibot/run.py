@@ -8,12 +8,15 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from medibot.recipe import ABSENT, Recipe, RecipeError, flattened, scalar
 
@@ -100,6 +103,22 @@ def finished_run(name: str) -> Run:
     if record["status"] != "finished":
         raise RecipeError.of("RUN", f"{name!r} is not finished", "run the same make train again: it goes on")
     return run
+
+
+@contextmanager
+def claimed(run: Run, main_process: bool) -> Generator[None]:
+    """Hold the outputs folder for one training: a second one at the same time is refused."""
+    if not main_process:
+        yield
+        return
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run.folder.with_name(f".{run.name}.lock"), timeout=0).acquire()
+    except Timeout as error:
+        remedy = "wait for it, or choose another RUN=name"
+        raise RecipeError.of(f"outputs/{run.name}", "another training is writing it now", remedy) from error
+    with lock:
+        yield
 
 
 def fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:

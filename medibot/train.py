@@ -3,19 +3,16 @@
 accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train quickstart
 """
 
-import logging
 import math
 import os
 import shutil
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from datasets import disable_progress_bars
 from peft import NoMatchingPeftModuleError
@@ -52,7 +49,8 @@ class Inputs:
 
 def gather(recipe: Recipe) -> Inputs:
     """Tokenizer, precision and conversations of a recipe; refuses what cannot train, loads no weights."""
-    quiet_upstream()
+    model.quiet_upstream()
+    disable_progress_bars()
     tokenizer = model.load_tokenizer(recipe)
     return Inputs(
         recipe,
@@ -83,15 +81,15 @@ def train(recipe: Recipe, name: str) -> None:
             shutil.rmtree(this.folder, ignore_errors=True)
         raise
     describe(trainer, inputs)
-    checkpoint = begin(this, inputs, key, parts, reports, trainer)
-    # An interrupted run was evaluated at its start already: a second time would stand in the record twice
-    trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
-    state.wait_for_everyone()
-    config = wandb_config(this, inputs)
-    with tracking.tracked(recipe, this, config, state.is_main_process) as mirror:
-        trainer.add_callback(Record(this, mirror, inputs, checkpoint))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        save(trainer, inputs, this, mirror)
+    with run.claimed(this, state.is_main_process):
+        checkpoint = begin(this, inputs, key, parts, reports, trainer)
+        # An interrupted run was evaluated at its start already: a second time would stand in the record twice
+        trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
+        state.wait_for_everyone()
+        with tracking.tracked(recipe, this, wandb_config(this, inputs), state.is_main_process) as mirror:
+            trainer.add_callback(Record(this, mirror, inputs, checkpoint))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            save(trainer, inputs, this, mirror)
     if state.is_main_process:
         farewell(this, inputs)
 
@@ -354,12 +352,3 @@ def farewell(this: Run, inputs: Inputs) -> None:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
     print(f"\nDone: {this.folder}  (recipe, ledger, split, metrics, answers; weights in {this.weights})")
     print(f'Next:  make ask RUN={this.name} Q="What is anemia?"')
-
-
-def quiet_upstream() -> None:
-    """One voice: upstream's warnings and bars that repeat what MediBot reports itself."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
-    disable_progress_bars()

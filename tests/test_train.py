@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from medibot import train as training
 from medibot.recipe import Recipe, RecipeError, load_recipe
-from medibot.run import open_run, read_lines
+from medibot.run import claimed, open_run, read_lines
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Small enough for seconds; everything else stays as the recipe says
@@ -207,3 +207,18 @@ def test_a_world_that_is_not_the_one_launched_is_refused(miniature, monkeypatch)
     monkeypatch.setenv("MEDIBOT_PROCESSES", "2")
     with pytest.raises(RecipeError, match="2 processes were launched and 1 found each other"):
         training.train(miniature("quickstart"), "mini")
+
+
+def test_two_trainings_into_one_folder_are_refused(miniature):
+    with claimed(open_run("mini"), True), pytest.raises(RecipeError, match="another training is writing it now"):
+        training.train(miniature("quickstart"), "mini")
+    assert not (open_run("mini").folder / "run.json").exists()
+
+
+def test_a_server_that_refuses_does_not_stop_training(miniature, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_MODE")
+    training.train(miniature("quickstart"), "mini")
+    assert len(losses("mini")) == 2 and open_run("mini").record()["status"] == "finished"
+    assert "tracking offline instead" in capsys.readouterr().out

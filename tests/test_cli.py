@@ -1,0 +1,112 @@
+"""The verbs: fast where they must be, private from the first import, and their exit codes survive the launcher."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from medibot import cli
+from medibot.recipe import RecipeError
+
+HEAVY = "torch transformers trl peft datasets wandb bitsandbytes accelerate"
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["train", "--help"]])
+def test_help_and_list_import_nothing_heavy(words):
+    done = python(
+        f"""
+import sys
+sys.argv = ["medibot", *{words}]
+from medibot.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("HEAVY", [name for name in {HEAVY.split()} if name in sys.modules])
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert "HEAVY []" in done.stdout
+
+
+def test_upstream_telemetry_is_off_before_upstream_is_imported():
+    code = """
+import sys
+sys.argv = ["medibot", "list"]
+from medibot.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+from huggingface_hub import constants
+print("OFF", constants.HF_HUB_DISABLE_TELEMETRY)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "OFF True" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("devices", "config"),
+    [("", "cpu"), ("-1", "cpu"), ("0", "single-gpu"), ("0,1", "multi-gpu"), ("GPU-a,GPU-b", "multi-gpu")],
+)
+def test_hardware_is_what_the_machine_has(devices, config, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    assert cli.hardware_config(None).stem == config
+
+
+def test_accelerate_names_the_hardware(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.launched_processes(cli.hardware_config("cpu-2"), []) == 2
+    assert cli.launched_processes(cli.hardware_config("multi-gpu"), ["--num_processes", "4"]) == 4
+    with pytest.raises(RecipeError, match="there are: cpu, cpu-2"):
+        cli.hardware_config("tpu")
+
+
+def test_diff_shows_only_what_differs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    cli.diff("medquad-lora", "medquad-dora")
+    said = capsys.readouterr().out
+    assert "lora.use_dora" in said and "tracking.tags" in said
+    assert "learning_rate" not in said
+
+
+def test_exit_code_and_line_survive_the_launcher(workplace):
+    (workplace / "mine.yaml").write_text(
+        (ROOT / "recipes" / "quickstart.yaml").read_text().replace("consumer_health.jsonl", "none.jsonl")
+    )
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    command = [
+        sys.executable,
+        "-m",
+        "medibot",
+        "train",
+        "mine.yaml",
+        "training.learning_rat=1",
+        "--accelerate",
+        str(config),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "training.learning_rat=1: training.learning_rat: no such setting (did you mean learning_rate?)"
+    ]
+    assert not (workplace / "outputs").exists()
+
+
+def test_every_makefile_target_of_ours_is_a_verb():
+    makefile = (ROOT / "Makefile").read_text()
+    used = set(re.findall(r"\$\(MEDIBOT\) ([a-z-]+)", makefile))
+    verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    assert {"train", "inspect", "ask", "list", "validate", "diff", "schema"} <= used <= verbs
