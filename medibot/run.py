@@ -75,7 +75,9 @@ class Run:
         found = [
             folder
             for folder in self.checkpoints.glob("checkpoint-*")
-            if (folder / "trainer_state.json").is_file() and any(folder.glob("*.safetensors"))
+            if re.fullmatch(r"checkpoint-\d+", folder.name)
+            and (folder / "trainer_state.json").is_file()
+            and any(folder.glob("*.safetensors"))
         ]
         return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
@@ -149,7 +151,10 @@ def read_json(file: Path) -> Any:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; none if it is not there yet."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    if not file.is_file():
+        return []
+    # Not splitlines: an answer may hold a U+2028. What follows the last line end is a line that was never finished
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def rewind(run: Run, step: int) -> float:

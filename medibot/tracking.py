@@ -87,6 +87,8 @@ def start(tracking: dict[str, Any], group: str, run: Run, config: dict[str, Any]
         wandb_run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
     except (wandb.Error, OSError) as error:
         print(f"W&B: {str(error).splitlines()[0]}; tracking offline instead")
+        # The failed attempt would hold on to the run's id
+        wandb.teardown()
         wandb_run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
     for axis in AXES:
         wandb_run.define_metric(axis)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SAMPLE
 
 from medibot import cli
 from medibot.recipe import RecipeError
@@ -110,3 +110,69 @@ def test_every_makefile_target_of_ours_is_a_verb():
     used = set(re.findall(r"\$\(MEDIBOT\) ([a-z-]+)", makefile))
     verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     assert {"train", "inspect", "ask", "list", "validate", "diff", "schema"} <= used <= verbs
+
+
+SMALL = """\
+model: {pretrained_model_name_or_path: MODEL}
+lora: {r: 2, target_modules: all-linear}
+data: {path: SAMPLE, prompt: question, completion: answer, system: "Be [careful].", test: 0, validation: 0, limit: 2}
+training: {max_steps: 1, max_length: 2048, save_strategy: "no"}
+"""
+
+
+@pytest.fixture
+def medibot(workplace, make_model, monkeypatch):
+    """medibot(*words): the verb run here, with a small recipe in mine.yaml; gives its exit code."""
+    (workplace / "mine.yaml").write_text(SMALL.replace("MODEL", str(make_model())).replace("SAMPLE", str(SAMPLE)))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["medibot", *words])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
+
+
+def test_ask_gives_the_notice_and_both_answers(medibot, capsys):
+    assert medibot("train", "mine.yaml") == 0
+    capsys.readouterr()
+    assert medibot("ask", "--run", "mine", "-q", "What is anemia?", "--max-new-tokens", "3") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(cli.NOTICE)
+    assert said.index("What is anemia?") < said.index("[base]") < said.index("[tuned]")
+
+
+def test_diff_shows_brackets_as_they_are_written(medibot, workplace, capsys):
+    text = (workplace / "mine.yaml").read_text()
+    (workplace / "other.yaml").write_text(text.replace("Be [careful].", "Be [/careful]. [red]"))
+    assert medibot("diff", "mine.yaml", "other.yaml") == 0
+    said = capsys.readouterr().out
+    assert "Be [careful]." in said and "Be [/careful]. [red]" in said and "max_steps" not in said
+    assert medibot("diff", "mine.yaml", "mine.yaml") == 0
+    assert "mine.yaml and mine.yaml say the same" in capsys.readouterr().out
+
+
+def test_nothing_is_sent_about_its_use(medibot, monkeypatch):
+    names = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "WANDB_ERROR_REPORTING")
+    for name in names:
+        # Set and taken away, so that the value is put back afterwards
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    assert medibot("validate", "mine.yaml") == 0
+    assert [os.environ[name] for name in names] == ["1", "1", "false"]
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ("", []),
+        ("--num_processes=2 --debug", ["--num_processes", "2", "--debug"]),
+        ("--main_process_ip 'a b' -x=1", ["--main_process_ip", "a b", "-x=1"]),
+    ],
+)
+def test_launch_arguments_are_split_as_a_shell_does(launch, words):
+    assert cli.split_launch(launch) == words

@@ -1,6 +1,7 @@
 """The outputs folder: names, whole files, whole checkpoints, and what makes two runs the same."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -105,3 +106,124 @@ def test_files_appear_whole(workplace):
         this.write("ledger.json", {"a": object()})
     assert json.loads((this.folder / "ledger.json").read_text()) == {"a": 1}
     assert [file.name for file in this.folder.iterdir()] == ["ledger.json"]
+
+
+@pytest.fixture
+def mine(workplace):
+    """A run with an empty folder."""
+    (workplace / "outputs" / "mine").mkdir(parents=True)
+    return run.open_run("mine")
+
+
+def test_interrupted_write_leaves_the_file_as_it_was(mine, monkeypatch):
+    mine.write("run.json", {"status": "running"})
+
+    def killed(file, target):
+        assert json.loads(file.read_text()) == {"status": "finished"} and target.name == "run.json"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        mine.write("run.json", {"status": "finished"})
+    assert mine.record() == {"status": "running"}
+    mine.write("run.json", {"status": "finished"})
+    assert mine.record() == {"status": "finished"}
+
+
+def test_appended_lines_are_read_back_whatever_they_hold(mine):
+    assert run.read_lines(mine.metrics) == []
+    lines = [{"step": 1, "text": "a\u2028b\x85c\x0cd\r\ne"}, {"step": 2}]
+    for line in lines:
+        mine.append(mine.metrics, line)
+    assert run.read_lines(mine.metrics) == lines
+    run.rewind(mine, 2)
+    assert run.read_lines(mine.metrics) == lines
+
+
+def test_half_a_last_line_is_forgotten(mine):
+    mine.append(mine.metrics, {"step": 1, "seconds": 2.0})
+    with mine.metrics.open("a") as stream:
+        stream.write('{"step": 2, "sec')
+    assert run.read_lines(mine.metrics) == [{"step": 1, "seconds": 2.0}]
+    assert run.rewind(mine, 1) == 2.0
+    mine.append(mine.metrics, {"step": 2})
+    assert [line["step"] for line in run.read_lines(mine.metrics)] == [1, 2]
+
+
+def test_rewind_of_a_run_without_records_writes_none(mine):
+    assert run.rewind(mine, 5) == 0.0
+    assert list(mine.folder.iterdir()) == []
+
+
+def test_only_numbered_folders_are_checkpoints(mine):
+    for name in ("checkpoint-2", "checkpoint-2-copy", "checkpoint-best", "checkpoint-"):
+        folder = mine.checkpoints / name
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").touch()
+        (folder / "model-00001-of-00002.safetensors").touch()
+    assert mine.last_checkpoint() == mine.checkpoints / "checkpoint-2"
+
+
+def test_second_training_in_a_folder_is_refused_while_the_first_runs(mine):
+    with run.claimed(mine, True):
+        with pytest.raises(RecipeError, match="another training is writing it now"), run.claimed(mine, True):
+            pass
+        with run.claimed(mine, False):
+            pass
+    with run.claimed(mine, True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ([], ["lora.target_modules=[q_proj]"], "lora.target_modules: was 'all-linear', is ['q_proj'])"),
+        (["lora.bias=none"], [], "lora.bias: was 'none', is absent)"),
+        (["training.max_length="], ["training.max_length=null"], "training.max_length: was absent, is None)"),
+        (["quantization=null", "lora=null"], ["quantization=null", "lora={}"], "lora: was absent, is {})"),
+        ([], ["lora.r=4", "training.seed=3"], "lora.r: was 16, is 4 and 1 more)"),
+    ],
+)
+def test_what_changed_is_named_even_where_it_was_absent(mine, before, after, says):
+    mine.write("run.json", {"parts": run.fingerprint(quickstart(*before), "d", {}, 1)[1]})
+    with pytest.raises(RecipeError) as caught:
+        run.refuse_changed(mine, run.fingerprint(quickstart(*after), "d", {}, 1)[1])
+    assert says in str(caught.value)
+
+
+TEXTS = [
+    "2e-4", "1e5", "12e03", "0o17", "0x1F", "010", "1_000", ".5", "1.", "-3", "+1.5E3", ".inf", ".nan", "60:30", "9" * 30 + "." + "9" * 30,
+    "no", "yes", "on", "off", "y", "true", "False", "null", "~", "2001-01-01", "=", "<<", "- a", "a: b", "a #b", "#",
+    "[a]", "{a}", "*a", "&a", "!a", "%a", "@a", "`a", "|", ">", "?", "'", '"', "a'b\"c", " a ", "a\nb\n\nc\n", "a\tb", "\\n",
+    "Anämie\u2028\u00a0\ufeff", "word " * 60,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_resolved_recipe_keeps_text_as_text(workplace, text):
+    recipe = quickstart(f"data.system={json.dumps(text)}")
+    assert recipe.data.system == text
+    (workplace / "again.yaml").write_text(run.resolved_yaml(recipe, {"dtype": "float32"}), encoding="utf-8")
+    assert load_recipe("again.yaml").as_dict() == recipe.as_dict()
+
+
+def test_resolved_recipe_keeps_keys_numbers_and_nothing(workplace):
+    recipe = quickstart(
+        "training.learning_rate=1e-05",
+        "training.max_length=null",
+        "training.lr_scheduler_kwargs={'2e-4': 1, 'no': [], small: 1e-300, large: 1e+22, whole: 2.0, none: null}",
+        "lora={}",
+        "data.clean=[drop_unanswered, {drop_short: {min_words: 3}}]",
+    )
+    (workplace / "again.yaml").write_text(run.resolved_yaml(recipe, {"why": "line\nbreak"}), encoding="utf-8")
+    again = load_recipe("again.yaml")
+    assert json.dumps(again.as_dict()) == json.dumps(recipe.as_dict())
+    assert again.data == recipe.data
+
+
+def test_environment_names_versions_commit_and_hardware():
+    known = run.environment("cpu")
+    assert known["device"] == "cpu" and known["cpus"] >= 1
+    assert {"torch", "trl", "medibot"} <= set(known["versions"])
+    assert known["commit"] is None or len(known["commit"]) == 40
+    json.dumps(known)
