@@ -332,6 +332,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
         transformers.logging.disable_progress_bar()
     if not file.is_file():
         raise RecipeError.of("model", f"no GGUF file {file}", "run: make model")
+    if folder.exists():
+        raise RecipeError.of("model", f"{folder} is there already", "delete it, or name another folder")
     partial = folder.with_name(f".{folder.name}.partial")
     kwargs = {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(

@@ -69,7 +69,7 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
 
 
 def show(inputs: Inputs, tables: list[Any], pieces: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(
         f"{inputs.recipe.name}: {method(inputs.recipe)} of {inputs.recipe.model['pretrained_model_name_or_path']}"
     )

@@ -64,8 +64,8 @@ def gather(recipe: Recipe) -> Inputs:
 def train(recipe: Recipe, name: str) -> None:
     """Train `recipe` into outputs/<name>: start, go on from the last whole checkpoint, or say that it is done."""
     state = launched_world()
-    inputs = gather(recipe)
     this = run.open_run(name)
+    inputs = gather(recipe)
     base = model.base_identity(recipe)
     key, parts = run.fingerprint(recipe, inputs.prepared.fingerprint, base, state.num_processes)
     run.refuse_changed(this, parts)
