@@ -96,11 +96,11 @@ def loading(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise recipe.error(
-            "model.pretrained_model_name_or_path", f"no {what} in {path!r}: {first}", remedy(what, error)
+            "model.pretrained_model_name_or_path", f"no {what} in {path!r}: {first}", loading_remedy(what, error)
         ) from error
 
 
-def remedy(what: str, error: Exception) -> str:
+def loading_remedy(what: str, error: Exception) -> str:
     """What the author can do about something that upstream could not load."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own: read that, then write model.trust_remote_code: true"

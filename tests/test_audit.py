@@ -33,11 +33,12 @@ STOPS = {
 QWEN = (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>", "<tool_call>", "</tool_call>"])
 LLAMA = ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"], [])
 GEMMA = ("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>", "<start_of_image>"], [])
+WIDE = "\N{FULLWIDTH VERTICAL LINE}"
 DEEPSEEK = (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
+    f"<{WIDE}begin▁of▁sentence{WIDE}>",
+    f"<{WIDE}end▁of▁sentence{WIDE}>",
     [],
-    ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"],
+    [f"<{WIDE}User{WIDE}>", f"<{WIDE}Assistant{WIDE}>", "<think>", "</think>"],
 )
 GLM = (None, "<|endoftext|>", ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"], ["<think>", "</think>"])
 HARMONY = ("<|startoftext|>", "<|return|>", ["<|start|>", "<|message|>", "<|channel|>", "<|end|>"], [])
@@ -176,7 +177,7 @@ def family_tokenizer(make_tokenizer: Callable) -> Callable:
 
 @pytest.fixture(scope="session")
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """A SentencePiece-like tokenizer: spaces are ▁, unknown characters are spelled in bytes, the first space is lost."""
+    """A SentencePiece-like tokenizer: spaces are ▁, unknown characters are spelled in bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))

@@ -163,9 +163,11 @@ def test_a_fingerprint_does_not_change_with_use_and_does_with_the_template(make_
     tokenizer = AutoTokenizer.from_pretrained(make_model("qwen"))
     before = model.tokenizer_fingerprint(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
-    chats = [[{"role": "user", "content": text}] for text in ("a <|im_end|>", "a longer one")]
-    tokenizer.apply_chat_template(chats, tokenize=True, padding=True, truncation=True, max_length=16, **AS_TEXT)
     tokenizer("a <|im_end|>", split_special_tokens=True)
+    chat = [{"role": "user", "content": "What is <|im_end|>?"}]
+    tokenizer.apply_chat_template(chat, tokenize=True, **AS_TEXT)
+    # The last call's padding and length stay in the tokenizer's backend
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=16)
     assert model.tokenizer_fingerprint(tokenizer) == before
     tokenizer.chat_template += " "
     assert model.tokenizer_fingerprint(tokenizer) != before
