@@ -206,8 +206,8 @@ def visible_gpus() -> int:
 
 
 def fail(code: int, message: str) -> NoReturn:
-    """Say why on one process, and leave the exit code where the launcher cannot lose it."""
-    if os.environ.get("RANK", "0") == "0":
+    """Say why once on each machine, and leave the exit code where the launcher cannot lose it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
         if "MEDIBOT_EXIT" in os.environ:
             Path(os.environ["MEDIBOT_EXIT"]).write_text(str(code))

@@ -42,7 +42,7 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
     """Print ledger, leak report, loss-mask report and painted rows; raise RecipeError where training would refuse."""
     inputs = gather(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(inputs, Run(Path(folder) / "inspect"), stand_in(inputs.tokenizer), lora=False)
+        trainer = build_trainer(inputs, Run(Path(folder) / "inspect"), lambda: stand_in(inputs.tokenizer), lora=False)
     dataset, stops = trainer.train_dataset, inputs.generation.eos_token_id
     pairs = [("train", dataset), ("validation", trainer.eval_dataset)]
     limit = trainer.args.max_length

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def train(recipe: Recipe, name: str) -> None:
         return
     started = this.folder.exists()
     try:
-        trainer = build_trainer(inputs, this, load_weights(inputs))
+        trainer = build_trainer(inputs, this, lambda: load_weights(inputs))
         reports = check(trainer, inputs)
     except RecipeError:
         if not started and state.is_main_process:
@@ -109,14 +110,16 @@ def launched_world() -> PartialState:
     return state
 
 
-def build_trainer(inputs: Inputs, this: Run, weights: PreTrainedModel, lora: bool = True) -> SFTTrainer:
+def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel], lora: bool = True) -> SFTTrainer:
     """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
+    # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
+    args = sft_config(inputs, this)
     columns = {split: inputs.prepared.load(split) for split in ("train", "validation")}
     datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
     try:
         trainer = SFTTrainer(
-            model=weights,
-            args=sft_config(inputs, this),
+            model=load(),
+            args=args,
             train_dataset=datasets["train"],
             eval_dataset=datasets.get("validation"),
             processing_class=inputs.tokenizer,
@@ -154,9 +157,13 @@ def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
 
 
 def load_weights(inputs: Inputs) -> PreTrainedModel:
-    """The base model in the dtype that it trains in: float32 master weights for full fine-tuning."""
+    return model.load_base(inputs.recipe, weights_dtype(inputs))
+
+
+def weights_dtype(inputs: Inputs) -> torch.dtype:
+    """What the base weights are held in: float32 master weights for full fine-tuning, else what is computed in."""
     full = inputs.recipe.lora is None and "dtype" not in inputs.recipe.model
-    return model.load_base(inputs.recipe, torch.float32 if full else inputs.precision.dtype)
+    return torch.float32 if full else inputs.precision.dtype
 
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -189,6 +196,7 @@ def begin(
     trainable, total = parameter_counts(trainer.model)
     decided = {
         "dtype": inputs.precision.name,
+        "weights_dtype": str(weights_dtype(inputs)).removeprefix("torch."),
         "why": inputs.precision.reason,
         "processes": PartialState().num_processes,
         "global_batch_size": global_batch_size(trainer),
@@ -227,10 +235,10 @@ class Record(TrainerCallback):
 
     def __init__(self, this: Run, mirror: tracking.Mirror, inputs: Inputs, checkpoint: Path | None) -> None:
         self.this, self.mirror, self.inputs = this, mirror, inputs
-        self.resumed_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.started = time.monotonic()
         if PartialState().is_main_process:
-            self.started -= run.rewind(this, self.resumed_at)
+            # Without a checkpoint everything is done again, the start included
+            self.started -= run.rewind(this, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         if state.global_step == 0:

@@ -18,13 +18,11 @@ CHATML = (
 )
 # SmolLM2 puts in a system prompt of its own when none is given
 SMOLLM2 = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}" + CHATML
-# Role markers are plain text, and each turn ends in the end token
+# Role markers are plain text, and each turn ends in the end token; Jinja would trim a bare newline behind a block tag
 TINYLLAMA = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-).replace(
-    "<|{{ m.role }}|>",
-    "{% if m.role == 'user' %}<|user|>{% elif m.role == 'system' %}<|system|>{% else %}<|assistant|>{% endif %}",
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% elif m.role == 'system' %}<|system|>{% else %}<|assistant|>"
+    "{% endif %}{{ '\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}"
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
@@ -42,6 +40,15 @@ MISTRAL = (
     "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] {{ system if loop.first else '' }}"
     "{{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# What each family ends an answer with
+STOPS = {
+    "smollm2": "<|im_end|>",
+    "tinyllama": "</s>",
+    "llama3": "<|eot_id|>",
+    "qwen": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "mistral": "</s>",
+}
 # family: (template, bos, eos, further special tokens)
 FAMILIES = {
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>", ["<|endoftext|>"]),

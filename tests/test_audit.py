@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trl
-from conftest import FAMILIES, SAMPLE
+from conftest import FAMILIES, SAMPLE, STOPS
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -22,14 +22,6 @@ from medibot.run import Run
 from medibot.train import Inputs, build_trainer, stand_in
 
 SYSTEM = "You answer health questions in plain words."
-STOPS = {
-    "smollm2": "<|im_end|>",
-    "tinyllama": "</s>",
-    "llama3": "<|eot_id|>",
-    "qwen": "<|im_end|>",
-    "gemma": "<end_of_turn>",
-    "mistral": "</s>",
-}
 QWEN = (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>", "<tool_call>", "</tool_call>"])
 LLAMA = ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"], [])
 GEMMA = ("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>", "<start_of_image>"], [])
@@ -92,7 +84,7 @@ class Case:
         recipe = self.inputs.recipe
         inputs = replace(self.inputs, recipe=replace(recipe, training=recipe.training | training))
         run = Run(recipe.path.parent / "outputs" / "again")
-        return Case(inputs, build_trainer(inputs, run, stand_in(self.tokenizer), lora=False))
+        return Case(inputs, build_trainer(inputs, run, lambda: stand_in(self.tokenizer), lora=False))
 
     def tampered(self, row: int, change: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> Dataset:
         """The trainer's dataset with `change` applied to one row's input ids and labels."""
@@ -123,7 +115,9 @@ def make_case(workplace: Path) -> Callable[..., Case]:
         **training: Any,
     ) -> Case:
         inputs = make_inputs(workplace, tokenizer, rows, system, template or {}, training)
-        return Case(inputs, build_trainer(inputs, Run(workplace / "outputs" / "r"), stand_in(tokenizer), lora=False))
+        return Case(
+            inputs, build_trainer(inputs, Run(workplace / "outputs" / "r"), lambda: stand_in(tokenizer), lora=False)
+        )
 
     return make
 
@@ -161,18 +155,6 @@ def make_inputs(
     loaded = model.load_tokenizer(recipe)
     generation = model.generation_config(recipe, loaded)
     return Inputs(recipe, loaded, generation, model.precision(), prepare(recipe, loaded, lambda _: None))
-
-
-@pytest.fixture(scope="session")
-def family_tokenizer(make_tokenizer: Callable) -> Callable:
-    """make_tokenizer with TinyLlama's line break where Jinja leaves it: one behind a block tag would be trimmed."""
-
-    def make(family: str) -> PreTrainedTokenizerFast:
-        tokenizer = make_tokenizer(family)
-        tokenizer.chat_template = tokenizer.chat_template.replace("%}\n{{ m.content", "%}{{ '\n' + m.content")
-        return tokenizer
-
-    return make
 
 
 @pytest.fixture(scope="session")
@@ -233,17 +215,17 @@ def assert_exact(case: Case, closing: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_covers_exactly_the_answer_and_its_stop_token(
-    family: str, family_tokenizer: Callable, make_case: Callable
+    family: str, make_tokenizer: Callable, make_case: Callable
 ) -> None:
     rows = sample_rows(24)
-    case = make_case(family_tokenizer(family), rows, system=None if family == "gemma" else SYSTEM)
+    case = make_case(make_tokenizer(family), rows, system=None if family == "gemma" else SYSTEM)
     assert sorted(row["completion"][0]["content"] for row in case.conversations) == sorted(r["answer"] for r in rows)
     assert_exact(case, STOPS[family])
 
 
-def test_a_template_without_system_role_refuses_the_system_message(workplace: Path, family_tokenizer: Callable) -> None:
+def test_a_template_without_system_role_refuses_the_system_message(workplace: Path, make_tokenizer: Callable) -> None:
     with pytest.raises(RecipeError) as refused:
-        make_inputs(workplace, family_tokenizer("gemma"), sample_rows(4), SYSTEM, {}, {})
+        make_inputs(workplace, make_tokenizer("gemma"), sample_rows(4), SYSTEM, {}, {})
     assert refused.value.problems[0].key == "data.system"
     assert "System role not supported" in refused.value.problems[0].what
 
@@ -300,8 +282,8 @@ def test_a_template_that_would_teach_something_else_is_refused(
     assert report.violations == {kind: [0, 1, 2, 3] for kind in kinds}
 
 
-def test_a_clean_dataset_is_counted_and_passes(family_tokenizer: Callable, make_case: Callable) -> None:
-    case = make_case(family_tokenizer("llama3"), sample_rows(5))
+def test_a_clean_dataset_is_counted_and_passes(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("llama3"), sample_rows(5))
     report = case.audit()
     chats = [row["prompt"] + row["completion"] for row in case.conversations]
     encoded = case.tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True)["input_ids"]
@@ -373,9 +355,9 @@ def close_the_answer_early(_case: Case, ids: list[int], labels: list[int]) -> tu
     ],
 )
 def test_a_tampered_row_is_found_and_refused(
-    change: Callable, kind: str, family_tokenizer: Callable, make_case: Callable
+    change: Callable, kind: str, make_tokenizer: Callable, make_case: Callable
 ) -> None:
-    case = make_case(family_tokenizer("llama3"), sample_rows(4))
+    case = make_case(make_tokenizer("llama3"), sample_rows(4))
     dataset = case.tampered(2, lambda ids, labels: change(case, ids, labels))
     report, words = case.refusal(dataset)
     assert set(map(tuple, report.violations.values())) == {(2,)}
@@ -386,8 +368,8 @@ def test_a_tampered_row_is_found_and_refused(
     assert "medibot inspect" in words
 
 
-def test_a_lost_row_is_counted(family_tokenizer: Callable, make_case: Callable) -> None:
-    case = make_case(family_tokenizer("qwen"), sample_rows(5))
+def test_a_lost_row_is_counted(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(5))
     report, words = case.refusal(case.dataset.select([0, 2, 4]))
     assert report.as_dict()["violations"]["lost"] == 2
     assert "5 in, 3 out" in words
@@ -395,22 +377,22 @@ def test_a_lost_row_is_counted(family_tokenizer: Callable, make_case: Callable) 
 
 
 def test_answers_that_trl_cuts_and_rows_that_it_drops_are_refused(
-    family_tokenizer: Callable, make_case: Callable
+    make_tokenizer: Callable, make_case: Callable
 ) -> None:
     rows = [
         {"question": "What is a fever?", "answer": "A rise in temperature."},
         {"question": "What is a cough?", "answer": "Air pushed out of the lungs. " * 20},
         {"question": "What is a cold, and " + "how long is it there, and " * 20, "answer": "A week."},
     ]
-    case = make_case(family_tokenizer("qwen"), rows).trained_again(max_length=100)
+    case = make_case(make_tokenizer("qwen"), rows).trained_again(max_length=100)
     report, words = case.refusal()
     assert report.violations == {"cut": [1], "lost": [2]}
     assert "answers cut at max_length (row 1: the loss covers 'Air pushed" in words
     assert "3 in, 2 out" in words
 
 
-def test_loss_on_the_prompt_is_refused(family_tokenizer: Callable, make_case: Callable) -> None:
-    case = make_case(family_tokenizer("qwen"), sample_rows(3)).trained_again(completion_only_loss=False)
+def test_loss_on_the_prompt_is_refused(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(3)).trained_again(completion_only_loss=False)
     report, words = case.refusal()
     assert report.violations == {"outside": [0, 1, 2]}
     assert "3 of 3 train: rows whose trained span is not exactly the answer" in words
@@ -418,23 +400,23 @@ def test_loss_on_the_prompt_is_refused(family_tokenizer: Callable, make_case: Ca
 
 
 def test_an_answer_whose_end_token_generation_does_not_know_is_refused(
-    family_tokenizer: Callable, make_case: Callable
+    make_tokenizer: Callable, make_case: Callable
 ) -> None:
-    case = make_case(family_tokenizer("gemma"), sample_rows(3), system=None)
+    case = make_case(make_tokenizer("gemma"), sample_rows(3), system=None)
     report = audit(case.dataset, case.conversations, case.tokenizer, [case.tokenizer.eos_token_id], 2048)
     assert report.violations == {"stop": [0, 1, 2]}
 
 
-def test_rows_in_another_order_are_found_by_their_tokens(family_tokenizer: Callable, make_case: Callable) -> None:
-    case = make_case(family_tokenizer("qwen"), sample_rows(8)).trained_again(shuffle_dataset=True, seed=3)
+def test_rows_in_another_order_are_found_by_their_tokens(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(8)).trained_again(shuffle_dataset=True, seed=3)
     answers = [row["completion"][0]["content"] + "<|im_end|>\n" for row in case.conversations]
     assert case.supervised() != answers
     assert sorted(case.supervised()) == sorted(answers)
     assert case.audit().violations == {}
 
 
-def test_packed_rows_are_audited_one_by_one(family_tokenizer: Callable, make_case: Callable) -> None:
-    plain = make_case(family_tokenizer("qwen"), sample_rows(12))
+def test_packed_rows_are_audited_one_by_one(make_tokenizer: Callable, make_case: Callable) -> None:
+    plain = make_case(make_tokenizer("qwen"), sample_rows(12))
     case = plain.trained_again(packing=True)
     assert len(case.dataset) < 12
     report = case.audit()
@@ -451,8 +433,8 @@ def test_a_fault_inside_a_packed_row_is_refused_with_its_example(
     assert "'<think>" in words
 
 
-def test_wrapped_packing_is_refused(family_tokenizer: Callable, make_case: Callable) -> None:
-    case = make_case(family_tokenizer("qwen"), sample_rows(12))
+def test_wrapped_packing_is_refused(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(12))
     for length in (128, 2048):
         again = case.trained_again(packing=True, packing_strategy="wrapped", max_length=length)
         report, words = again.refusal()
@@ -471,8 +453,8 @@ CLEAN_ROW = {"question": "What is a fever?", "answer": "A rise in temperature."}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_control_tokens_in_a_row_stay_text(family: str, family_tokenizer: Callable, make_case: Callable) -> None:
-    tokenizer = family_tokenizer(family)
+def test_control_tokens_in_a_row_stay_text(family: str, make_tokenizer: Callable, make_case: Callable) -> None:
+    tokenizer = make_tokenizer(family)
     case = make_case(tokenizer, [*TYPED_ROWS, CLEAN_ROW], system=None if family == "gemma" else SYSTEM)
     assert case.audit().violations == {}
     control = set(tokenizer.all_special_ids)
@@ -488,9 +470,9 @@ def test_control_tokens_in_a_row_stay_text(family: str, family_tokenizer: Callab
 
 
 def test_control_tokens_are_found_where_upstream_is_not_asked_to_read_them_as_text(
-    family_tokenizer: Callable, make_case: Callable
+    make_tokenizer: Callable, make_case: Callable
 ) -> None:
-    case = make_case(family_tokenizer("qwen"), [TYPED_ROWS[0], CLEAN_ROW])
+    case = make_case(make_tokenizer("qwen"), [TYPED_ROWS[0], CLEAN_ROW])
     forged = SFTTrainer(
         model=stand_in(case.tokenizer),
         args=SFTConfig(output_dir=str(case.inputs.recipe.path.parent), use_cpu=True, bf16=False, report_to="none"),
@@ -560,8 +542,8 @@ def check_painted(case: Case, index: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["smollm2", "tinyllama", "llama3"])
-def test_painted_pieces_spell_the_row(family: str, family_tokenizer: Callable, make_case: Callable) -> None:
-    case = make_case(family_tokenizer(family), [COLOURFUL, *sample_rows(2)])
+def test_painted_pieces_spell_the_row(family: str, make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer(family), [COLOURFUL, *sample_rows(2)])
     for index in range(3):
         check_painted(case, index)
     colourful = next(i for i in range(3) if "👩" in case.supervised()[i])
@@ -578,8 +560,8 @@ def test_painted_pieces_keep_the_spaces_of_sentencepiece(metaspace_tokenizer: An
     assert any(text.startswith(" ") for text, _ in painted_row(case, 1))
 
 
-def test_a_row_that_ends_inside_a_character_is_painted_whole(family_tokenizer: Callable) -> None:
-    tokenizer = family_tokenizer("qwen")
+def test_a_row_that_ends_inside_a_character_is_painted_whole(make_tokenizer: Callable) -> None:
+    tokenizer = make_tokenizer("qwen")
     ids = tokenizer.encode("well 🩺")[:-1]
     pieces = painted({"input_ids": ids, "labels": ids}, tokenizer, [tokenizer.eos_token_id])
     assert "".join(text for text, _ in pieces) == tokenizer.decode(ids)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT
+from conftest import FAMILIES, ROOT, STOPS
 from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -21,14 +21,6 @@ from medibot.recipe import DataSection, EvaluationSection, Recipe, RecipeError
 KEY = "model.pretrained_model_name_or_path"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-END_OF_TURN = {
-    "smollm2": "<|im_end|>",
-    "tinyllama": "</s>",
-    "llama3": "<|eot_id|>",
-    "qwen": "<|im_end|>",
-    "gemma": "<end_of_turn>",
-    "mistral": "</s>",
-}
 AS_TEXT = {"sanitize_control_tokens": True}
 
 
@@ -100,7 +92,7 @@ def test_generation_stops_where_the_template_ends_a_turn(family: str, make_model
     tokenizer = model.load_tokenizer(recipe)
     end = model.end_of_turn(tokenizer)
     config = model.generation_config(recipe, tokenizer)
-    assert tokenizer.decode([end]) == END_OF_TURN[family]
+    assert tokenizer.decode([end]) == STOPS[family]
     assert set(config.eos_token_id) == {end, tokenizer.eos_token_id}
     assert config.pad_token_id == tokenizer.pad_token_id is not None
     assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (False, None, None, None)

@@ -157,6 +157,22 @@ def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
         assert strip[0] == strip[1]
 
 
+def test_run_killed_before_its_first_checkpoint_starts_over_without_repeats(miniature, monkeypatch):
+    class Interrupted(training.Record):
+        def on_log(self, args, state, *rest, **kwargs):
+            super().on_log(args, state, *rest, **kwargs)
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "Record", Interrupted)
+        training.train(miniature("quickstart", *FOUR_STEPS), "mini")
+    training.train(miniature("quickstart", *FOUR_STEPS), "mini")
+    lines = read_lines(open_run("mini").metrics)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
 def test_loss_that_is_not_a_number_stops_the_run(miniature, make_model, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(make_model(), broken)
