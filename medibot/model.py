@@ -328,8 +328,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """Turn a GGUF file into a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all."""
     from transformers import GgufConfig
 
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
+    quiet_bars()
     if not file.is_file():
         raise RecipeError.of("model", f"no GGUF file {file}", "run: make model")
     if folder.exists():
@@ -345,7 +344,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def quiet_upstream() -> None:
-    """One voice: upstream's warnings and bars that repeat what MediBot reports itself."""
+    """One voice: no upstream warnings that repeat what MediBot reports itself."""
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
+
+
+def quiet_bars() -> None:
+    """Progress bars, the training's own among them, belong on a terminal and nowhere else."""
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()

@@ -1,9 +1,11 @@
 """The verbs: fast where they must be, private from the first import, and their exit codes survive the launcher."""
 
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 from conftest import ROOT, SAMPLE
@@ -176,3 +178,24 @@ def test_nothing_is_sent_about_its_use(medibot, monkeypatch):
 )
 def test_launch_arguments_are_split_as_a_shell_does(launch, words):
     assert cli.split_launch(launch) == words
+
+
+def test_training_shows_a_progress_bar_on_a_terminal(workplace, make_model):
+    """The real verb behind a pseudo-terminal; where there is none, bars stay away (see the launcher's test)."""
+    (workplace / "mine.yaml").write_text(SMALL.replace("MODEL", str(make_model())).replace("SAMPLE", str(SAMPLE)))
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))  # a new one has no columns, and nothing fits into none
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "no"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medibot", "train", "mine.yaml"], env=environment, stdout=follower, stderr=follower
+    )
+    os.close(follower)
+    said = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            said += chunk
+    except OSError:  # Linux ends a terminal that nobody holds this way
+        pass
+    os.close(leader)
+    assert process.wait(timeout=60) == 0, said.decode()
+    assert b"1/1 [" in said and b"100%" in said
