@@ -157,15 +157,18 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def rewind(run: Run, step: int) -> float:
-    """Forget what was recorded after `step`, which a resume will do again; seconds recorded up to there."""
-    seconds = 0.0
+def rewind(run: Run, step: int) -> dict[str, float]:
+    """Forget what was recorded after `step`, which a resume will do again; the highest of each number up to there."""
+    highest: dict[str, float] = {}
     for file, key in ((run.metrics, "step"), (run.folder / "answers.jsonl", "global_step")):
         lines = [line for line in read_lines(file) if line[key] <= step]
         if file.is_file():
             run.write(file.name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).rstrip("\n"))
-        seconds = max([seconds, *(line.get("seconds", 0.0) for line in lines)])
-    return seconds
+        for line in lines:
+            for name, value in line.items():
+                if isinstance(value, int | float):
+                    highest[name] = max(value, highest.get(name, value))
+    return highest
 
 
 def environment(device: str) -> dict[str, Any]:

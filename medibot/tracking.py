@@ -12,7 +12,15 @@ from urllib.parse import urlsplit
 from medibot.recipe import Recipe
 from medibot.run import Run
 
-AXES = ("train/global_step", "train/num_input_tokens_seen", "train/epoch", "train/seconds")
+# What a dashboard can put on the x-axis
+AXES = (
+    "train/global_step",
+    "train/num_supervised_tokens_seen",
+    "train/num_input_tokens_seen",
+    "train/num_examples_seen",
+    "train/epoch",
+    "train/seconds",
+)
 
 
 class Mirror:

@@ -5,6 +5,7 @@ accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train qui
 
 import math
 import os
+import resource
 import shutil
 import sys
 import time
@@ -88,7 +89,7 @@ def train(recipe: Recipe, name: str) -> None:
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
         with tracking.tracked(recipe, this, wandb_config(this, inputs), state.is_main_process) as mirror:
-            trainer.add_callback(Record(this, mirror, inputs, checkpoint))
+            trainer.add_callback(Record(trainer, this, mirror, inputs, checkpoint))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             save(trainer, inputs, this, mirror)
     if state.is_main_process:
@@ -110,14 +111,26 @@ def launched_world() -> PartialState:
     return state
 
 
-def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel], lora: bool = True) -> SFTTrainer:
+class CountingTrainer(SFTTrainer):
+    """TRL's trainer, and how many tokens its loss has covered: the x-axis on which any two recipes compare."""
+
+    num_supervised_tokens_seen = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        # The number is already that of the whole window of accumulation, on all processes
+        if num_items_in_batch is not None and self.accelerator.sync_gradients:
+            self.num_supervised_tokens_seen += int(num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel], lora: bool = True) -> CountingTrainer:
     """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
     # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
     args = sft_config(inputs, this)
     columns = {split: inputs.prepared.load(split) for split in ("train", "validation")}
     datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
     try:
-        trainer = SFTTrainer(
+        trainer = CountingTrainer(
             model=load(),
             args=args,
             train_dataset=datasets["train"],
@@ -213,7 +226,7 @@ def begin(
     return checkpoint
 
 
-def save(trainer: SFTTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
+def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
     """Write the trained weights with all that answering needs, then mark the run finished."""
     trainer.save_model(str(this.weights))
     if not PartialState().is_main_process:
@@ -223,8 +236,24 @@ def save(trainer: SFTTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror
     evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if evals:
         summary |= {"eval_loss_first": evals[0], "eval_loss_last": evals[-1], "eval_loss_best": min(evals)}
+    summary["cost"] = cost(trainer, this)
     mirror.summary(summary)
     this.write("run.json", this.record() | {"status": "finished", "summary": summary})
+
+
+def cost(trainer: CountingTrainer, this: Run) -> dict[str, float]:
+    """What the training took; `training_seconds` is the steps alone, without evaluations, answers and saving."""
+    last = run.read_lines(this.metrics)[-1]
+    tokens = trainer.num_supervised_tokens_seen
+    return {
+        "seconds": last["seconds"],
+        "training_seconds": last["training_seconds"],
+        "supervised_tokens": tokens,
+        "supervised_tokens_per_second": round(tokens / last["training_seconds"], 2),
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "trainable_parameters": parameter_counts(trainer.model)[0],
+        "weights_bytes": sum(file.stat().st_size for file in this.weights.glob("*.safetensors")),
+    }
 
 
 # --- while it trains --------------------------------------------------------------------------------------------------
@@ -233,12 +262,39 @@ def save(trainer: SFTTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror
 class Record(TrainerCallback):
     """The local record (metrics.jsonl, answers.jsonl), its mirror, and the stop on a loss that is no loss."""
 
-    def __init__(self, this: Run, mirror: tracking.Mirror, inputs: Inputs, checkpoint: Path | None) -> None:
-        self.this, self.mirror, self.inputs = this, mirror, inputs
-        self.started = time.monotonic()
-        if PartialState().is_main_process:
-            # Without a checkpoint everything is done again, the start included
-            self.started -= run.rewind(this, int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
+    def __init__(
+        self, trainer: CountingTrainer, this: Run, mirror: tracking.Mirror, inputs: Inputs, checkpoint: Path | None
+    ) -> None:
+        self.trainer, self.this, self.mirror, self.inputs = trainer, this, mirror, inputs
+        # Without a checkpoint everything is done again, the start included
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+        before = run.rewind(this, step) if PartialState().is_main_process else {}
+        self.started = time.monotonic() - before.get("seconds", 0.0)
+        self.training_seconds = before.get("training_seconds", 0.0)
+        self.peak_memory = int(before.get("peak_memory_bytes", 0))
+        trainer.num_supervised_tokens_seen = int(before.get("num_supervised_tokens_seen", 0))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training_seconds += time.monotonic() - self.step_started
+        if control.should_save and not control.should_log and state.is_world_process_zero:
+            # A resume from the checkpoint that is about to be written counts on from here
+            self.this.append(self.this.metrics, self.progress(state))
+
+    def progress(self, state: Any) -> dict[str, Any]:
+        """Where the training stands, on every axis that runs are compared on."""
+        self.peak_memory = max(self.peak_memory, peak_memory())
+        return {
+            "step": state.global_step,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "training_seconds": round(self.training_seconds, 3),
+            "num_input_tokens_seen": state.num_input_tokens_seen,
+            "num_supervised_tokens_seen": self.trainer.num_supervised_tokens_seen,
+            "num_examples_seen": round((state.epoch or 0.0) * len(self.trainer.train_dataset)),
+            "peak_memory_bytes": self.peak_memory,
+        }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -261,15 +317,14 @@ class Record(TrainerCallback):
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", why)
         if not state.is_world_process_zero:
             return
-        seconds = round(time.monotonic() - self.started, 3)
-        line = {"step": state.global_step, "seconds": seconds, "num_input_tokens_seen": state.num_input_tokens_seen}
+        line = self.progress(state)
         self.this.append(self.this.metrics, line | logs)
         named = {k if k.startswith("eval_") else f"train/{k}": v for k, v in (logs | line).items()}
         named = {k.replace("eval_", "eval/", 1): v for k, v in named.items()}
         self.mirror.log(named | {"train/global_step": state.global_step})
         if args.disable_tqdm and ("loss" in logs or "eval_loss" in logs):
             kind = "loss" if "loss" in logs else "validation loss"
-            print(f"step {state.global_step}/{state.max_steps}  {kind} {loss:.4f}  {seconds:.0f} s", flush=True)
+            print(f"step {state.global_step}/{state.max_steps}  {kind} {loss:.4f}  {line['seconds']:.0f} s", flush=True)
 
     def ask(self, weights: PreTrainedModel, step: int) -> None:
         """The recipe's fixed questions, once for each step; every process answers, since shards answer only together."""
@@ -331,6 +386,13 @@ def parameter_counts(weights: PreTrainedModel) -> tuple[int, int]:
         packed = 2 * parameter.element_size() if parameter.__class__.__name__ == "Params4bit" else 1
         counts[parameter.requires_grad] += parameter.numel() * packed
     return counts[True], counts[True] + counts[False]
+
+
+def peak_memory() -> int:
+    """Bytes at the highest point: allocated on this process's GPU, or resident on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_name() -> str:

@@ -96,6 +96,20 @@ def test_outputs_folder_holds_what_comes_after_needs(miniature):
     assert again.training["max_steps"] == 2 and again.lora["r"] == 16
 
 
+def test_supervised_tokens_are_counted_as_the_audit_counts_them(miniature):
+    one_epoch = ["training.max_steps=-1", "training.num_train_epochs=1", "training.gradient_accumulation_steps=2"]
+    training.train(miniature("quickstart", *one_epoch), "mini")
+    folder = open_run("mini").folder
+    last = read_lines(folder / "metrics.jsonl")[-1]
+    audited = next(report for report in json.loads((folder / "audit.json").read_text()) if report["split"] == "train")
+    assert last["num_supervised_tokens_seen"] == audited["supervised"] > 0
+    assert last["num_examples_seen"] == 8
+    cost = open_run("mini").record()["summary"]["cost"]
+    assert cost["supervised_tokens"] == last["num_supervised_tokens_seen"]
+    assert 0 < cost["training_seconds"] < cost["seconds"] and cost["peak_memory_bytes"] > 1e8
+    assert cost["weights_bytes"] == (folder / "model" / "adapter_model.safetensors").stat().st_size
+
+
 def test_same_seed_gives_the_same_losses_and_weights(miniature):
     for name in ("one", "two"):
         training.train(miniature("quickstart", "lora.lora_dropout=0.1"), name)
@@ -144,7 +158,15 @@ def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
     assert_same(load_file(open_run("whole").weights / file), load_file(open_run("torn").weights / file))
     for name in ("metrics.jsonl", "answers.jsonl"):
         whole, torn = (read_lines(open_run(run).folder / name) for run in ("whole", "torn"))
-        timing = {"seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+        timing = {
+            "seconds",
+            "training_seconds",
+            "peak_memory_bytes",
+            "train_runtime",
+            "train_samples_per_second",
+            "train_steps_per_second",
+            "train_loss",
+        }
         timing |= {
             "eval_runtime",
             "eval_samples_per_second",
