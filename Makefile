@@ -1,12 +1,14 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model train inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model train eval inspect ask list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
 ARGS ?=
 ACCELERATE ?=
 LAUNCH ?=
+ROWS ?=
+DATA ?=
 Q ?= What is anemia?
 PYTHON ?= python3
 export Q LAUNCH
@@ -26,6 +28,9 @@ model: $(SMOLLM2)/config.json  ## get SmolLM2-135M-Instruct, the quickstart's mo
 
 train: .venv/.ready $(NEEDED)  ## train a recipe: RECIPE=quickstart ARGS="section.key=value …" RUN=name ACCELERATE=cpu-2
 	@$(MEDIBOT) train $(RECIPE) $(ARGS) $(if $(RUN),--run $(RUN)) $(if $(ACCELERATE),--accelerate $(ACCELERATE)) --launch "$$LAUNCH"
+
+eval: .venv/.ready  ## base against tuned on held-out questions: RUN=quickstart ROWS=20 DATA=file.jsonl
+	@$(MEDIBOT) eval --run $(or $(RUN),quickstart) $(if $(ROWS),--rows $(ROWS)) $(if $(DATA),--data "$(DATA)")
 
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)

@@ -110,6 +110,20 @@ def ask(
     ask_both(run, question, max_new_tokens)
 
 
+@app.command("eval")
+def eval_(
+    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    rows: Annotated[int | None, typer.Option(min=1, help="Only so many rows: a quick look.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A file in the schema of the recipe's data; default: the test split.")
+    ] = None,
+) -> None:
+    """Base against tuned on held-out questions, with intervals, a page, and one verdict."""
+    from medibot.evaluate import evaluate
+
+    evaluate(run, rows, data)
+
+
 @app.command()
 def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""

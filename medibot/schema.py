@@ -130,6 +130,8 @@ class EvaluationSection(Section):
     """Settings of transformers.GenerationConfig; greedy unless do_sample is true."""
     max_new_tokens: Count = 256
     """The longest answer, in tokens."""
+    by: list[Text] = []
+    """Columns of the data whose values get figures of their own in an evaluation."""
 
 
 class TrackingSection(Section):

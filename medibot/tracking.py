@@ -40,20 +40,26 @@ class Mirror:
     def answers(self, rows: list[dict[str, Any]]) -> None:
         """All answers given so far to the fixed questions, as one table."""
         if self.wandb_run is not None:
+            columns = ["global_step", "question", "answer", "tokens", "stopped"]
+            self.table("answers", columns, [[row[column] for column in columns] for row in rows])
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """One table, under `name`."""
+        if self.wandb_run is not None:
             import wandb
 
-            columns = ["global_step", "question", "answer", "tokens", "stopped"]
-            table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
-            self.wandb_run.log({"answers": table})
+            self.wandb_run.log({name: wandb.Table(columns=columns, data=rows)})
 
 
 @contextmanager
-def tracked(recipe: Recipe, run: Run, config: dict[str, Any], main_process: bool) -> Generator[Mirror]:
-    """A `Mirror` for the duration of a training; silent where the recipe has no tracking section."""
+def tracked(
+    recipe: Recipe, run: Run, config: dict[str, Any], main_process: bool, job_type: str = "train"
+) -> Generator[Mirror]:
+    """A `Mirror` for the duration of a training or an evaluation; silent where the recipe has no tracking section."""
     if recipe.tracking is None or not main_process:
         yield Mirror()
         return
-    wandb_run = start(recipe.tracking, recipe.name, run, config)
+    wandb_run = start(recipe.tracking, recipe.name, run, config, job_type)
     try:
         yield Mirror(wandb_run)
     except BaseException:
@@ -66,7 +72,7 @@ def tracked(recipe: Recipe, run: Run, config: dict[str, Any], main_process: bool
             print(f"W&B: kept offline; to upload: wandb sync {run.folder}/wandb/offline-run-*")
 
 
-def start(tracking: dict[str, Any], group: str, run: Run, config: dict[str, Any]) -> Any:
+def start(tracking: dict[str, Any], group: str, run: Run, config: dict[str, Any], job_type: str) -> Any:
     """`wandb.init` with the recipe's tracking section; offline without a key, and offline again if the server fails."""
     # Staged artifacts and error reports would otherwise leave the run's folder
     os.environ.setdefault("WANDB_DATA_DIR", str(run.folder.absolute() / "wandb"))
@@ -83,10 +89,10 @@ def start(tracking: dict[str, Any], group: str, run: Run, config: dict[str, Any]
     options: dict[str, Any] = {
         "project": "medibot",
         "group": group,
-        "job_type": "train",
-        "name": run.name,
+        "job_type": job_type,
+        "name": run.name if job_type == "train" else f"{run.name}-{job_type}",
         "dir": str(run.folder),
-        "id": hashlib.sha256((run.record()["fingerprint"] + run.name).encode()).hexdigest()[:16],
+        "id": hashlib.sha256((run.record()["fingerprint"] + run.name + job_type).encode()).hexdigest()[:16],
         "resume": "allow",
         "config": config,
     } | tracking

@@ -51,6 +51,9 @@ def test_readme_command_runs(command, outputs, make_model):
         if "medquad" in command:
             small += f" data.path={SAMPLE} data.too_long=drop model.pretrained_model_name_or_path={make_model()}"
         more = [f"ARGS={words.get('ARGS', '')} {small}"]
+    if "my.jsonl" in command:
+        (outputs / "my.jsonl").write_text("".join(SAMPLE.open().readlines()[:3]))
+        more = [f"DATA={outputs / 'my.jsonl'}"]
     done = make(command, outputs, *more)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr
@@ -58,6 +61,8 @@ def test_readme_command_runs(command, outputs, make_model):
         run = words.get("RUN", words.get("RECIPE", "quickstart"))
         assert f"Next:  make ask RUN={run}" in done.stdout
         assert (outputs / run / "model" / "adapter_model.safetensors").is_file()
+    if command.startswith("make eval"):
+        assert "95 % interval" in done.stdout and "nats a token" in done.stdout
     if command.startswith("make ask"):
         assert "[base]" in done.stdout and "[tuned]" in done.stdout and "Not a medical device" in done.stdout
 

@@ -1,0 +1,158 @@
+"""Self-contained HTML pages: tables, SVG plots and answers side by side; no script, nothing from outside."""
+
+import io
+import random
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+BASE, TUNED, PLAIN = "#0072b2", "#d55e00", "#57606a"
+SHOWN = 5
+
+PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ r.run }}: base against tuned</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; color: #1b1f24; overflow-wrap: anywhere; }
+.verdict { font-size: 1.35rem; line-height: 1.4; } .facts, figcaption, .small { color: #57606a; font-size: .9rem; }
+.warning { border-left: 4px solid #d55e00; background: #fff4ec; padding: .5rem 1rem; }
+.wide { overflow-x: auto; overflow-wrap: normal; } table { border-collapse: collapse; width: 100%; }
+th, td { padding: .3rem .75rem; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; } td.better { color: #005a8f; font-weight: 600; } td.worse { color: #b34700; font-weight: 600; }
+figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; }
+.answers { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1rem; } .answers p { white-space: pre-wrap; margin: .25rem 0; }
+.answers > div { background: #f6f8fa; border-radius: 6px; padding: .75rem; } .answers h4 { margin: 0; }
+@media (max-width: 45rem) { .answers { grid-template-columns: 1fr; } }
+</style></head><body>
+<h1>{{ r.run }}: base against tuned</h1>
+<p class="facts">Not a medical device: answers here are a model's output and can be wrong. No figure on this page measures whether an answer is medically right.</p>
+<p class="verdict">{{ r.verdict }}</p>
+{% if r.rows < r.of %}<p class="warning">A quick look: {{ r.rows }} of {{ r.of }} rows were asked.</p>{% endif %}
+{% if r.found_in_training %}<p class="warning">{{ r.found_in_training | length }} rows stand in the training split and flatter the tuned model: {{ r.found_in_training | join(", ") }}.</p>{% endif %}
+<p class="facts">{{ r.method }} of {{ r.model }} on {{ r.data }}: {{ r.rows }} rows of {{ r.groups }} groups, each asked once of both models in {{ r.precision }};
+decoding {% for key, value in r.decoding.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}.
+Rows and decoding: <span title="{{ r.fingerprint }}">{{ r.fingerprint[:16] }}</span>.</p>
+<h2>Metrics</h2>
+<div class="wide" tabindex="0"><table><tr><th>metric</th><th>base</th><th>tuned</th><th>difference</th><th>95 % interval</th><th>verdict</th></tr>
+{% for m in r.metrics.values() %}<tr><td>{{ m.label }}</td><td>{{ "%.4g" | format(m.baseline) }}</td><td>{{ "%.4g" | format(m.value) }}</td>
+<td>{{ "%+.4f" | format(m.difference) }}</td><td>{% if m.low is none %}too few groups{% else %}{{ "%+.4f" | format(m.low) }} to {{ "%+.4f" | format(m.high) }}{% endif %}</td>
+<td class="{{ m.verdict }}">{{ m.verdict }}</td></tr>
+{% endfor %}</table></div>
+<p class="small">Paired bootstrap over groups, {{ r.resamples }} resamples, seed {{ r.seed }}; a verdict for each metric by itself, so that of twenty true zeros one will look like a difference.</p>
+<details><summary>What each metric is</summary><dl>{% for m in r.metrics.values() %}<dt>{{ m.label }}</dt><dd>{{ m.definition }}</dd>{% endfor %}</dl></details>
+<h2>Plots</h2>
+{% for caption, drawn in plots %}<figure role="img" aria-label="{{ caption }}">{{ drawn }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+<h2>Answers side by side</h2>
+{% for title, lines in chosen %}<h3>{{ title }}</h3>
+{% for line in lines %}<section><p><strong>{{ line.question }}</strong> <span class="small">row {{ line.row }}{% if line.document_source %}, {{ line.document_source }}{% endif %}</span></p>
+<div class="answers"><div><h4>reference</h4><p>{{ line.reference }}</p></div>
+{% for which in ("base", "tuned") %}<div><h4>{{ which }}</h4><p>{{ line[which].text }}</p>
+<p class="small">{{ "%.3f" | format(line[which].nll / line[which].tokens) }} nats a token for the reference; {{ "stopped by itself" if line[which].stopped else "cut at %d tokens" | format(line[which].answer_tokens) }}</p></div>
+{% endfor %}</div></section>
+{% endfor %}{% endfor %}
+</body></html>
+"""
+)
+
+
+def evaluation_page(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The page of one evaluation, from what results.json and rows.jsonl hold; the same input gives the same bytes."""
+    plots = [
+        (
+            "How much lower the negative log-likelihood of each reference is after training, row by row: right of the line the tuned model is better.",
+            gains_plot(rows),
+        ),
+        (
+            "Words of the answers and of the references, as the share of rows that are at most so long.",
+            length_plot(rows),
+        ),
+    ]
+    for column, parts in results["by"].items():
+        plots.append(
+            (
+                f"Difference in nats a token for each {column.replace('_', ' ')}, with 95 % intervals (number of rows behind it): left of the line the tuned model is better.",
+                parts_plot(parts),
+            )
+        )
+    return PAGE.render(r=results, plots=plots, chosen=side_by_side(rows))
+
+
+def side_by_side(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The largest gains and losses in nats a token, and a draw that is the same each time."""
+    ordered = sorted(rows, key=gain)
+    wins = [row for row in reversed(ordered) if gain(row) > 0][:SHOWN]
+    losses = [row for row in ordered if gain(row) < 0][:SHOWN]
+    drawn = random.Random(0).sample(rows, min(SHOWN, len(rows)))
+    titled = [("Largest gains", wins), ("Largest losses", losses), ("Drawn at random", drawn)]
+    return [(title, chosen) for title, chosen in titled if chosen]
+
+
+def gain(row: dict[str, Any]) -> float:
+    """Base minus tuned, in nats a token of the reference."""
+    return row["base"]["nll"] / row["base"]["tokens"] - row["tuned"]["nll"] / row["tuned"]["tokens"]
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def figure(height: float) -> tuple[Any, Any]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({"svg.hashsalt": "medibot", "svg.fonttype": "none", "font.family": "sans-serif"})
+    drawn = Figure(figsize=(9, height), layout="constrained")
+    axes = drawn.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn, axes
+
+
+def svg(drawn: Any) -> Markup:
+    """The figure as an SVG element, the same bytes each time."""
+    buffer = io.StringIO()
+    drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def gains_plot(rows: list[dict[str, Any]]) -> Markup:
+    drawn, axes = figure(3)
+    gains = [gain(row) for row in rows]
+    axes.hist(gains, bins=min(40, max(5, len(rows) // 5)), color=TUNED, edgecolor="white", linewidth=0.5)
+    axes.axvline(0, color=PLAIN, linewidth=1)
+    axes.set(xlabel="base minus tuned (nats a token)", ylabel="rows")
+    return svg(drawn)
+
+
+def length_plot(rows: list[dict[str, Any]]) -> Markup:
+    drawn, axes = figure(3)
+    lengths = {
+        "reference": ([row["base"]["reference_words"] for row in rows], PLAIN, "--"),
+        "base": ([row["base"]["answer_words"] for row in rows], BASE, "-"),
+        "tuned": ([row["tuned"]["answer_words"] for row in rows], TUNED, "-"),
+    }
+    for name, (words, colour, style) in lengths.items():
+        axes.ecdf(words, label=name, color=colour, linestyle=style)
+    axes.set(xlabel="words", ylabel="share of rows", xlim=(0, None))
+    axes.legend(frameon=False)
+    return svg(drawn)
+
+
+def parts_plot(parts: dict[str, Any]) -> Markup:
+    """One line for each value of a column, the most rows first; without an interval where there is one group."""
+    ordered = sorted(parts.items(), key=lambda part: part[1]["rows"])
+    drawn, axes = figure(1 + 0.3 * len(ordered))
+    for place, (_, part) in enumerate(ordered):
+        nll = part["metrics"]["nll"]
+        if nll["low"] is not None:
+            axes.plot([nll["low"], nll["high"]], [place, place], color=TUNED, linewidth=2)
+        axes.plot(
+            nll["difference"], place, "o", color=TUNED if nll["low"] is not None else "none", markeredgecolor=TUNED
+        )
+    axes.axvline(0, color=PLAIN, linewidth=1)
+    # A dollar sign would begin a formula
+    names = [f"{name[:40]} ({part['rows']})".replace("$", r"\$") for name, part in ordered]
+    axes.set_yticks(range(len(ordered)), names)
+    axes.set_xlabel("tuned minus base (nats a token)")
+    return svg(drawn)

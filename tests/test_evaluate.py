@@ -1,0 +1,205 @@
+"""Base against tuned on tiny models: what is scored, that nothing else decides it, and what must be refused."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLE
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medibot import evaluate as evaluation
+from medibot import model, train
+from medibot.recipe import RecipeError, load_recipe
+from medibot.run import open_run, read_json, read_lines
+
+OVERRIDES = [
+    f"data.path={SAMPLE}",
+    "training.max_steps=2",
+    "training.learning_rate=0.01",
+    "training.max_length=1024",
+    "training.eval_strategy=no",
+    "training.eval_on_start=false",
+    "training.save_strategy=no",
+    "evaluation.questions=[]",
+    "evaluation.max_new_tokens=8",
+    "tracking=null",
+]
+
+
+@pytest.fixture
+def trained(make_model, workplace):
+    """trained(name, *overrides): a finished run in miniature, without W&B unless asked."""
+
+    def make(name: str, *overrides: str):
+        weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
+        train.train(load_recipe("quickstart", [weights, *OVERRIDES, *overrides], root=ROOT), name)
+        return open_run(name)
+
+    return make
+
+
+def results(name: str, folder: str = "eval"):
+    return read_json(open_run(name).folder / folder / "results.json")
+
+
+@pytest.mark.parametrize(
+    "method", [[], ["quantization=null"], ["lora=null", "quantization=null"]], ids=["nf4", "lora", "full"]
+)
+def test_evaluation_writes_results_rows_and_page(method, trained):
+    this = trained("mine", *method)
+    evaluation.evaluate("mine")
+    found, lines = results("mine"), read_lines(this.folder / "eval" / "rows.jsonl")
+    assert found["rows"] == found["of"] == len(lines) == read_json(this.folder / "split.json")["rows"]["test"]
+    assert all(math.isfinite(value[key]) for value in found["metrics"].values() for key in ("baseline", "value"))
+    assert found["metrics"]["nll"]["difference"] != 0
+    assert set(found["by"]) == {"question_type", "document_source"}
+    assert sum(part["rows"] for part in found["by"]["question_type"].values()) == len(lines)
+    page = (this.folder / "eval" / "report.html").read_text()
+    assert found["verdict"] in page.replace("&gt;", ">") and "Not a medical device" in page
+    total = sum(line["tuned"]["nll"] for line in lines) / sum(line["tuned"]["tokens"] for line in lines)
+    assert found["metrics"]["nll"]["value"] == pytest.approx(total)
+
+
+def test_likelihood_is_upstreams_loss_and_independent_of_the_batch(trained):
+    this = trained("mine", "quantization=null")
+    recipe = load_recipe(str(this.recipe))
+    tokenizer = AutoTokenizer.from_pretrained(this.weights)
+    rows = train.gather(recipe).prepared.load("test")
+    tokens = evaluation.tokenized(tokenizer, rows).to_list()
+    weights = model.load_tuned(recipe, this.weights, torch.float32)
+    together = evaluation.likelihood(weights, tokens)
+    alone = [evaluation.likelihood(weights, [row])[0] for row in tokens]
+    for row, one, many in zip(tokens, alone, together, strict=True):
+        ids = {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
+        with torch.inference_mode():
+            oracle = weights(**ids).loss.item()
+        assert one["tokens"] == sum(label != -100 for label in row["labels"])
+        assert one["nll"] / one["tokens"] == pytest.approx(oracle, rel=1e-5)
+        assert many["nll"] == pytest.approx(one["nll"], rel=1e-5) and many["tokens"] == one["tokens"]
+
+
+def test_what_is_scored_is_the_answer_and_its_stop_token(trained):
+    this = trained("mine")
+    tokenizer = AutoTokenizer.from_pretrained(this.weights)
+    recipe = load_recipe(str(this.recipe))
+    rows = train.gather(recipe).prepared.load("test")
+    for row, tokens in zip(rows, evaluation.tokenized(tokenizer, rows), strict=True):
+        text = tokenizer.decode([label for label in tokens["labels"] if label != -100])
+        assert text == evaluation.reference(row) + "<|im_end|>\n"
+
+
+def test_untrained_adapter_gives_no_evidence_and_exactly_no_difference(trained):
+    file = trained("idle").weights / "adapter_model.safetensors"
+    tensors = load_file(file)
+    # As an adapter is before step 1: nothing is added to the base
+    save_file({k: t.zero_() if "lora_B" in k else t for k, t in tensors.items()}, file, metadata={"format": "pt"})
+    for metric in evaluation.evaluate("idle")["metrics"].values():
+        assert metric["difference"] == metric["low"] == metric["high"] == 0.0
+        assert metric["verdict"] == "no evidence"
+
+
+def test_interrupted_evaluation_goes_on_and_gives_the_same(trained, monkeypatch, workplace):
+    trained("mine", "quantization=null")
+    whole = evaluation.evaluate("mine")
+    calls, real = [], evaluation.likelihood
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(evaluation, "likelihood", counted)
+    evaluation.evaluate("mine")
+    assert not calls, "what is known was computed again"
+    for file in (workplace / "cache" / "scores").glob("*.jsonl"):
+        file.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate("mine")
+    half = next((workplace / "cache" / "scores").glob("*.jsonl"))
+    assert len(read_lines(half)) == 2
+    with half.open("a") as stream:
+        stream.write('{"batch": ["likelihood", 3], "sco')
+    again = evaluation.evaluate("mine")
+    assert again["metrics"] == whole["metrics"]
+
+
+def test_second_recipe_takes_the_bases_scores_from_the_first(trained, capsys):
+    trained("one", "quantization=null")
+    trained("two", "quantization=null", "lora.r=4")
+    first = evaluation.evaluate("one")
+    capsys.readouterr()
+    second = evaluation.evaluate("two")
+    said = capsys.readouterr().out
+    assert "base: " in said and "tuned: " not in said
+    assert first["fingerprint"] == second["fingerprint"]
+    for name, metric in first["metrics"].items():
+        assert metric["baseline"] == second["metrics"][name]["baseline"]
+
+
+def test_quick_look_says_so_and_asks_the_same_rows_each_time(trained, capsys):
+    this = trained("mine")
+    evaluation.evaluate("mine", rows=5)
+    assert "quick look: 5 of" in capsys.readouterr().out
+    found = results("mine")
+    assert found["rows"] == 5 < found["of"]
+    five = {line["row"] for line in read_lines(this.folder / "eval" / "rows.jsonl")}
+    evaluation.evaluate("mine", rows=7)
+    assert five < {line["row"] for line in read_lines(this.folder / "eval" / "rows.jsonl")}
+
+
+def test_changed_data_is_refused(trained, make_model, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(SAMPLE.read_text())
+    trained("mine", f"data.path={copy}")
+    copy.write_text("\n".join(SAMPLE.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(RecipeError, match="not what the run was split from"):
+        evaluation.evaluate("mine")
+    assert not (open_run("mine").folder / "eval").exists()
+
+
+def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp_path, capsys):
+    this = trained("mine")
+    known = train.gather(load_recipe(str(this.recipe))).prepared.load("train")[0]
+    rows = [
+        {"question": "What is a made-up ailment?", "answer": "It is an ailment that nobody has, made up for a test."},
+        {"question": evaluation.question(known), "answer": "Something else altogether."},
+        {"question": "Who is not answered?", "answer": ""},
+    ]
+    file = tmp_path / "my rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation.evaluate("mine", data=file)
+    said = capsys.readouterr().out
+    assert "warning: row 1 of my rows.jsonl stands in the training split" in said
+    assert "1 rows dropped by drop_unanswered" in said
+    assert results("mine", "eval-my rows")["found_in_training"] == [1]
+    assert not (this.folder / "eval").exists()
+
+
+def test_missing_file_and_missing_test_split_are_said_in_a_line(trained, tmp_path):
+    trained("mine", "data.test=0.0")
+    with pytest.raises(RecipeError, match="DATA: no file"):
+        evaluation.evaluate("mine", data=tmp_path / "none.jsonl")
+    with pytest.raises(RecipeError, match="no test split"):
+        evaluation.evaluate("mine")
+
+
+def test_full_fine_tunes_base_is_the_model_it_began_as(trained, make_model):
+    this = trained("full", "lora=null", "quantization=null")
+    trained("lora", "quantization=null")
+    full, lora = evaluation.evaluate("full"), evaluation.evaluate("lora")
+    assert full["metrics"]["nll"]["baseline"] == lora["metrics"]["nll"]["baseline"]
+    assert AutoModelForCausalLM.from_pretrained(this.weights).num_parameters() > 0
+    assert full["metrics"]["nll"]["value"] != full["metrics"]["nll"]["baseline"]
+
+
+def test_evaluation_is_a_wandb_run_of_its_own_in_the_same_group(trained):
+    this = trained("mine", "tracking={project: medibot}")
+    evaluation.evaluate("mine", rows=4)
+    files = sorted((this.folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    content = [file.read_bytes() for file in files]
+    assert sum(b"mine-eval" in text for text in content) == 1
+    assert sum(b"test/answers" in text for text in content) == 1

@@ -1,0 +1,101 @@
+"""The page of an evaluation: whole, escaped, the same each time, and readable in a real browser."""
+
+import random
+import re
+import shutil
+
+import pytest
+
+from medibot.metrics import METRICS, compare_scores, score_answer
+from medibot.page import evaluation_page, gain, side_by_side
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+AWKWARD = ["<script>alert(1)</script>", "[bold]$5 & $6[/bold]", "x" * 300, "", "é 漢字 🙂", "line\n\n- one\n- two"]
+
+
+def lines(count: int) -> list[dict]:
+    draw, rows = random.Random(0), []
+    for index in range(count):
+        reference = " ".join(draw.choices(["rest", "water", "doctor", "fever", "7 days"], k=draw.randint(5, 60)))
+        line = {"row": index, "group": f"g{index // 2}", "question": f"What is {AWKWARD[index % 6]}?"}
+        line |= {"reference": reference, "document_source": "A & B", "question_type": f"type {index % 3} $"}
+        for which, mean in (("base", 2.4), ("tuned", 2.1)):
+            answer = AWKWARD[index % 6] + " ".join(draw.choices(["rest", "water", "fever"], k=draw.randint(0, 90)))
+            tokens = draw.randint(20, 200)
+            nll = tokens * draw.gauss(mean, 0.3)
+            counted = {"nll": nll, "tokens": tokens, "correct": tokens // 2, "bits": nll * 1.44, "bytes": 4 * tokens}
+            said = {"text": answer, "stopped": draw.random() < 0.6, "answer_tokens": 30}
+            line[which] = counted | said | score_answer(answer, reference)
+        rows.append(line)
+    return rows
+
+
+def differences(rows: list[dict]) -> dict[str, dict]:
+    base, tuned, group = ([row[key] for row in rows] for key in ("base", "tuned", "group"))
+    found = compare_scores(base, tuned, group, resamples=200)
+    return {m.name: {"label": m.label, "definition": m.definition, "better": m.better} | found[m.name] for m in METRICS}
+
+
+def results(rows: list[dict], **changes) -> dict:
+    kinds = sorted({row["question_type"] for row in rows})
+    parts = {kind: [row for row in rows if row["question_type"] == kind] for kind in kinds}
+    parts["a kind with one group"] = rows[:1]
+    by = {kind: {"rows": len(part), "groups": 1, "metrics": differences(part)} for kind, part in parts.items()}
+    found = {"run": "mine <b>", "verdict": "mine answers better: 2.40 -> 2.10.", "model": "a/b", "method": "LoRA"}
+    found |= {"data": "test split of a/b", "rows": len(rows), "of": len(rows), "groups": 60, "fingerprint": "f" * 64}
+    found |= {"decoding": {"max_new_tokens": 64, "do_sample": False}, "precision": "float32", "seed": 0}
+    found |= {"resamples": 200, "metrics": differences(rows), "by": {"question_type": by}, "found_in_training": []}
+    return found | changes
+
+
+def test_page_is_one_file_that_loads_nothing_and_runs_nothing():
+    rows = lines(60)
+    page = evaluation_page(results(rows), rows)
+    assert "<script" not in page and "&lt;script&gt;" in page and "mine <b>" not in page
+    assert not re.findall(r"""(?:src|href|@import|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", page)
+    assert page.count("<svg") == 3 and "Not a medical device" in page
+
+
+def test_same_results_give_the_same_bytes():
+    rows = lines(30)
+    assert evaluation_page(results(rows), rows) == evaluation_page(results(rows), rows)
+
+
+def test_gains_losses_and_draw_are_those_of_the_rows():
+    rows = lines(60)
+    titled = dict(side_by_side(rows))
+    assert titled["Largest gains"][0] is max(rows, key=gain) and titled["Largest losses"][0] is min(rows, key=gain)
+    assert titled["Drawn at random"] == dict(side_by_side(rows))["Drawn at random"]
+    same = [row | {"tuned": row["base"]} for row in rows]
+    assert set(dict(side_by_side(same))) == {"Drawn at random"}
+
+
+def test_warnings_stand_only_where_there_is_something_to_warn_of():
+    rows = lines(12)
+    plain = evaluation_page(results(rows), rows)
+    assert "A quick look" not in plain and "flatter the tuned model" not in plain
+    warned = evaluation_page(results(rows, of=500, found_in_training=[3, 17]), rows)
+    assert "A quick look: 12 of 500" in warned and "2 rows stand in the training split" in warned and "3, 17" in warned
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_page_fits_a_phone_and_a_screen_in_a_real_browser(width, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    rows = lines(60)
+    file = tmp_path / "report.html"
+    file.write_text(evaluation_page(results(rows), rows))
+    said, asked = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(file.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = tab.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width)")
+        assert len(boxes) == 3 and all(200 < box <= width for box in boxes)
+        assert tab.locator("td.better").first.is_visible()
+        browser.close()
+    assert said == [] and asked == [file.as_uri()]
