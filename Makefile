@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model train eval inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model train eval compare inspect ask list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -8,6 +8,8 @@ ARGS ?=
 ACCELERATE ?=
 LAUNCH ?=
 ROWS ?=
+RUNS ?=
+BASELINE ?= base
 DATA ?=
 Q ?= What is anemia?
 PYTHON ?= python3
@@ -31,6 +33,9 @@ train: .venv/.ready $(NEEDED)  ## train a recipe: RECIPE=quickstart ARGS="sectio
 
 eval: .venv/.ready  ## base against tuned on held-out questions: RUN=quickstart ROWS=20 DATA=file.jsonl
 	@$(MEDIBOT) eval --run $(or $(RUN),quickstart) $(if $(ROWS),--rows $(ROWS)) $(if $(DATA),--data "$(DATA)")
+
+compare: .venv/.ready  ## evaluated runs side by side: RUNS="a b" BASELINE=base
+	@$(MEDIBOT) compare $(RUNS) --baseline $(BASELINE)
 
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)

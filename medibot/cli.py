@@ -125,6 +125,17 @@ def eval_(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Evaluated runs of outputs/.")],
+    baseline: Annotated[str, typer.Option(help="What each is compared with: base, or one of them.")] = "base",
+) -> None:
+    """Runs side by side: recipes, curves, test metrics with paired intervals, cost, and which one wins."""
+    from medibot.compare import compare as compare_runs
+
+    compare_runs(runs, baseline)
+
+
+@app.command()
 def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
     from medibot.recipe import write_schema

@@ -456,6 +456,6 @@ def show(results: dict[str, Any], folder: Path) -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     if results["rows"] < results["of"]:
-        console.print(f"A quick look: {results['rows']} of {results['of']} rows.")
-    console.print(results["verdict"])
-    console.print(f"written: {folder}/results.json, rows.jsonl, report.html")
+        print(f"A quick look: {results['rows']} of {results['of']} rows.")
+    print(results["verdict"])
+    print(f"written: {folder}/results.json, rows.jsonl, report.html")

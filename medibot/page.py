@@ -1,6 +1,7 @@
 """Self-contained HTML pages: tables, SVG plots and answers side by side; no script, nothing from outside."""
 
 import io
+import itertools
 import random
 from typing import Any
 
@@ -10,10 +11,7 @@ from markupsafe import Markup
 BASE, TUNED, PLAIN = "#0072b2", "#d55e00", "#57606a"
 SHOWN = 5
 
-PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ r.run }}: base against tuned</title><style>
+STYLE = Markup("""
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; color: #1b1f24; overflow-wrap: anywhere; }
 .verdict { font-size: 1.35rem; line-height: 1.4; } .facts, figcaption, .small { color: #57606a; font-size: .9rem; }
 .warning { border-left: 4px solid #d55e00; background: #fff4ec; padding: .5rem 1rem; }
@@ -24,7 +22,12 @@ figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; }
 .answers { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1rem; } .answers p { white-space: pre-wrap; margin: .25rem 0; }
 .answers > div { background: #f6f8fa; border-radius: 6px; padding: .75rem; } .answers h4 { margin: 0; }
 @media (max-width: 45rem) { .answers { grid-template-columns: 1fr; } }
-</style></head><body>
+""")
+
+PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ r.run }}: base against tuned</title><style>{{ style }}</style></head><body>
 <h1>{{ r.run }}: base against tuned</h1>
 <p class="facts">Not a medical device: answers here are a model's output and can be wrong. No figure on this page measures whether an answer is medically right.</p>
 <p class="verdict">{{ r.verdict }}</p>
@@ -57,6 +60,35 @@ Rows and decoding: <span title="{{ r.fingerprint }}">{{ r.fingerprint[:16] }}</s
 )
 
 
+COMPARISON = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ c.runs | join(", ") }}</title><style>{{ style }}</style></head><body>
+<h1>{{ c.runs | join(", ") }}</h1>
+<p class="verdict">{{ c.sentence }}</p>
+{% if c.rows < c.of %}<p class="warning">A quick look: {{ c.rows }} of {{ c.of }} rows were asked.</p>{% endif %}
+{% if c.left_out %}<p class="warning">Left out, since the tokenizers differ: {{ c.left_out | join(", ") }}.</p>{% endif %}
+<p class="facts">{{ c.rows }} rows of {{ c.groups }} groups, the same for all; baseline: {{ c.baseline }}.
+Rows and decoding: <span title="{{ c.fingerprint }}">{{ c.fingerprint[:16] }}</span>. No figure here measures whether an answer is medically right.</p>
+{% macro table(title, header, rows) %}<h2>{{ title }}</h2><div class="wide" tabindex="0"><table><tr>{% for h in header %}<th>{{ h }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>{% endmacro %}
+{{ table("What differs in the recipes", ["key"] + c.runs, c.differences) }}
+<h2>Test metrics</h2><div class="wide" tabindex="0"><table><tr><th>metric</th><th>{{ c.baseline }}</th>{% for name in c.metrics %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for key, metric in (c.metrics.values() | first).items() %}<tr><td>{{ metric.label }}</td><td>{{ "%.4g" | format(metric.baseline) }}</td>
+{% for found in c.metrics.values() %}{% set m = found[key] %}<td class="{{ m.verdict }}">{{ "%.4g" | format(m.value) }}<br><span class="small">{{ m.verdict }}{% if m.low is not none %}, {{ "%+.4f" | format(m.difference) }}<br>({{ "%+.4f" | format(m.low) }} to {{ "%+.4f" | format(m.high) }}){% endif %}</span></td>{% endfor %}</tr>
+{% endfor %}</table></div>
+<h2>Plots</h2>
+{% for caption, drawn in plots %}<figure role="img" aria-label="{{ caption }}">{{ drawn }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+{{ table("Cost", ["training"] + c.runs, cost) }}
+</body></html>
+"""
+)
+# Okabe and Ito's colours, told apart by every kind of colour vision
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
 def evaluation_page(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The page of one evaluation, from what results.json and rows.jsonl hold; the same input gives the same bytes."""
     plots = [
@@ -76,7 +108,24 @@ def evaluation_page(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 parts_plot(parts),
             )
         )
-    return PAGE.render(r=results, plots=plots, chosen=side_by_side(rows))
+    return PAGE.render(style=STYLE, r=results, plots=plots, chosen=side_by_side(rows))
+
+
+def comparison_page(comparison: dict[str, Any], cost: list[list[str]]) -> str:
+    """The page of a comparison, from what comparison.json holds and the cost table's rows."""
+    primary = "bits_per_byte" if comparison["left_out"] else "nll"
+    unit = "bits a byte" if comparison["left_out"] else "nats a token"
+    plots = [
+        (
+            f"Difference from {comparison['baseline']} on the test rows with 95 % intervals: left of the line is better.",
+            runs_plot({name: found[primary] for name, found in comparison["metrics"].items()}, unit),
+        ),
+        (
+            "Training loss (thin) and validation loss (dots) by supervised tokens and by wall time.",
+            curves_plot(comparison["curves"]),
+        ),
+    ]
+    return COMPARISON.render(style=STYLE, c=comparison, plots=plots, cost=cost)
 
 
 def side_by_side(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -155,4 +204,34 @@ def parts_plot(parts: dict[str, Any]) -> Markup:
     names = [f"{name[:40]} ({part['rows']})".replace("$", r"\$") for name, part in ordered]
     axes.set_yticks(range(len(ordered)), names)
     axes.set_xlabel("tuned minus base (nats a token)")
+    return svg(drawn)
+
+
+def runs_plot(found: dict[str, dict[str, Any]], unit: str) -> Markup:
+    drawn, axes = figure(1 + 0.4 * len(found))
+    for place, metric in enumerate(found.values()):
+        if metric["low"] is not None:
+            axes.plot([metric["low"], metric["high"]], [place, place], color=TUNED, linewidth=2)
+        axes.plot(metric["difference"], place, "o", color=TUNED)
+    axes.axvline(0, color=PLAIN, linewidth=1)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"difference ({unit})")
+    return svg(drawn)
+
+
+def curves_plot(curves: dict[str, dict[str, list[list[float]]]]) -> Markup:
+    """Both losses of each run on two x-axes that share the y-axis."""
+    drawn, _ = figure(3.6)
+    drawn.clear()
+    panels = drawn.subplots(1, 2, sharey=True)
+    for axes, column, scale, label in zip(panels, (0, 1), (1, 60), ("supervised tokens", "minutes"), strict=True):
+        for (name, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+            for kind, style in (("train", {"linewidth": 0.8, "alpha": 0.6}), ("validation", {"marker": "o"})):
+                points = curve[kind]
+                x, y = [point[column] / scale for point in points], [point[2] for point in points]
+                axes.plot(x, y, color=colour, label=name if kind == "validation" else None, **style)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("loss (nats a token)")
+    panels[1].legend(frameon=False)
     return svg(drawn)

@@ -17,6 +17,7 @@ from medibot.run import open_run, read_json, read_lines
 OVERRIDES = [
     f"data.path={SAMPLE}",
     "training.max_steps=2",
+    "training.logging_steps=1",
     "training.learning_rate=0.01",
     "training.max_length=1024",
     "training.eval_strategy=no",

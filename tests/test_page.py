@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from medibot.metrics import METRICS, compare_scores, score_answer
-from medibot.page import evaluation_page, gain, side_by_side
+from medibot.page import comparison_page, evaluation_page, gain, side_by_side
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AWKWARD = ["<script>alert(1)</script>", "[bold]$5 & $6[/bold]", "x" * 300, "", "é 漢字 🙂", "line\n\n- one\n- two"]
@@ -78,14 +78,42 @@ def test_warnings_stand_only_where_there_is_something_to_warn_of():
     assert "A quick look: 12 of 500" in warned and "2 rows stand in the training split" in warned and "3, 17" in warned
 
 
+def comparison(rows: list[dict], **changes) -> dict:
+    curve = {
+        "train": [[100 * i, 5.0 * i, 3 - 0.1 * i] for i in range(1, 9)],
+        "validation": [[0, 1, 3.0], [800, 45, 2.1]],
+    }
+    found = {
+        "baseline": "base",
+        "runs": ["one", "two <b>"],
+        "sentence": "The data cannot tell.",
+        "fingerprint": "f" * 64,
+    }
+    found |= {"rows": 60, "of": 60, "groups": 30, "left_out": [], "differences": [["lora.r", "16", "4"]]}
+    found |= {"metrics": {name: differences(rows) for name in ("one", "two <b>")}}
+    return found | {"curves": dict.fromkeys(["one", "two <b>"], curve)} | changes
+
+
+def test_comparison_is_escaped_whole_and_the_same_each_time():
+    found = comparison(lines(60))
+    page = comparison_page(found, [["supervised tokens", "800", "800"]])
+    assert page == comparison_page(found, [["supervised tokens", "800", "800"]])
+    assert page.count("<svg") == 2 and "two <b>" not in page and "supervised tokens" in page
+    assert "A quick look" not in page and "Left out" not in page
+    partial = comparison_page(comparison(lines(60), of=99, left_out=["nll"]), [])
+    assert "A quick look: 60 of 99" in partial and "Left out, since the tokenizers differ: nll" in partial
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1200])
-def test_page_fits_a_phone_and_a_screen_in_a_real_browser(width, tmp_path):
+@pytest.mark.parametrize("kind", ["evaluation", "comparison"])
+def test_page_fits_a_phone_and_a_screen_in_a_real_browser(kind, width, tmp_path):
     from playwright.sync_api import sync_playwright
 
     rows = lines(60)
     file = tmp_path / "report.html"
-    file.write_text(evaluation_page(results(rows), rows))
+    drawn = evaluation_page(results(rows), rows) if kind == "evaluation" else comparison_page(comparison(rows), [])
+    file.write_text(drawn)
     said, asked = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -95,7 +123,7 @@ def test_page_fits_a_phone_and_a_screen_in_a_real_browser(width, tmp_path):
         tab.goto(file.as_uri())
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         boxes = tab.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width)")
-        assert len(boxes) == 3 and all(200 < box <= width for box in boxes)
+        assert len(boxes) == drawn.count("<svg") > 1 and all(200 < box <= width for box in boxes)
         assert tab.locator("td.better").first.is_visible()
         browser.close()
     assert said == [] and asked == [file.as_uri()]

@@ -63,6 +63,8 @@ def test_readme_command_runs(command, outputs, make_model):
         assert (outputs / run / "model" / "adapter_model.safetensors").is_file()
     if command.startswith("make eval"):
         assert "95 % interval" in done.stdout and "nats a token" in done.stdout
+    if command.startswith("make compare"):
+        assert "Test metrics" in done.stdout and "comparison.json" in done.stdout
     if command.startswith("make ask"):
         assert "[base]" in done.stdout and "[tuned]" in done.stdout and "Not a medical device" in done.stdout
 
