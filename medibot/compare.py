@@ -105,7 +105,7 @@ def sentence(rows: dict[str, Any], compared: dict[str, Any], primary: str, basel
     found = paired(rows[best], tuned(rows[second]))[primary]
     unit = "nats a token" if primary == "nll" else "bits a byte"
     by = f"{found['difference']:+.4f} {unit} ({interval(found)})"
-    told = f"{best} answers best, {by} against {second}"
+    told = f"{best} predicts the reference answers best, {by} against {second}"
     unsure = f"The data cannot tell {best} from {second}: {by}"
     text = told if found["verdict"] == "better" else unsure
     if best in compared:

@@ -267,6 +267,8 @@ def scored(
                     done[batch] = scores
                     with file.open("a", encoding="utf-8") as stream:
                         stream.write(dumped(batch, scores) + "\n")
+                    if bar.disable and (len(work) - len(done)) % max(1, len(work) // 10) == 0:
+                        print(f"{which}: {len(done)} of {len(work)} batches", flush=True)
     rows: list[dict[str, Any]] = [{} for _ in questions.rows]
     for batch in work:
         for place, score in zip(batch[1:], done[batch], strict=True):
@@ -398,12 +400,12 @@ def groups(lines: list[dict[str, Any]]) -> int:
 
 
 def verdict(name: str, compared: dict[str, dict[str, Any]], rows: int, groups: int) -> str:
-    """The answer in one sentence, by the likelihood of the reference answers."""
+    """The answer in one sentence, by likelihood alone: how the answers themselves read, the other metrics say."""
     nll, perplexity = compared["nll"], compared["perplexity"]
     claim = {
-        "better": f"{name} answers better than its base model",
-        "worse": f"{name} answers worse than its base model",
-        "no evidence": f"no evidence that {name} answers better or worse than its base model",
+        "better": f"{name} predicts the reference answers better than its base model",
+        "worse": f"{name} predicts the reference answers worse than its base model",
+        "no evidence": f"no evidence that {name} predicts the reference answers better or worse than its base model",
     }[nll["verdict"]]
     interval = "too few groups for an interval" if nll["low"] is None else f"{nll['low']:+.3f} to {nll['high']:+.3f}"
     return (

@@ -57,7 +57,7 @@ def test_winner_is_named_only_with_evidence(evaluated):
     assert compare(["one", "two", "three"])["sentence"].startswith("The data cannot tell")
     rewrite("two", lambda row: row["tuned"] | {"nll": row["tuned"]["nll"] - 0.5 * row["tuned"]["tokens"]})
     found = compare(["one", "two", "three"], baseline="one")
-    assert found["sentence"].startswith("two answers best, -0.5000 nats a token")
+    assert found["sentence"].startswith("two predicts the reference answers best, -0.5000 nats a token")
     assert found["metrics"]["two"]["nll"]["verdict"] == "better"
     assert found["metrics"]["three"]["nll"]["difference"] == 0.0 and "one" not in found["metrics"]
 
