@@ -104,7 +104,7 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> di
         report.write("rows.jsonl", "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
         report.write("report.html", evaluation_page(results, lines))
         report.write("results.json", results)
-        mirror(recipe, this, results, lines)
+        mirror(recipe, this, report, results, lines)
         show(results, report.folder)
     return results
 
@@ -414,7 +414,7 @@ def verdict(name: str, compared: dict[str, dict[str, Any]], rows: int, groups: i
     )
 
 
-def mirror(recipe: Recipe, this: Run, results: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+def mirror(recipe: Recipe, this: Run, report: Run, results: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     """The same in W&B, as a run of its own beside the training's."""
     config = {"recipe": recipe.as_dict(), "run": this.name, "run_fingerprint": this.record()["fingerprint"]}
     config |= {key: value for key, value in results.items() if key not in {"metrics", "by"}}
@@ -443,6 +443,9 @@ def mirror(recipe: Recipe, this: Run, results: dict[str, Any], lines: list[dict[
             f"{which}_{key}" for which in ("base", "tuned") for key in ("text", "nll", "tokens", "rouge_l", "stopped")
         ]
         mirrored.table("test/answers", columns + named, rows)
+        manifest = {"run": this.name, "run_fingerprint": this.record()["fingerprint"]}
+        uses = [f"{this.name}-adapter:model"] if recipe.lora else []
+        mirrored.artifact("evaluation", f"{this.name}-{report.name}", [report.folder], manifest, uses)
 
 
 def show(results: dict[str, Any], folder: Path) -> None:

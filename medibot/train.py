@@ -238,6 +238,18 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
         summary |= {"eval_loss_first": evals[0], "eval_loss_last": evals[-1], "eval_loss_best": min(evals)}
     summary["cost"] = cost(trainer, this)
     mirror.summary(summary)
+    record = this.record()
+    manifest = {
+        "run": this.name,
+        "run_fingerprint": record["fingerprint"],
+        "base": record["parts"]["base"],
+        "data_fingerprint": inputs.prepared.fingerprint,
+        "split_fingerprint": inputs.prepared.split["fingerprint"],
+    }
+    data = f"data-{inputs.prepared.fingerprint[:12]}"
+    mirror.artifact("dataset", data, [this.folder / name for name in ("ledger.json", "split.json")], manifest, [])
+    if inputs.recipe.lora:
+        mirror.artifact("model", f"{this.name}-adapter", [this.weights], manifest, [f"{data}:dataset"])
     this.write("run.json", this.record() | {"status": "finished", "summary": summary})
 
 
@@ -405,7 +417,10 @@ def wandb_config(this: Run, inputs: Inputs) -> dict[str, Any]:
         return {}
     environment = run.read_json(this.folder / "environment.json")
     split = inputs.prepared.split | {"data": inputs.prepared.fingerprint}
-    return {"recipe": inputs.recipe.as_dict(), "split": split, "environment": environment}
+    # Counts alone: the ledger's examples are rows
+    counted = [{key: value for key, value in line.items() if key != "examples"} for line in inputs.prepared.ledger]
+    ledger = {"ledger": counted, "leaks": inputs.prepared.leaks}
+    return {"recipe": inputs.recipe.as_dict(), "split": split, "environment": environment} | ledger
 
 
 def farewell(this: Run, inputs: Inputs) -> None:

@@ -3,8 +3,12 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import wandb
 from conftest import ROOT, SAMPLE
 from safetensors.torch import load_file, save_file
 
+from medibot import tracking
 from medibot import train as training
 from medibot.recipe import Recipe, RecipeError, load_recipe
 from medibot.run import claimed, open_run, read_lines
@@ -255,13 +260,76 @@ def test_two_trainings_into_one_folder_are_refused(miniature):
     assert not (open_run("mini").folder / "run.json").exists()
 
 
-def test_a_server_that_refuses_does_not_stop_training(miniature, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+class Server(BaseHTTPRequestHandler):
+    """As much of a W&B server as a run needs to start; it answers `answers` times and then breaks every connection."""
+
+    answers = 0
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        if "file_stream" in self.path or ("upsertBucket" not in asked and type(self).answers <= 0):
+            type(self).answers = 0
+            self.connection.close()
+            return
+        type(self).answers -= 1
+        project = {"name": "medibot", "entity": {"name": "nobody"}}
+        bucket = {"id": "1", "name": "mini", "displayName": "mini", "project": project, "historyLineCount": 0}
+        reply = json.dumps({"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def endpoint(kind):
+    """The address of a W&B server that refuses, hangs or dies after it accepted the run."""
+    if kind == "refuses":
+        yield "http://127.0.0.1:9"
+    elif kind == "hangs":
+        # Connections are accepted by the kernel, and nobody ever answers
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    else:
+        Server.answers = 3
+        with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+            server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["refuses", "hangs", "dies"])
+def test_a_wandb_server_that_fails_does_not_change_the_training(kind, miniature, monkeypatch, capfd):
+    key = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.delenv("WANDB_MODE")
-    # wandb reads its environment once in a process
-    wandb.teardown()
-    training.train(miniature("quickstart"), "mini")
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 3)
+    with endpoint(kind) as address:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        # wandb reads its environment once in a process
+        wandb.teardown()
+        training.train(miniature("quickstart"), "mini")
+        wandb.teardown()
+    said = capfd.readouterr().out
     assert len(losses("mini")) == 2 and open_run("mini").record()["status"] == "finished"
-    assert "tracking offline instead" in capsys.readouterr().out
-    wandb.teardown()
+    assert said.count("wandb sync") == 1
+    assert ("tracking offline instead" in said) == (kind != "dies")
+    for file in open_run("mini").folder.rglob("*"):
+        assert not file.is_file() or key.encode() not in file.read_bytes(), file
+
+
+def test_the_wandb_run_shows_config_metrics_tables_and_artifacts(miniature):
+    training.train(miniature("quickstart"), "mini")
+    (folder,) = (open_run("mini").folder / "wandb").glob("offline-run-*")
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
+    summary = json.loads(subprocess.run([*command, "--summary", folder], capture_output=True, text=True).stdout)
+    records = subprocess.run([*command, folder], capture_output=True, text=True).stdout
+    shown = json.dumps(summary)
+    for part in ("recipe", "split", "ledger", "environment", "eval_loss_best", "supervised_tokens_per_second"):
+        assert part in shown, part
+    for part in ("train/num_supervised_tokens_seen", "answers", "mini-adapter", "data-", "split_fingerprint"):
+        assert part in records, part
