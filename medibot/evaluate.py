@@ -444,7 +444,7 @@ def mirror(recipe: Recipe, this: Run, report: Run, results: dict[str, Any], line
         ]
         mirrored.table("test/answers", columns + named, rows)
         manifest = {"run": this.name, "run_fingerprint": this.record()["fingerprint"]}
-        uses = [f"{this.name}-adapter:model"] if recipe.lora else []
+        uses = {f"{this.name}-adapter": "model"} if recipe.lora else {}
         mirrored.artifact("evaluation", f"{this.name}-{report.name}", [report.folder], manifest, uses)
 
 

@@ -3,8 +3,8 @@
 import hashlib
 import netrc
 import os
-import time
-from collections.abc import Generator
+import re
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,74 +22,77 @@ AXES = (
     "train/epoch",
     "train/seconds",
 )
-# Seconds
+# Seconds that the end of a run waits for a server that died
 FINISH_TIMEOUT = 30
 
 
 class Mirror:
-    """The W&B run, or nothing at all: every method is safe to call either way."""
+    """The W&B run, or nothing at all: every method is safe to call either way, and none of them raises."""
 
     def __init__(self, wandb_run: Any = None) -> None:
         self.wandb_run = wandb_run
-        self.failed = False
+        self.failed: set[str] = set()
 
     def log(self, metrics: dict[str, Any]) -> None:
-        if self.wandb_run is not None:
-            self.wandb_run.log(metrics)
+        self.send("metrics", lambda: self.wandb_run.log(metrics))
 
     def summary(self, values: dict[str, Any]) -> None:
-        if self.wandb_run is not None:
-            self.wandb_run.summary.update(values)
+        self.send("summary", lambda: self.wandb_run.summary.update(values))
 
     def answers(self, rows: list[dict[str, Any]]) -> None:
         """All answers given so far to the fixed questions, as one table."""
-        if self.wandb_run is not None:
-            columns = ["global_step", "question", "answer", "tokens", "stopped"]
-            self.table("answers", columns, [[row[column] for column in columns] for row in rows])
+        columns = ["global_step", "question", "answer", "tokens", "stopped"]
+        self.table("answers", columns, [[row[column] for column in columns] for row in rows])
 
-    def artifact(self, kind: str, name: str, files: list[Path], manifest: dict[str, Any], uses: list[str]) -> None:
-        """`files` (a folder: all that it holds) as one artifact; `uses` are the "name:type" that it was made from.
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """One table, under `name`."""
 
-        W&B draws lineage online only: offline, `manifest` says the same in the artifact's metadata.
+        def call() -> None:
+            import wandb
+
+            self.wandb_run.log({name: wandb.Table(columns=columns, data=rows)})
+
+        self.send("tables and artifacts", call)
+
+    def artifact(self, kind: str, name: str, files: list[Path], manifest: dict[str, Any], uses: dict[str, str]) -> None:
+        """`files` (a folder: all that it holds) as one artifact; `uses` are the {name: type} that it was made from.
+
+        W&B draws lineage online only: offline, `manifest` and `uses` say the same in the artifact's metadata.
         """
-        if self.wandb_run is None or self.failed:
-            return
-        import wandb
 
-        online = self.wandb_run.settings.mode == "online"
-        for used in uses if online else []:
-            # One that was tracked offline and never synced is not there to be used
-            with suppress(wandb.Error, ValueError):
-                self.wandb_run.use_artifact(used.partition(":")[0] + ":latest", type=used.partition(":")[2])
-        artifact = wandb.Artifact(name, kind, metadata=manifest | {"uses": uses})
-        for file in files:
-            if file.is_dir():
-                # The folder stays where it is: no second copy is staged
-                artifact.add_dir(str(file), policy="immutable")
-            else:
-                artifact.add_file(str(file), policy="immutable")
-        with self.never_in_the_way():
+        def call() -> None:
+            import wandb
+
+            online = self.wandb_run.settings.mode == "online"
+            for used, its_kind in uses.items() if online else []:
+                # One that was tracked offline and never synced is not there to be used
+                with suppress(wandb.Error, ValueError):
+                    self.wandb_run.use_artifact(f"{used}:latest", type=its_kind)
+            # W&B takes no other characters in a name
+            artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", name), kind, metadata=manifest | {"uses": uses})
+            for file in files:
+                # They stay where they are: no second copy is staged
+                if file.is_dir():
+                    artifact.add_dir(str(file), policy="immutable")
+                else:
+                    artifact.add_file(str(file), policy="immutable")
             if online and kind == "dataset":
                 self.wandb_run.use_artifact(artifact)
             else:
                 self.wandb_run.log_artifact(artifact)
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """One table, under `name`."""
-        if self.wandb_run is not None and not self.failed:
-            import wandb
+        self.send("tables and artifacts", call)
 
-            with self.never_in_the_way():
-                self.wandb_run.log({name: wandb.Table(columns=columns, data=rows)})
-
-    @contextmanager
-    def never_in_the_way(self) -> Generator[None]:
-        """Tables and artifacts ask the server while the training waits: after one failure no more of them are sent."""
+    def send(self, what: str, call: Callable[[], None]) -> None:
+        """`call`, unless there is no W&B run or `what` failed before: a broken server costs one line, not a training."""
+        if self.wandb_run is None or what in self.failed:
+            return
         try:
-            yield
-        except Exception as error:
-            self.failed = True
-            print(f"W&B: {str(error).splitlines()[0]}; no more tables or artifacts, the run's folder has them all")
+            call()
+        except Exception as error:  # wandb's errors have no base of their own
+            self.failed.add(what)
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"W&B: {why}; no more {what} are sent, the run's folder has them all")
 
 
 @contextmanager
@@ -104,20 +107,26 @@ def tracked(
     try:
         yield Mirror(wandb_run)
     except BaseException:
-        if wandb_run is not None:
-            wandb_run.finish(exit_code=1)
+        finish(wandb_run, run, exit_code=1)
         raise
     finish(wandb_run, run)
 
 
-def finish(wandb_run: Any, run: Run) -> None:
+def finish(wandb_run: Any, run: Run, exit_code: int = 0) -> None:
     """End the W&B run; whatever it could not send stays in the folder, and one line says how to send it later."""
-    started = time.monotonic()
-    wandb_run.finish()
+    import wandb
+
+    try:
+        wandb_run.finish(exit_code)
+    except Exception as error:  # a timeout, or any of wandb's errors, which have no base of their own
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"W&B: {why.rstrip('.')}; to upload the rest: wandb sync {wandb_run.settings.sync_dir}")
+        # What wandb would do at exit, where its error would be a traceback
+        with suppress(Exception):
+            wandb.teardown()
+        return
     if wandb_run.settings.mode == "offline":
         print(f"W&B: kept offline; to upload: wandb sync {run.folder}/wandb/offline-run-*")
-    elif time.monotonic() - started > FINISH_TIMEOUT - 1:
-        print(f"W&B: the server did not take everything; to upload: wandb sync {wandb_run.settings.sync_dir}")
 
 
 def group(recipe: Recipe, run: Run) -> str:
@@ -136,8 +145,8 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
         "console": "off",
         "disable_code": True,
         "init_timeout": 20,
-        # A server that dies during the run is waited for so long at its end, and no longer
         "finish_timeout": FINISH_TIMEOUT,
+        "finish_timeout_raises": True,
         "silent": True,
         "disable_job_creation": True,
     }

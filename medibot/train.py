@@ -238,19 +238,22 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
         summary |= {"eval_loss_first": evals[0], "eval_loss_last": evals[-1], "eval_loss_best": min(evals)}
     summary["cost"] = cost(trainer, this)
     mirror.summary(summary)
+    this.write("run.json", this.record() | {"status": "finished", "summary": summary})
+    upload(inputs, this, mirror)
+
+
+def upload(inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
+    """What was trained on and what came of it, as W&B artifacts; a full model is too large to go without being asked."""
     record = this.record()
-    manifest = {
-        "run": this.name,
-        "run_fingerprint": record["fingerprint"],
-        "base": record["parts"]["base"],
+    data = f"data-{inputs.prepared.fingerprint[:12]}"
+    made_from = {
         "data_fingerprint": inputs.prepared.fingerprint,
         "split_fingerprint": inputs.prepared.split["fingerprint"],
     }
-    data = f"data-{inputs.prepared.fingerprint[:12]}"
-    mirror.artifact("dataset", data, [this.folder / name for name in ("ledger.json", "split.json")], manifest, [])
+    mirror.artifact("dataset", data, [this.folder / name for name in ("ledger.json", "split.json")], made_from, {})
     if inputs.recipe.lora:
-        mirror.artifact("model", f"{this.name}-adapter", [this.weights], manifest, [f"{data}:dataset"])
-    this.write("run.json", this.record() | {"status": "finished", "summary": summary})
+        of_run = {"run": this.name, "run_fingerprint": record["fingerprint"], "base": record["parts"]["base"]}
+        mirror.artifact("model", f"{this.name}-adapter", [this.weights], of_run | made_from, {data: "dataset"})
 
 
 def cost(trainer: CountingTrainer, this: Run) -> dict[str, float]:

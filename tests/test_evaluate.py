@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medibot import evaluate as evaluation
-from medibot import model, train
+from medibot import model, tracking, train
 from medibot.recipe import RecipeError, load_recipe
 from medibot.run import open_run, read_json, read_lines
 
@@ -205,3 +205,6 @@ def test_evaluation_is_a_wandb_run_of_its_own_in_the_same_group(trained):
     content = [file.read_bytes() for file in files]
     assert sum(b"mine-eval" in text for text in content) == 1
     assert sum(b"test/answers" in text for text in content) == 1
+    group = tracking.group(load_recipe(str(this.recipe)), this)
+    assert all(group.encode() in text for text in content)
+    assert sum(b"evaluation" in text and b"mine-adapter" in text and b"report.html" in text for text in content) == 1

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import wandb
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from medibot import tracking
 from medibot import train as training
 from medibot.recipe import Recipe, RecipeError, load_recipe
-from medibot.run import claimed, open_run, read_lines
+from medibot.run import claimed, open_run, read_json, read_lines
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Small enough for seconds; everything else stays as the recipe says
@@ -307,6 +308,7 @@ def test_a_wandb_server_that_fails_does_not_change_the_training(kind, miniature,
     key = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 3)
+    training.train(miniature("quickstart", "tracking=null"), "untracked")
     with endpoint(kind) as address:
         monkeypatch.setenv("WANDB_API_KEY", key)
         monkeypatch.setenv("WANDB_BASE_URL", address)
@@ -315,7 +317,8 @@ def test_a_wandb_server_that_fails_does_not_change_the_training(kind, miniature,
         training.train(miniature("quickstart"), "mini")
         wandb.teardown()
     said = capfd.readouterr().out
-    assert len(losses("mini")) == 2 and open_run("mini").record()["status"] == "finished"
+    assert losses("mini") == losses("untracked") and open_run("mini").record()["status"] == "finished"
+    assert_same(adapter("mini"), adapter("untracked"))
     assert said.count("wandb sync") == 1
     assert ("tracking offline instead" in said) == (kind != "dies")
     for file in open_run("mini").folder.rglob("*"):
@@ -328,8 +331,29 @@ def test_the_wandb_run_shows_config_metrics_tables_and_artifacts(miniature):
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
     summary = json.loads(subprocess.run([*command, "--summary", folder], capture_output=True, text=True).stdout)
     records = subprocess.run([*command, folder], capture_output=True, text=True).stdout
-    shown = json.dumps(summary)
-    for part in ("recipe", "split", "ledger", "environment", "eval_loss_best", "supervised_tokens_per_second"):
+    assert {"recipe", "split", "ledger", "leaks", "environment"} <= set(summary["config"])
+    assert "examples" not in json.dumps(summary["config"]["ledger"])
+    shown = json.dumps(summary["summary"])
+    for part in ("eval_loss_best", "eval_loss_last", "supervised_tokens_per_second", "answers"):
         assert part in shown, part
-    for part in ("train/num_supervised_tokens_seen", "answers", "mini-adapter", "data-", "split_fingerprint"):
+    data = read_json(open_run("mini").folder / "split.json")["data"][:12]
+    for part in ("train/num_supervised_tokens_seen", "mini-adapter", f"data-{data}", "split_fingerprint"):
         assert part in records, part
+
+
+def test_a_wandb_process_that_is_killed_does_not_stop_the_run(miniature, capfd):
+    recipe = miniature("quickstart")
+    training.train(recipe, "mini")
+    wandb.teardown()
+    with tracking.tracked(recipe, open_run("mini"), {}, True) as mirror:
+        mirror.log({"train/loss": 1.0})
+        (core,) = (child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name())
+        core.kill()
+        core.wait()
+        for value in (2.0, 3.0):
+            mirror.log({"train/loss": value})
+            mirror.summary({"value": value})
+            mirror.table("rows", ["value"], [[value]])
+    said = capfd.readouterr().out
+    assert said.count("no more metrics") == said.count("no more tables") == 1 and said.count("wandb sync") == 2
+    wandb.teardown()
