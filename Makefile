@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model train eval compare inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -10,6 +10,9 @@ LAUNCH ?=
 ROWS ?=
 RUNS ?=
 BASELINE ?= base
+TASKS ?=
+LIMIT ?=
+SWEEP ?= rank-and-rate
 DATA ?=
 Q ?= What is anemia?
 PYTHON ?= python3
@@ -36,6 +39,15 @@ eval: .venv/.ready  ## base against tuned on held-out questions: RUN=quickstart 
 
 compare: .venv/.ready  ## evaluated runs side by side: RUNS="a b" BASELINE=base
 	@$(MEDIBOT) compare $(RUNS) --baseline $(BASELINE)
+
+benchmark: .venv/.benchmark  ## multiple-choice medicine, base against tuned: RUN=quickstart TASKS=sample LIMIT=100
+	@$(MEDIBOT) benchmark $(TASKS) --run $(or $(RUN),quickstart) $(if $(LIMIT),--limit $(LIMIT))
+
+sweep: .venv/.ready  ## train and compare a grid of recipes/sweeps: SWEEP=rank-and-rate ROWS=20
+	@$(MEDIBOT) sweep $(SWEEP) $(if $(ROWS),--rows $(ROWS))
+
+dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal without a key
+	@$(MEDIBOT) dashboard
 
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)
@@ -79,7 +91,11 @@ clean:  ## delete environment, caches and the small model; outputs/ stays
 	@touch $@
 
 .venv/.dev: .venv/.ready
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[quickstart,dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[quickstart,benchmark,dashboard,dev]"
+	@touch $@
+
+.venv/.benchmark .venv/.dashboard: .venv/.%: .venv/.ready
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
 
 $(SMOLLM2)/config.json: | .venv/.ready

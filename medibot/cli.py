@@ -136,6 +136,39 @@ def compare(
 
 
 @app.command()
+def benchmark(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Of benchmarks/tasks, or lm-eval's own; default: medical.")
+    ] = None,
+    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+) -> None:
+    """Did the fine-tune cost knowledge? Multiple-choice questions to base and tuned model, by lm-eval."""
+    from medibot.benchmark import benchmark as run_benchmark
+
+    run_benchmark(run, tasks or [], limit)
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(help="A file of recipes/sweeps/, by name or path.")],
+    rows: Annotated[int | None, typer.Option(min=1, help="Evaluate each training on only so many rows.")] = None,
+) -> None:
+    """A grid of trainings: a W&B sweep where this machine is logged in, else here in sequence, then compared."""
+    from medibot.sweep import sweep as run_sweep
+
+    run_sweep(name, rows)
+
+
+@app.command()
+def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "medibot") -> None:
+    """Recipes side by side in W&B; without a key, in the terminal."""
+    from medibot.tracking import dashboard as open_dashboard
+
+    open_dashboard(project)
+
+
+@app.command()
 def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
     from medibot.recipe import write_schema

@@ -425,7 +425,9 @@ def mirror(recipe: Recipe, this: Run, report: Run, results: dict[str, Any], line
             for key, value in metric.items()
             if key not in {"label", "definition", "better"}
         }
-        mirrored.summary(flat | {"verdict": results["verdict"]})
+        # The training's cost again, so that one chart can show it against quality
+        cost = this.record()["summary"].get("cost", {})
+        mirrored.summary(flat | {"verdict": results["verdict"], "cost": cost})
         keys = ("baseline", "value", "difference", "low", "high", "verdict")
         rows = [[name, *(metric[key] for key in keys)] for name, metric in results["metrics"].items()]
         mirrored.table("test/metrics", ["metric", *keys], rows)

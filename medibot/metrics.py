@@ -133,6 +133,11 @@ METRICS = (
 )
 
 
+ACCURACY = Metric(
+    "accuracy", "accuracy", "right", None, "higher", "Share of questions whose most likely option is the right one."
+)
+
+
 def definitions() -> dict[str, str]:
     """What each metric is, by name; chrF++ with sacrebleu's signature."""
     return {m.name: m.definition + (f" [{chrf().get_signature()}]." if m.name == "chrf" else "") for m in METRICS}
@@ -243,7 +248,12 @@ def compared(metric: Metric, numerator: np.ndarray, denominator: np.ndarray) -> 
 
 
 def compare_scores(
-    a: Sequence[Row], b: Sequence[Row], groups: Sequence[str], seed: int = 0, resamples: int = 10_000
+    a: Sequence[Row],
+    b: Sequence[Row],
+    groups: Sequence[str],
+    seed: int = 0,
+    resamples: int = 10_000,
+    measured: Sequence[Metric] = METRICS,
 ) -> dict[str, dict[str, Any]]:
     """For each metric: `baseline` (of a), `value` (of b), `difference` with `low` and `high`, and `verdict`.
 
@@ -254,15 +264,15 @@ def compare_scores(
     names = sorted(set(groups))
     place = {name: index for index, name in enumerate(names)}
     member = np.array([place[name] for name in groups])
-    sums = np.zeros((len(names), len(METRICS), 4))
-    for index, metric in enumerate(METRICS):
+    sums = np.zeros((len(names), len(measured), 4))
+    for index, metric in enumerate(measured):
         for offset, scores in ((0, a), (2, b)):
             for part, column in enumerate(columns(metric, scores)):
                 sums[:, index, offset + part] = np.bincount(member, weights=column, minlength=len(names))
     drawn = resampled(sums, seed, resamples) if len(names) > 1 else None
     whole = sums.sum(axis=0)
     results = {}
-    for index, metric in enumerate(METRICS):
+    for index, metric in enumerate(measured):
         baseline, new = value(metric, *whole[index, :2]), value(metric, *whole[index, 2:])
         difference = float(compared(metric, *whole[index, 2:]) - compared(metric, *whole[index, :2]))
         low = high = None

@@ -124,6 +124,12 @@ def comparison_page(comparison: dict[str, Any], cost: list[list[str]]) -> str:
             "Training loss (thin) and validation loss (dots) by supervised tokens and by wall time.",
             curves_plot(comparison["curves"]),
         ),
+        (
+            f"What the training steps took, and what they brought against {comparison['baseline']}, with 95 % intervals: low and left is best.",
+            cost_plot(
+                {name: found[primary] for name, found in comparison["metrics"].items()}, comparison["cost"], unit
+            ),
+        ),
     ]
     return COMPARISON.render(style=STYLE, c=comparison, plots=plots, cost=cost)
 
@@ -216,6 +222,19 @@ def runs_plot(found: dict[str, dict[str, Any]], unit: str) -> Markup:
     axes.axvline(0, color=PLAIN, linewidth=1)
     axes.set_yticks(range(len(found)), list(found))
     axes.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"difference ({unit})")
+    return svg(drawn)
+
+
+def cost_plot(found: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]], unit: str) -> Markup:
+    drawn, axes = figure(3.4)
+    for (name, metric), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
+        minutes = cost[name]["training_seconds"] / 60
+        if metric["low"] is not None:
+            axes.plot([minutes, minutes], [metric["low"], metric["high"]], color=colour, linewidth=2)
+        axes.plot(minutes, metric["difference"], "o", color=colour, label=name)
+    axes.axhline(0, color=PLAIN, linewidth=1)
+    axes.set(xlim=(0, None), xlabel="training steps (minutes)", ylabel=f"difference ({unit})")
+    axes.legend(frameon=False)
     return svg(drawn)
 
 

@@ -4,14 +4,17 @@ import hashlib
 import netrc
 import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from medibot.recipe import Recipe
-from medibot.run import Run, read_json
+from medibot.recipe import Recipe, RecipeError
+from medibot.run import Run, outputs_folder, read_json
 
 # What a dashboard can put on the x-axis
 AXES = (
@@ -156,7 +159,10 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
         "job_type": job_type,
         "name": run.name if job_type == "train" else f"{run.name}-{job_type}",
         "dir": str(run.folder),
-        "id": hashlib.sha256((run.record()["fingerprint"] + run.name + job_type).encode()).hexdigest()[:16],
+        # A sweep's agent has given the run its id already
+        "id": os.environ.get("WANDB_RUN_ID")
+        if "WANDB_SWEEP_ID" in os.environ
+        else hashlib.sha256((run.record()["fingerprint"] + run.name + job_type).encode()).hexdigest()[:16],
         "resume": "allow",
         "config": config,
     } | (recipe.tracking or {})
@@ -176,6 +182,11 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
     return wandb_run
 
 
+def offline() -> bool:
+    """Whether runs of this machine stay on it."""
+    return os.environ.get("WANDB_MODE") in {"offline", "disabled"} or not has_key()
+
+
 def has_key() -> bool:
     """Whether this machine is logged in to W&B (environment or netrc); asks no server."""
     import wandb
@@ -187,3 +198,88 @@ def has_key() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return logins.authenticators(urlsplit(wandb.setup().settings.base_url).hostname) is not None
+
+
+# --- the dashboard ----------------------------------------------------------------------------------------------------
+
+
+def dashboard(project: str) -> None:
+    """Save the project's view in W&B and say where it is; without a key, open `wandb leet` on the runs of outputs/."""
+    if offline():
+        browse()
+        return
+    try:
+        import wandb
+        import wandb_workspaces.workspaces  # noqa: F401
+    except ImportError as error:
+        remedy = "run: make dashboard, or pip install -e '.[dashboard]'"
+        raise RecipeError.of("dashboard", "wandb-workspaces is not installed", remedy) from error
+    try:
+        view = workspace(wandb.Api().default_entity, project)
+        view.save()
+    except Exception as error:  # wandb's and requests' errors have no base of their own
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "log in again, or WANDB_MODE=offline make dashboard"
+        raise RecipeError.of("dashboard", f"W&B did not take the view: {why}", remedy) from error
+    print(f"W&B: {view.url}")
+
+
+def workspace(entity: str, project: str) -> Any:
+    """The view that compares recipes: curves, cost against quality, what differs, answers; not saved yet."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    axes = {"supervised tokens": "train/num_supervised_tokens_seen", "seconds": "train/seconds"}
+    losses = {"validation loss": "eval/loss", "training loss": "train/loss"}
+    curves = [
+        wr.LinePlot(title=f"{loss} by {name}", x=axis, y=[metric], max_runs_to_show=20)
+        for loss, metric in losses.items()
+        for name, axis in axes.items()
+    ]
+    quality = {
+        "test nats a token": "test/nll/value",
+        "difference from base": "test/nll/difference",
+        "best validation loss": "eval_loss_best",
+    }
+    costs = {"seconds of steps": "cost.training_seconds", "peak bytes": "cost.peak_memory_bytes"}
+    against = [
+        wr.ScatterPlot(title=f"{good} against {price}", x=wr.SummaryMetric(cost), y=wr.SummaryMetric(metric))
+        for good, metric in quality.items()
+        for price, cost in costs.items()
+    ]
+    tables = [wr.WeavePanelSummaryTable(table_name=name) for name in ("test/metrics", "test/answers", "answers")]
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name="MediBot recipes compared",
+        sections=[
+            ws.Section(name="Curves", panels=curves, is_open=True),
+            ws.Section(name="Cost against quality", panels=against, is_open=True),
+            ws.Section(name="What differs", panels=[wr.RunComparer(diff_only="split")], is_open=True),
+            ws.Section(name="Answers", panels=tables, is_open=True),
+        ],
+        settings=ws.WorkspaceSettings(x_axis=axes["supervised tokens"]),
+    )
+
+
+def browse() -> None:
+    """`wandb leet` on all runs of outputs/ at once."""
+    folder = leet_folder()
+    if not sys.stdout.isatty():
+        raise RecipeError.of(
+            "dashboard", "without a W&B key it needs a terminal", f"open one, and: wandb leet {folder}"
+        )
+    subprocess.run([sys.executable, "-m", "wandb", "leet", str(folder)], check=False)
+
+
+def leet_folder() -> Path:
+    """outputs/.leet/: every run's W&B log under one roof, by links, as leet wants to have them."""
+    logs = sorted(outputs_folder().glob("*/wandb/*run-*/run-*.wandb"))
+    if not logs:
+        raise RecipeError.of("dashboard", f"no W&B run in {outputs_folder()}", "run: make train")
+    folder = outputs_folder() / ".leet"
+    shutil.rmtree(folder, ignore_errors=True)
+    for log in logs:
+        (folder / log.parent.name).mkdir(parents=True)
+        (folder / log.parent.name / log.name).symlink_to(log.absolute())
+    return folder
