@@ -20,6 +20,7 @@ from medibot.recipe import RecipeError, load_recipe
 
 FOLDER = Path("recipes/sweeps")
 ARGUMENTS, RUN_ID = "${args_no_hyphens}", "$WANDB_RUN_ID"
+RECIPE, RUN = r"RECIPE=(\S+)", rf"RUN=(\S*){re.escape(RUN_ID)}"
 
 
 def sweep(name: str, rows: int | None = None) -> None:
@@ -45,15 +46,16 @@ def read_sweep(file: Path) -> dict[str, Any]:
     wrong = [key for key, kind in parts if not isinstance(spec, dict) or not isinstance(spec.get(key), kind)]
     if wrong:
         raise RecipeError.of(str(file), f"needs {', '.join(wrong)}", "write it as recipes/sweeps/rank-and-rate.yaml")
-    words = " ".join(map(str, spec["command"]))
-    if (
-        ARGUMENTS not in spec["command"]
-        or not re.search(rf"RUN=\S*{re.escape(RUN_ID)}", words)
-        or "RECIPE=" not in words
-    ):
+    if ARGUMENTS not in spec["command"] or named(spec, RECIPE) is None or named(spec, RUN) is None:
         what = f"the command needs RECIPE=, RUN=…{RUN_ID} and {ARGUMENTS}"
         raise RecipeError.of(str(file), what, "write it as in recipes/sweeps/rank-and-rate.yaml")
     return spec
+
+
+def named(spec: dict[str, Any], pattern: str) -> str | None:
+    """What the command says there, if it does."""
+    found = re.search(pattern, " ".join(map(str, spec["command"])))
+    return found and found[1]
 
 
 def cells(file: Path, spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -90,9 +92,7 @@ def command(spec: dict[str, Any], cell: dict[str, Any]) -> list[str]:
 
 def run_here(file: Path, spec: dict[str, Any], rows: int | None) -> None:
     """Train the whole grid, going on past a training that fails; then evaluate and compare what was trained."""
-    words = " ".join(map(str, spec["command"]))
-    recipe = re.search(r"RECIPE=(\S+)", words).group(1)
-    prefix = re.search(rf"RUN=(\S*){re.escape(RUN_ID)}", words).group(1)
+    recipe, prefix = named(spec, RECIPE) or "", named(spec, RUN) or ""
     grid = cells(file, spec)
     for cell in grid:
         load_recipe(recipe, arguments(cell))

@@ -48,7 +48,7 @@ def test_comparison_shows_what_differs_and_against_base_what_evaluation_found(ev
     folder = workplace / "outputs" / "comparisons" / "one-two"
     assert read_json(folder / "comparison.json")["sentence"] in capsys.readouterr().out
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 2 and "lora.r" in page and "<script" not in page
+    assert page.count("<svg") == 3 and "lora.r" in page and "<script" not in page
 
 
 def test_winner_is_named_only_with_evidence(evaluated):

@@ -1,0 +1,119 @@
+"""A grid of trainings: read as W&B reads it, checked whole before it starts, run here through its own command."""
+
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from test_evaluate import OVERRIDES
+
+from medibot import cli, sweep
+from medibot.recipe import RecipeError, load_recipe
+from medibot.run import open_run, read_json
+
+FILES = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path, make_model, monkeypatch):
+    """write(**changes): a sweep file of two miniature trainings."""
+    monkeypatch.setenv("MEDIBOT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("MEDIBOT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+    small = [f"model.pretrained_model_name_or_path={make_model()}", "quantization=null", *OVERRIDES]
+
+    def make(**changes):
+        line = f'make train RECIPE=quickstart RUN=mini-$WANDB_RUN_ID ARGS="{" ".join(small)} $*"'
+        spec = {
+            "method": "grid",
+            "parameters": {"lora.r": {"values": [4, 8]}, "training.seed": {"value": 1}},
+            "command": ["bash", "-c", line, "make", "${args_no_hyphens}"],
+        }
+        file = tmp_path / "mini.yaml"
+        file.write_text(yaml.safe_dump(spec | changes))
+        return str(file)
+
+    return make
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_sweep_on_disk_is_a_grid_of_recipes_that_load(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = sweep.read_sweep(file)
+    grid = sweep.cells(file, spec)
+    assert len(grid) == 4 == len({sweep.label(cell) for cell in grid})
+    for cell in grid:
+        recipe = load_recipe(sweep.named(spec, sweep.RECIPE), sweep.arguments(cell))
+        for key, value in cell.items():
+            section, _, setting = key.partition(".")
+            assert recipe.as_dict()[section][setting] == value
+    assert spec["metric"] == {"name": "eval/loss", "goal": "minimize"}
+
+
+def test_the_command_is_the_one_that_wandbs_agent_makes():
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    spec = sweep.read_sweep(ROOT / "recipes" / "sweeps" / "rank-and-rate.yaml")
+    for cell in sweep.cells(ROOT, spec):
+        theirs = create_sweep_command_args({"args": {key: {"value": value} for key, value in cell.items()}})
+        assert theirs["args_no_hyphens"] == sweep.arguments(cell)
+        assert "${args_no_hyphens}" in create_sweep_command(spec["command"])
+
+
+def test_a_grid_trains_evaluates_and_compares_here(write, tmp_path, capfd):
+    sweep.sweep(write(), rows=4)
+    names = ["mini-r4-seed1", "mini-r8-seed1"]
+    for name, rank in zip(names, (4, 8), strict=True):
+        assert load_recipe(str(open_run(name).recipe)).lora["r"] == rank
+        assert read_json(open_run(name).folder / "eval" / "results.json")["rows"] == 4
+    compared = read_json(tmp_path / "outputs" / "comparisons" / "-".join(names) / "comparison.json")
+    assert compared["differences"] == [["lora.r", "4", "8"]]
+    said = capfd.readouterr().out
+    assert "[1/2] mini-r4-seed1" in said and "[2/2] mini-r8-seed1" in said and compared["sentence"] in said
+
+
+def test_a_mistake_in_the_last_cell_stops_the_sweep_before_the_first(write, tmp_path):
+    with pytest.raises(RecipeError, match=r"lora\.r"):
+        sweep.sweep(write(parameters={"lora.r": {"values": [4, "many"]}}))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_training_that_fails_does_not_stop_the_others(write, tmp_path, capfd):
+    modules = {"lora.target_modules": {"values": ["no_such_module", "all-linear"]}}
+    with pytest.raises(RecipeError, match=r"1 of 2 trainings failed: mini-target_modulesno_such_module"):
+        sweep.sweep(write(parameters=modules), rows=4)
+    assert (tmp_path / "outputs" / "mini-target_modulesall-linear" / "eval" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "bayes"}, "method bayes needs W&B's server (write method: grid, or log in"),
+        ({"parameters": {"lora.r": {"min": 1, "max": 8}}}, "lora.r has no values"),
+        ({"parameters": {"lora.r": 8}}, "lora.r has no values"),
+        ({"parameters": None}, "needs parameters"),
+        ({"command": ["make", "train", "RECIPE=quickstart"]}, "the command needs RECIPE="),
+    ],
+)
+def test_what_cannot_be_swept_is_said_in_a_line(write, changes, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["medibot", "sweep", write(**changes)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_unknown_and_broken_files_are_said_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(RecipeError, match=r"there are: method, rank-and-rate"):
+        sweep.sweep("none")
+    (tmp_path / "broken.yaml").write_text("method: [grid")
+    with pytest.raises(RecipeError, match=r"not YAML"):
+        sweep.sweep(str(tmp_path / "broken.yaml"))
+
+
+def test_a_server_that_refuses_the_sweep_is_said_in_a_line(write, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(RecipeError, match=r"W&B did not take it: .*WANDB_MODE=offline runs it here"):
+        sweep.sweep(write())
