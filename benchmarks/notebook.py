@@ -32,13 +32,13 @@ from medibot.splitting import sha256
 
 WIDTH, BATCH = 1000, 4
 SYSTEM = "You are a helpful medical assistant."
+# Not max_length: it decides which rows are held out, and those must be the ones that the other run was not trained on
 AS_NOTEBOOK = [
     "quantization=null",
     "lora.r=16",
     "lora.lora_alpha=32",
     "lora.lora_dropout=0.05",
     "lora.target_modules=[q_proj, v_proj]",
-    f"training.max_length={WIDTH}",
     f"training.per_device_train_batch_size={BATCH}",
     "training.gradient_accumulation_steps=1",
     "training.learning_rate=2e-4",

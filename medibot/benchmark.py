@@ -4,6 +4,7 @@ medibot benchmark sample --run quickstart
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> dict[str
         for which, load in loaders(recipe, this, precision.dtype).items():
             with load() as weights:
                 asker = language_model(weights, tokenizer, batch_size(recipe), recipe.data.chat_template_kwargs)
-                answered[which] = {
-                    task: ask(asker, task, manager, recipe.data.system, limit) for task, manager in managers.items()
-                }
+                answered[which] = {}
+                for task, manager in managers.items():
+                    print(f"{which}: {task}", flush=True)
+                    answered[which][task] = ask(asker, task, manager, recipe.data.system, limit)
         rows = [
             {"task": task, "doc": base["doc_id"], "base": right(base), "tuned": right(tuned), "prompt": prompt(base)}
             for task in tasks
@@ -84,6 +86,7 @@ def task_managers(tasks: list[str]) -> dict[str, Any]:
     except ImportError as error:
         remedy = "run: make benchmark, or pip install -e '.[benchmark]'"
         raise RecipeError.of("benchmark", "lm-eval is not installed", remedy) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ours = TaskManager(include_path=str(TASKS), include_defaults=False)
     others = TaskManager() if set(tasks) - set(ours.all_tasks) else ours
     managers = {task: ours if task in ours.all_tasks else others for task in tasks}

@@ -4,18 +4,28 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
 
 from medibot.recipe import RecipeError, diff_recipes, list_recipes, load_recipe
+from medibot.run import Stopped
 
 NOTICE = "Not a medical device: general health information that can be wrong. Ask a professional; in an emergency, call for help."
+
+# A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
+STOPPED = 75
+# Seconds that a training has to come to the end of its step after a signal
+DEADLINE = 300
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
@@ -89,6 +99,11 @@ def train(
     """Train a recipe through accelerate launch; the same command again goes on, or says that it is done."""
     # Every accelerate launcher sets this for the processes that it starts
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        if "MEDIBOT_EXIT" in os.environ:
+            rank = os.environ.get("LOCAL_RANK", "0")
+            Path(os.environ["MEDIBOT_EXIT"]).with_name(f"process-{rank}").write_text(str(os.getpid()))
+        # Until there is something to save, a signal just ends it, without Python's traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         from medibot.train import train as train_here
 
         checked = load_recipe(recipe, overrides or [])
@@ -204,9 +219,55 @@ def launch_training(recipe: str, overrides: list[str], run: str | None, accelera
         command += [*count, *more, "-m", "medibot", "train", recipe, *overrides]
         command += ["--run", run] if run else []
         environment = os.environ | {"MEDIBOT_EXIT": str(code), "MEDIBOT_PROCESSES": str(processes)}
-        finished = subprocess.run(command, env=environment)
+        # A session of its own: what is signalled to this process reaches the training through `forward` alone
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        received = forward(launcher, Path(folder))
+        finished = launcher.wait()
         # The launcher turns every failure into 1
-        return int(code.read_text()) if code.is_file() else finished.returncode
+        return int(code.read_text()) if code.is_file() else 128 + received[0] if received else finished
+
+
+def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:
+    """Pass the first signal on to the training's processes, which save and stop; returns the list it will be put in.
+
+    accelerate's launcher of one process would not pass it on. Another signal a second later ends everything at once, as
+    does a step that does not end within DEADLINE.
+    """
+    received: list[int] = []
+    times: list[float] = []
+
+    def end() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+    def too_late() -> None:
+        if launcher.poll() is None:
+            print(f"no step ended within {DEADLINE} s: ended; the last whole checkpoint is kept", file=sys.stderr)
+            end()
+
+    def note(number: int, _: Any) -> None:
+        times.append(time.monotonic())
+        if received and times[-1] - times[0] > 1:
+            end()
+        if received:
+            return
+        received.append(number)
+        training = [int(file.read_text() or 0) for file in folder.glob("process-*")]
+        for process in filter(None, training):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+        if training:
+            print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
+            timer = threading.Timer(DEADLINE, too_late)
+            timer.daemon = True
+            timer.start()
+        else:
+            end()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+    return received
 
 
 def hardware_config(name: str | None) -> Path:
@@ -269,7 +330,8 @@ def fail(code: int, message: str) -> NoReturn:
         print(message, file=sys.stderr, flush=True)
         if "MEDIBOT_EXIT" in os.environ:
             Path(os.environ["MEDIBOT_EXIT"]).write_text(str(code))
-    sys.exit(code)
+    # torchrun kills the other processes when one fails, and stopping is no failure
+    sys.exit(0 if code == STOPPED and "MEDIBOT_EXIT" in os.environ else code)
 
 
 def main() -> None:
@@ -277,9 +339,13 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     # It advises a package from the hub that nothing here needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except RecipeError as error:
         fail(2, str(error))
+    except Stopped as stopped:
+        fail(STOPPED, str(stopped))

@@ -6,8 +6,11 @@ import json
 import os
 import platform
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +20,15 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from medibot.recipe import ABSENT, Recipe, RecipeError, flattened, scalar
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
+
+
+class Stopped(Exception):
+    """A signal ended the training at a step boundary, and the checkpoint of that step is whole."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Run:
         text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
         partial = self.folder / f".{name}.partial"
         partial.write_text(text + "\n" if text else "", encoding="utf-8")
+        to_disk(partial)
         partial.replace(self.folder / name)
 
     def append(self, file: Path, line: dict[str, Any]) -> None:
@@ -71,15 +80,55 @@ class Run:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole (upstream writes `trainer_state.json` last); None if there is none."""
-        found = [
-            folder
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if re.fullmatch(r"checkpoint-\d+", folder.name)
-            and (folder / "trainer_state.json").is_file()
-            and any(folder.glob("*.safetensors"))
-        ]
-        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint that is whole; None if there is none."""
+        return max(filter(whole, self.all_checkpoints()), key=checkpoint_step, default=None)
+
+    def all_checkpoints(self) -> list[Path]:
+        found = self.checkpoints.glob("checkpoint-*")
+        return [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
+
+    @property
+    def writing(self) -> Path:
+        """Where a checkpoint is made, before it gets its name."""
+        return self.checkpoints / ".writing"
+
+    def set_torn_aside(self) -> list[str]:
+        """Move checkpoints that were never finished, or are damaged, to checkpoints/torn/; returns their names."""
+        torn = [*self.writing.glob("checkpoint-*"), *(folder for folder in self.all_checkpoints() if not whole(folder))]
+        for folder in torn:
+            aside = self.checkpoints / "torn" / folder.name
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            folder.rename(aside)
+        return [folder.name for folder in torn]
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def whole(checkpoint: Path) -> bool:
+    """Whether everything that a checkpoint needs is there and none of its files ends early."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        weights = list(checkpoint.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, framework="np"):
+                pass
+        saved = (file for kind in ("*.pt", "*.pth", "*.bin") for file in checkpoint.glob(kind))
+        return bool(weights) and all(zipfile.is_zipfile(file) for file in saved)
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or all of a folder, is on the disk and not only in memory."""
+    for part in [*path.rglob("*"), path]:
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def outputs_folder() -> Path:
@@ -113,14 +162,27 @@ def claimed(run: Run, main_process: bool) -> Generator[None]:
     if not main_process:
         yield
         return
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    owner = run.folder.with_name(f".{run.name}.owner")
     try:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.folder.with_name(f".{run.name}.lock"), timeout=0).acquire()
     except Timeout as error:
         remedy = "wait for it, or choose another RUN=name"
-        raise RecipeError.of(f"outputs/{run.name}", "another training is writing it now", remedy) from error
+        who = f" ({owner.read_text(encoding='utf-8').strip()})" if owner.is_file() else ""
+        raise RecipeError.of(f"outputs/{run.name}", f"another training is writing it now{who}", remedy) from error
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}"
+        raise RecipeError.of(str(run.folder), what, "set MEDIBOT_OUTPUTS to a folder that can") from error
     with lock:
-        yield
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        owner.write_text(
+            f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}\n", encoding="utf-8"
+        )
+        try:
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
 
 
 def fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:

@@ -3,13 +3,16 @@
 accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train quickstart
 """
 
+import errno
 import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
 from peft import NoMatchingPeftModuleError
+from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -27,6 +31,7 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from medibot import model, run, tracking
@@ -88,9 +93,16 @@ def train(recipe: Recipe, name: str) -> None:
         # An interrupted run was evaluated at its start already: a second time would stand in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
-        with tracking.tracked(recipe, this, wandb_config(this, inputs), state.is_main_process) as mirror:
-            trainer.add_callback(Record(trainer, this, mirror, inputs, checkpoint))
+        with (
+            tracking.tracked(recipe, this, wandb_config(this, inputs), state.is_main_process) as mirror,
+            explained(this, trainer),
+            Signals() as signals,
+        ):
+            record = Record(trainer, this, mirror, inputs, checkpoint, signals)
+            trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if record.stopped:
+                stop(trainer, this)
             save(trainer, inputs, this, mirror)
     if state.is_main_process:
         farewell(this, inputs)
@@ -115,6 +127,44 @@ class CountingTrainer(SFTTrainer):
     """TRL's trainer, and how many tokens its loss has covered: the x-axis on which any two recipes compare."""
 
     num_supervised_tokens_seen = 0
+    writing: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.writing or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Upstream's checkpoint, made under another name: it gets its own by one rename, when it is on the disk.
+
+        What was learned of the loss since it was last logged goes with it, or the next logged loss of a resumed run
+        would be the mean of fewer steps.
+        """
+        this = Run(Path(self.args.output_dir).parent)
+        made = this.writing / f"checkpoint-{self.state.global_step}"
+        final = this.checkpoints / made.name
+        summed = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.writing = str(this.writing)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.writing, self.args.save_total_limit = None, limit
+        if self.state.best_model_checkpoint == str(made):
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(made / "trainer_state.json"))
+            Run(made).write("loss_window.json", {"sum": summed, "since": self._globalstep_last_logged})
+        # On a shared disk the first to come renames for all; without one, each machine its own
+        if self.accelerator.is_local_main_process:
+            with suppress(FileNotFoundError):
+                run.to_disk(made)
+                made.rename(final)
+                run.to_disk(this.checkpoints)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            # By number, not by time: clocks jump
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         # The number is already that of the whole window of accumulation, on all processes
@@ -205,6 +255,10 @@ def begin(
     checkpoint = this.last_checkpoint()
     if not PartialState().is_main_process:
         return checkpoint
+    for name in this.set_torn_aside():
+        print(f"{name} was never finished or is damaged: set aside in {this.checkpoints}/torn")
+    if checkpoint:
+        print(f"going on from {checkpoint}")
     environment = run.environment(device_name())
     trainable, total = parameter_counts(trainer.model)
     decided = {
@@ -228,10 +282,14 @@ def begin(
 
 def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
     """Write the trained weights with all that answering needs, then mark the run finished."""
-    trainer.save_model(str(this.weights))
+    partial = this.folder / ".model.partial"
+    trainer.save_model(str(partial))
     if not PartialState().is_main_process:
         return
-    inputs.generation.save_pretrained(this.weights)
+    inputs.generation.save_pretrained(partial)
+    run.to_disk(partial)
+    shutil.rmtree(this.weights, ignore_errors=True)
+    partial.rename(this.weights)
     summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
     evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if evals:
@@ -240,6 +298,84 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     mirror.summary(summary)
     this.write("run.json", this.record() | {"status": "finished", "summary": summary})
     upload(inputs, this, mirror)
+
+
+def stop(trainer: CountingTrainer, this: Run) -> None:
+    """End a training that a signal stopped: its last step is in a checkpoint, and nothing of it looks final."""
+    step = trainer.state.global_step
+    last = this.last_checkpoint()
+    if last is None or run.checkpoint_step(last) != step:
+        # save_strategy "best" takes back what a signal asked for
+        trainer._save_checkpoint(trainer.model, None)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        this.write("run.json", this.record() | {"status": "stopped", "step": step})
+    raise run.Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGHUP ask for a stop at the next step boundary; another one a second later ends at once."""
+
+    def __init__(self) -> None:
+        self.received: float | None = None
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self.note) for number in SIGNALS if heeded(number)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _: Any) -> None:
+        # Whoever signals a process group often reaches a process twice
+        if self.received and time.monotonic() - self.received > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = self.received or time.monotonic()
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def heeded(number: int) -> bool:
+    """Whether the signal is not ignored, as nohup ignores SIGHUP."""
+    return signal.getsignal(number) != signal.SIG_IGN
+
+
+@contextmanager
+def explained(this: Run, trainer: CountingTrainer) -> Generator[None]:
+    """What a machine runs out of, in one line: memory, disk, or the right to write."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        last = this.last_checkpoint()
+        kept = f"{last.name} is whole" if last else "no checkpoint is whole yet"
+        if out_of_memory(error):
+            args = trainer.args
+            what = (
+                f"out of memory at {args.per_device_train_batch_size} rows of up to {args.max_length} tokens ({kept})"
+            )
+            remedy = "lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much"
+            remedy += ", or lower max_length" + ("" if args.activation_checkpointing else ", or checkpoint activations")
+            raise RecipeError.of("training", what, remedy) from error
+        if unwritable(error):
+            free = shutil.disk_usage(this.folder).free
+            why = " ".join(str(error).split())
+            what = f"cannot be written, {free / 1e9:.1f} GB free: {why} ({kept})"
+            raise RecipeError.of(str(this.folder), what, "make room; the same command then goes on") from error
+        raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def unwritable(error: Exception) -> bool:
+    """A full or read-only disk, as Python, torch and safetensors say it."""
+    numbers = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+    said = ("PytorchStreamWriter", "No space left", "File too large", "Disk quota", "Read-only file system")
+    return getattr(error, "errno", None) in numbers or any(words in str(error) for words in said)
 
 
 def upload(inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
@@ -278,9 +414,16 @@ class Record(TrainerCallback):
     """The local record (metrics.jsonl, answers.jsonl), its mirror, and the stop on a loss that is no loss."""
 
     def __init__(
-        self, trainer: CountingTrainer, this: Run, mirror: tracking.Mirror, inputs: Inputs, checkpoint: Path | None
+        self,
+        trainer: CountingTrainer,
+        this: Run,
+        mirror: tracking.Mirror,
+        inputs: Inputs,
+        checkpoint: Path | None,
+        signals: Signals,
     ) -> None:
         self.trainer, self.this, self.mirror, self.inputs = trainer, this, mirror, inputs
+        self.checkpoint, self.signals, self.stopped = checkpoint, signals, False
         # Without a checkpoint everything is done again, the start included
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
         before = run.rewind(this, step) if PartialState().is_main_process else {}
@@ -294,9 +437,21 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training_seconds += time.monotonic() - self.step_started
+        if self.asked_to_stop() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+            # The best model is loaded when the training is over, not now
+            args.load_best_model_at_end = False
         if control.should_save and not control.should_log and state.is_world_process_zero:
             # A resume from the checkpoint that is about to be written counts on from here
             self.this.append(self.this.metrics, self.progress(state))
+
+    def asked_to_stop(self) -> bool:
+        """Whether any process of the run has got a signal."""
+        asked = self.signals.received is not None
+        if PartialState().num_processes == 1:
+            return asked
+        flag = torch.tensor([float(asked)], device=self.trainer.accelerator.device)
+        return bool(self.trainer.accelerator.gather(flag).max().item())
 
     def progress(self, state: Any) -> dict[str, Any]:
         """Where the training stands, on every axis that runs are compared on."""
@@ -312,6 +467,11 @@ class Record(TrainerCallback):
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        window = self.checkpoint / "loss_window.json" if self.checkpoint else None
+        if window and window.is_file():
+            kept = run.read_json(window)
+            self.trainer._tr_loss += kept["sum"]
+            self.trainer._globalstep_last_logged = kept["since"]
         if state.global_step == 0:
             self.ask(model, 0)
 
@@ -319,7 +479,8 @@ class Record(TrainerCallback):
         self.ask(model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
-        self.ask(model, state.global_step)
+        if not self.stopped:
+            self.ask(model, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         loss = logs.get("loss", logs.get("eval_loss"))
@@ -330,7 +491,8 @@ class Record(TrainerCallback):
                 else "nothing was learned from: check the data"
             )
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", why)
-        if not state.is_world_process_zero:
+        # What upstream sums up at the end is no end where a signal stopped
+        if not state.is_world_process_zero or (self.stopped and "train_runtime" in logs):
             return
         line = self.progress(state)
         self.this.append(self.this.metrics, line | logs)

@@ -1,10 +1,13 @@
 """The outputs folder: names, whole files, whole checkpoints, and what makes two runs the same."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 from medibot import run
 from medibot.recipe import RecipeError, load_recipe
@@ -88,8 +91,36 @@ def test_torn_checkpoint_is_passed_over(workplace):
         folder = this.checkpoints / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         for name in files:
-            (folder / name).touch()
+            checkpoint_file(folder / name)
     assert this.last_checkpoint().name == "checkpoint-10"
+
+
+def checkpoint_file(file: Path) -> None:
+    """A small whole file of its kind."""
+    if file.suffix == ".json":
+        file.write_text("{}")
+    elif file.suffix == ".safetensors":
+        save_file({"a": torch.ones(1000)}, file)
+    else:
+        torch.save({"a": torch.ones(1000)}, file)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_checkpoint_with_a_file_that_ends_early_is_named_and_set_aside(name, share, mine):
+    for step in (2, 4):
+        folder = mine.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for each in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
+            checkpoint_file(folder / each)
+    assert mine.last_checkpoint() == folder and mine.set_torn_aside() == []
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(len(content) * share)])
+    (mine.writing / "checkpoint-6").mkdir(parents=True)
+    assert mine.last_checkpoint().name == "checkpoint-2"
+    assert sorted(mine.set_torn_aside()) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(path.name for path in (mine.checkpoints / "torn").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in mine.all_checkpoints()] == ["checkpoint-2"]
 
 
 def test_resolved_recipe_reads_back_as_the_same(workplace):
@@ -159,14 +190,15 @@ def test_only_numbered_folders_are_checkpoints(mine):
     for name in ("checkpoint-2", "checkpoint-2-copy", "checkpoint-best", "checkpoint-"):
         folder = mine.checkpoints / name
         folder.mkdir(parents=True)
-        (folder / "trainer_state.json").touch()
-        (folder / "model-00001-of-00002.safetensors").touch()
+        checkpoint_file(folder / "trainer_state.json")
+        checkpoint_file(folder / "model-00001-of-00002.safetensors")
     assert mine.last_checkpoint() == mine.checkpoints / "checkpoint-2"
 
 
 def test_second_training_in_a_folder_is_refused_while_the_first_runs(mine):
     with run.claimed(mine, True):
-        with pytest.raises(RecipeError, match="another training is writing it now"), run.claimed(mine, True):
+        said = rf"another training is writing it now \(process {os.getpid()} on .* since 20.*\)"
+        with pytest.raises(RecipeError, match=said), run.claimed(mine, True):
             pass
         with run.claimed(mine, False):
             pass
