@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
@@ -123,11 +124,39 @@ def launched_world() -> PartialState:
     return state
 
 
+class SeededLengths(LengthGroupedSampler):
+    """Rows of like length together, in an order that the seed and the epoch alone decide.
+
+    Upstream's draws from the stream that dropout and evaluations draw from too: a run that is resumed in the middle of
+    an epoch would go on with other rows.
+    """
+
+    epoch = 0
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class CountingTrainer(SFTTrainer):
     """TRL's trainer, and how many tokens its loss has covered: the x-axis on which any two recipes compare."""
 
     num_supervised_tokens_seen = 0
     writing: str | None = None
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        sampler = super()._get_train_sampler(*args)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengths(sampler.batch_size, lengths=sampler.lengths, seed=seed)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.writing or super()._get_output_dir(trial)

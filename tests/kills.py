@@ -124,7 +124,7 @@ def main() -> None:
             "training.save_steps=2",
             "training.save_total_limit=2",
             "training.load_best_model_at_end=false",
-            "evaluation.questions=[What is anemia?]",
+            "evaluation.questions=['What is anemia?']",
             "evaluation.max_new_tokens=2",
         ]
         child = start("whole", overrides)

@@ -1,0 +1,207 @@
+"""What happens to a run that is stopped, killed, or runs out of something: nothing is lost and one line says why."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from test_train import FOUR_STEPS, MINIATURE, adapter, assert_same, losses, miniature  # noqa: F401 - the fixture
+
+from medibot import train as training
+from medibot.recipe import RecipeError
+from medibot.run import open_run, read_json, read_lines
+
+
+@pytest.fixture
+def launch(make_model, workplace):
+    """launch(name, hardware): `medibot train` of 40 short steps as its users start it, on that accelerate config."""
+    overrides = [*MINIATURE, "training.max_steps=40", "training.eval_strategy=no", "training.eval_on_start=false"]
+    overrides += ["training.save_strategy=no", "training.load_best_model_at_end=false", "evaluation.questions=[]"]
+    overrides += [f"model.pretrained_model_name_or_path={make_model()}", "quantization=null", "lora.lora_dropout=0.1"]
+
+    def start(name: str, hardware: str) -> subprocess.Popen:
+        config = str(ROOT / "accelerate_configs" / f"{hardware}.yaml")
+        command = [sys.executable, "-m", "medibot", "train", str(ROOT / "recipes" / "quickstart.yaml"), *overrides]
+        command += ["--run", name, "--accelerate", config]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=environment, **pipes)
+
+    return start
+
+
+def wait_for_steps(name: str, count: int) -> None:
+    end = time.monotonic() + 120
+    while len(losses(name)) < count:
+        assert time.monotonic() < end, "no step was taken"
+        time.sleep(0.01)
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize(("hardware", "number"), [("cpu", signal.SIGTERM), ("cpu-2", signal.SIGINT)])
+def test_signal_stops_at_a_step_with_code_75_and_the_run_goes_on_from_there(hardware, number, launch):
+    whole = launch("whole", hardware)
+    said = whole.communicate(timeout=200)
+    assert whole.returncode == 0, said[1][-3000:]
+    stopped = launch("stopped", hardware)
+    wait_for_steps("stopped", 3)
+    below = descendants(stopped)
+    stopped.send_signal(number)
+    said = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, said
+    this, record = open_run("stopped"), open_run("stopped").record()
+    assert record["status"] == "stopped" and 3 <= record["step"] < 40
+    assert this.last_checkpoint().name == f"checkpoint-{record['step']}" and not this.weights.exists()
+    assert f"stopped at step {record['step']} of 40; the same command goes on" in said[1] and "Traceback" not in said[1]
+    assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    resumed = launch("stopped", hardware)
+    said = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0 and f"going on from {this.checkpoints}/checkpoint-{record['step']}" in said[0]
+    assert losses("stopped") == losses("whole") and len(losses("whole")) == 40
+    assert_same(adapter("stopped"), adapter("whole"))
+    assert [line["step"] for line in read_lines(this.metrics) if "loss" in line] == list(range(1, 41))
+    assert len(list((this.folder / "wandb").glob("offline-run-*"))) == 2
+    names = {path.name.rpartition("-")[2] for path in (this.folder / "wandb").glob("offline-run-*")}
+    assert len(names) == 1
+
+
+def test_signal_before_the_training_began_ends_it_and_leaves_nothing(launch):
+    started = launch("early", "cpu")
+    time.sleep(2)
+    below = descendants(started)
+    started.terminate()
+    started.communicate(timeout=30)
+    assert started.returncode == 128 + signal.SIGTERM
+    assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not open_run("early").folder.exists()
+
+
+def test_a_process_that_dies_takes_the_run_down_and_the_run_goes_on(launch):
+    torn = launch("torn", "cpu-2")
+    wait_for_steps("torn", 3)
+    ranks = [
+        p for p in descendants(torn) if "medibot" in p.cmdline() and "accelerate.commands.launch" not in p.cmdline()
+    ]
+    victim = next(process for process in ranks if process.environ().get("LOCAL_RANK") == "1")
+    victim.kill()
+    killed = time.monotonic()
+    said = torn.communicate(timeout=60)
+    assert torn.returncode != 0 and time.monotonic() - killed < 30
+    assert "Signal 9 (SIGKILL)" in said[1]
+    assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
+    again = launch("torn", "cpu-2")
+    assert again.communicate(timeout=200) and again.returncode == 0
+
+
+def test_a_second_signal_ends_a_process_at_once():
+    code = """
+import time
+from medibot.train import Signals
+with Signals() as signals:
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(3):
+        # At once, as a process group's signal and make's own reach it: they are one
+        process.terminate()
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=5) == -signal.SIGTERM
+
+
+def test_random_kills_lose_nothing():
+    command = [sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "weights equal: True; record equal: True" in done.stdout
+
+
+class AtStep(training.Record):
+    """Does `what` when a step begins."""
+
+    step = 4
+
+    def what(self) -> None:
+        raise NotImplementedError
+
+    def on_step_begin(self, args, state, *rest, **kwargs):
+        super().on_step_begin(args, state, *rest, **kwargs)
+        if state.global_step == self.step - 1:
+            self.what()
+
+
+@pytest.mark.parametrize("method", [["quantization=null"], ["lora=null", "quantization=null"]], ids=["lora", "full"])
+def test_a_disk_that_is_full_is_said_in_a_line_and_costs_nothing(method, miniature, monkeypatch):  # noqa: F811
+    overrides = [*FOUR_STEPS, "training.load_best_model_at_end=false", "tracking=null", *method]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(AtStep):
+        def what(self):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "Record", Full)
+            with pytest.raises(RecipeError, match=r"cannot be written, .* GB free: .*checkpoint-2 is whole.*make room"):
+                training.train(miniature("quickstart", *overrides), "mini")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert open_run("mini").last_checkpoint().name == "checkpoint-2" and not open_run("mini").weights.exists()
+    training.train(miniature("quickstart", *overrides), "mini")
+    training.train(miniature("quickstart", *overrides), "whole")
+    assert losses("mini") == losses("whole")
+
+
+def test_memory_that_runs_out_is_said_with_what_to_lower(miniature, monkeypatch):  # noqa: F811
+    class Hungry(AtStep):
+        def what(self):
+            torch.empty(1 << 50)
+
+    monkeypatch.setattr(training, "Record", Hungry)
+    said = r"out of memory at 2 rows of up to 1024 tokens \(checkpoint-2 is whole\) \(lower training.per_device_train"
+    with pytest.raises(RecipeError, match=said):
+        training.train(miniature("quickstart", *FOUR_STEPS, "tracking=null"), "mini")
+
+
+def test_an_outputs_folder_that_cannot_be_made_is_said_in_a_line(miniature, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("MEDIBOT_OUTPUTS", "/proc/outputs")
+    with pytest.raises(RecipeError, match=r"/proc/outputs.*cannot be written.*MEDIBOT_OUTPUTS"):
+        training.train(miniature("quickstart", "tracking=null"), "mini")
+
+
+def test_a_clock_that_jumps_back_deletes_no_newer_checkpoint(miniature, monkeypatch):  # noqa: F811
+    class Jump(AtStep):
+        step = 3
+
+        def what(self):
+            for folder in self.this.all_checkpoints():
+                for part in [folder, *folder.iterdir()]:
+                    os.utime(part, (4e9, 4e9))
+
+    monkeypatch.setattr(training, "Record", Jump)
+    keep = ["training.save_steps=1", "training.save_total_limit=1", "training.load_best_model_at_end=false"]
+    training.train(miniature("quickstart", *FOUR_STEPS, *keep, "tracking=null"), "mini")
+    assert [folder.name for folder in open_run("mini").all_checkpoints()] == ["checkpoint-4"]
+
+
+def test_the_best_checkpoint_is_remembered_under_its_own_name(miniature):  # noqa: F811
+    best_kept = ["training.load_best_model_at_end=true", "training.metric_for_best_model=eval_loss", "tracking=null"]
+    training.train(miniature("quickstart", *FOUR_STEPS, *best_kept), "mini")
+    best = Path(open_run("mini").record()["summary"]["best_checkpoint"])
+    assert best.is_dir() and best.parent == open_run("mini").checkpoints
+    state = read_json(open_run("mini").last_checkpoint() / "trainer_state.json")
+    assert Path(state["best_model_checkpoint"]).is_dir() and ".writing" not in state["best_model_checkpoint"]
