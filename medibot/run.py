@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -156,6 +157,17 @@ def finished_run(name: str) -> Run:
     return run
 
 
+def require_writable(run: Run) -> None:
+    """Refuse an outputs folder in which nothing can be made, before any work."""
+    try:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.folder.parent):
+            pass
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}"
+        raise RecipeError.of(str(run.folder.parent), what, "set MEDIBOT_OUTPUTS to a folder that can") from error
+
+
 @contextmanager
 def claimed(run: Run, main_process: bool) -> Generator[None]:
     """Hold the outputs folder for one training: a second one at the same time is refused."""
@@ -163,16 +175,13 @@ def claimed(run: Run, main_process: bool) -> Generator[None]:
         yield
         return
     owner = run.folder.with_name(f".{run.name}.owner")
+    require_writable(run)
     try:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.folder.with_name(f".{run.name}.lock"), timeout=0).acquire()
     except Timeout as error:
         remedy = "wait for it, or choose another RUN=name"
         who = f" ({owner.read_text(encoding='utf-8').strip()})" if owner.is_file() else ""
         raise RecipeError.of(f"outputs/{run.name}", f"another training is writing it now{who}", remedy) from error
-    except OSError as error:
-        what = f"cannot be written: {error.strerror}"
-        raise RecipeError.of(str(run.folder), what, "set MEDIBOT_OUTPUTS to a folder that can") from error
     with lock:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         since = datetime.now(UTC).isoformat(timespec="seconds")

@@ -80,6 +80,7 @@ def train(recipe: Recipe, name: str) -> None:
     if this.record().get("status") == "finished":
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
         return
+    run.require_writable(this)
     started = this.folder.exists()
     try:
         trainer = build_trainer(inputs, this, lambda: load_weights(inputs))
@@ -103,7 +104,7 @@ def train(recipe: Recipe, name: str) -> None:
             trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if record.stopped:
-                stop(trainer, this)
+                stop(trainer, this, record)
             save(trainer, inputs, this, mirror)
     if state.is_main_process:
         farewell(this, inputs)
@@ -164,8 +165,8 @@ class CountingTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Upstream's checkpoint, made under another name: it gets its own by one rename, when it is on the disk.
 
-        What was learned of the loss since it was last logged goes with it, or the next logged loss of a resumed run
-        would be the mean of fewer steps.
+        What was summed up since the last logged line goes with it, or the next line of a resumed run would be the mean
+        of fewer steps.
         """
         this = Run(Path(self.args.output_dir).parent)
         made = this.writing / f"checkpoint-{self.state.global_step}"
@@ -182,7 +183,8 @@ class CountingTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(made / "trainer_state.json"))
-            Run(made).write("loss_window.json", {"sum": summed, "since": self._globalstep_last_logged})
+            window = {"loss": summed, "since": self._globalstep_last_logged, "metrics": self._metrics["train"]}
+            Run(made).write("window.json", window | {"num_tokens": self._total_train_tokens})
         # On a shared disk the first to come renames for all; without one, each machine its own
         if self.accelerator.is_local_main_process:
             with suppress(FileNotFoundError):
@@ -329,15 +331,16 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     upload(inputs, this, mirror)
 
 
-def stop(trainer: CountingTrainer, this: Run) -> None:
+def stop(trainer: CountingTrainer, this: Run, record: "Record") -> None:
     """End a training that a signal stopped: its last step is in a checkpoint, and nothing of it looks final."""
     step = trainer.state.global_step
     last = this.last_checkpoint()
-    if last is None or run.checkpoint_step(last) != step:
-        # save_strategy "best" takes back what a signal asked for
-        trainer._save_checkpoint(trainer.model, None)
     PartialState().wait_for_everyone()
+    if last is None or run.checkpoint_step(last) != step:
+        trainer._save_checkpoint(trainer.model, None)
     if PartialState().is_main_process:
+        if not any(line["step"] == step for line in run.read_lines(this.metrics)):
+            this.append(this.metrics, record.progress(trainer.state))
         this.write("run.json", this.record() | {"status": "stopped", "step": step})
     raise run.Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
 
@@ -467,12 +470,17 @@ class Record(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training_seconds += time.monotonic() - self.step_started
         if self.asked_to_stop() and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
+            self.stopped = control.should_training_stop = True
             # The best model is loaded when the training is over, not now
             args.load_best_model_at_end = False
         if control.should_save and not control.should_log and state.is_world_process_zero:
             # A resume from the checkpoint that is about to be written counts on from here
             self.this.append(self.this.metrics, self.progress(state))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped and state.epoch % 1:
+            # Upstream calls this the end of an epoch, and would evaluate
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def asked_to_stop(self) -> bool:
         """Whether any process of the run has got a signal."""
@@ -496,11 +504,13 @@ class Record(TrainerCallback):
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
-        window = self.checkpoint / "loss_window.json" if self.checkpoint else None
+        window = self.checkpoint / "window.json" if self.checkpoint else None
         if window and window.is_file():
             kept = run.read_json(window)
-            self.trainer._tr_loss += kept["sum"]
+            self.trainer._tr_loss += kept["loss"]
             self.trainer._globalstep_last_logged = kept["since"]
+            self.trainer._metrics["train"].update(kept["metrics"])
+            self.trainer._total_train_tokens = kept["num_tokens"]
         if state.global_step == 0:
             self.ask(model, 0)
 
@@ -521,7 +531,7 @@ class Record(TrainerCallback):
             )
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", why)
         # What upstream sums up at the end is no end where a signal stopped
-        if not state.is_world_process_zero or (self.stopped and "train_runtime" in logs):
+        if not state.is_world_process_zero or (self.stopped and "train_loss" in logs):
             return
         line = self.progress(state)
         self.this.append(self.this.metrics, line | logs)

@@ -27,9 +27,9 @@ from conftest import CHATML, SAMPLE  # noqa: E402
 
 from medibot import train  # noqa: E402
 from medibot.recipe import load_recipe  # noqa: E402
-from medibot.run import open_run, read_lines  # noqa: E402
+from medibot.run import Run, open_run, read_lines  # noqa: E402
 
-TIMING = ("seconds", "runtime", "per_second", "peak_memory", "num_tokens", "train_loss")
+TIMING = ("seconds", "runtime", "per_second", "peak_memory", "train_loss")
 
 
 def tiny_model(folder: Path) -> None:
@@ -81,20 +81,28 @@ def ended(child: int) -> bool:
 def kill_somewhere(child: int, name: str, draw: random.Random, in_checkpoint: bool) -> bool:
     """Wait for a random moment after the training's first step and kill it there; False if it had finished before."""
     this = open_run(name)
-    seen = len(read_lines(this.metrics))
-    until = None
+    seen, until = len(read_lines(this.metrics)), None
+    # Checkpoints and logged lines to let pass before
+    passed, begun = draw.randrange(3), set()
     while True:
         if ended(child):
             return False
-        if in_checkpoint and until is None and any(this.writing.glob("checkpoint-*/*")):
+        if in_checkpoint and until is None and new_checkpoint(this, begun, passed):
             until = time.monotonic() + draw.uniform(0, 0.02)
-        elif not in_checkpoint and until is None and len(read_lines(this.metrics)) != seen:
+        elif not in_checkpoint and until is None and len(read_lines(this.metrics)) > seen + passed:
             until = time.monotonic() + draw.uniform(0, 0.4)
         if until and time.monotonic() >= until:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return True
         time.sleep(0.001)
+
+
+def new_checkpoint(this: Run, begun: set[str], passed: int) -> bool:
+    """Whether this attempt is writing a checkpoint, after `passed` others; `begun` collects their names."""
+    now = {folder.name for folder in this.writing.glob("checkpoint-*") if any(folder.iterdir())}
+    begun |= now
+    return bool(now) and len(begun) > passed
 
 
 def main() -> None:
@@ -114,7 +122,7 @@ def main() -> None:
             "quantization=null",
             "lora.lora_dropout=0.1",
             "tracking=null",
-            f"training.max_steps={max(12, 3 * given.kills)}",
+            f"training.max_steps={max(12, 6 * given.kills)}",
             "training.max_length=2048",
             "training.per_device_train_batch_size=1",
             "training.gradient_accumulation_steps=2",
