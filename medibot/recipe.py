@@ -62,10 +62,15 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        text = ": ".join(part for part in (place, self.key, self.what) if part)
+        text = ": ".join(part for part in (place, shortened(self.key), shortened(self.what)) if part)
         text += f" ({self.remedy})" if self.remedy else ""
         # a key may hold anything, and this goes to a terminal as one line
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int = 400) -> str:
+    """`text`, or its beginning: a value that someone pasted must not fill the screen."""
+    return text if len(text) <= most else f"{text[: most - 30]}… ({len(text):,} characters)"
 
 
 class RecipeError(Exception):

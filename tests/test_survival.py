@@ -1,8 +1,10 @@
 """What happens to a run that is stopped, killed, or runs out of something: nothing is lost and one line says why."""
 
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,14 +28,23 @@ def launch(make_model, workplace):
     overrides += ["training.save_strategy=no", "training.load_best_model_at_end=false", "evaluation.questions=[]"]
     overrides += [f"model.pretrained_model_name_or_path={make_model()}", "quantization=null", "lora.lora_dropout=0.1"]
 
-    def start(name: str, hardware: str) -> subprocess.Popen:
+    def start(name: str, hardware: str, *more: str) -> subprocess.Popen:
         config = str(ROOT / "accelerate_configs" / f"{hardware}.yaml")
-        command = [sys.executable, "-m", "medibot", "train", str(ROOT / "recipes" / "quickstart.yaml"), *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "medibot",
+            "train",
+            str(ROOT / "recipes" / "quickstart.yaml"),
+            *overrides,
+            *more,
+        ]
         command += ["--run", name, "--accelerate", config]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, env=environment, **pipes)
 
+    start.overrides = overrides
     return start
 
 
@@ -101,6 +112,77 @@ def test_a_process_that_dies_takes_the_run_down_and_the_run_goes_on(launch):
     assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
     again = launch("torn", "cpu-2")
     assert again.communicate(timeout=200) and again.returncode == 0
+
+
+SRUN = """#!/usr/bin/env bash
+# Two tasks, as on two nodes: signals go to both, and the larger exit code is the step's
+shift
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+trap 'kill -TERM $first $second' TERM
+a=0; b=0
+wait $first || a=$?; wait $first || a=$?
+wait $second || b=$?; wait $second || b=$?
+exit $((a > b ? a : b))
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then printf '127.0.0.1\\nother\\n'; else echo "$@" >> requeued; fi
+"""
+
+
+def test_the_slurm_script_trains_on_two_nodes_stops_at_the_signal_and_goes_on(launch, make_model, workplace):
+    whole = launch(
+        "whole", "cpu", "training.per_device_train_batch_size=2", "training.optim=sgd", "lora.lora_dropout=0.0"
+    )
+    tools = workplace / "tools"
+    tools.mkdir()
+    medibot = f'#!/usr/bin/env bash\nexec {sys.executable} -m medibot "$@"\n'
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("medibot", medibot)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "MEDIBOT": str(tools / "medibot"),
+        "MEDIBOT_PORT": str(port), "RUN": "nodes", "ACCELERATE": str(ROOT / "accelerate_configs" / "cpu-2.yaml"),
+        "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7",
+    }  # fmt: skip
+    script = ROOT / "accelerate_configs" / "slurm" / "train.sbatch"
+    arguments = [
+        *launch.overrides,
+        "training.per_device_train_batch_size=1",
+        "training.optim=sgd",
+        "lora.lora_dropout=0.0",
+    ]
+    command = ["bash", str(script), str(ROOT / "recipes" / "quickstart.yaml"), *arguments]
+    assert whole.communicate(timeout=200) and whole.returncode == 0
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_steps("nodes", 3)
+    step = next(process for process in psutil.Process(job.pid).children() if "srun" in " ".join(process.cmdline()))
+    step.terminate()
+    said = job.communicate(timeout=90)[0]
+    assert job.returncode == 75, said
+    assert (workplace / "requeued").read_text() == "requeue 7\n"
+    assert open_run("nodes").record()["status"] == "stopped" and "Traceback" not in said
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert_same(adapter("nodes"), adapter("whole"), tolerance=1e-5)
+    assert [line["step"] for line in read_lines(open_run("nodes").metrics) if "loss" in line] == list(range(1, 41))
+    assert again.stdout.count("rows a step") == 1
+    assert read_json(open_run("nodes").folder / "environment.json")["processes"] == 2
+    runs = {path.name.rpartition("-")[2] for path in (open_run("nodes").folder / "wandb").glob("offline-run-*")}
+    assert len(runs) == 1
+
+
+def test_the_slurm_script_asks_slurm_for_what_it_needs():
+    text = (ROOT / "accelerate_configs" / "slurm" / "train.sbatch").read_text()
+    lines = text.splitlines()
+    options = [line.split()[1] for line in lines if line.startswith("#SBATCH")]
+    assert all(re.fullmatch(r"--[a-z-]+(=\S+)?", option) for option in options)
+    assert {"--requeue", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)
+    # Slurm reads no option behind the first command
+    assert max(n for n, line in enumerate(lines) if line.startswith("#SBATCH")) < lines.index("set -euo pipefail")
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
 def test_a_second_signal_ends_a_process_at_once():
