@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig
 
-from medibot import model
+from medibot import care, model
 from medibot.recipe import Recipe, RecipeError, load_recipe
 from medibot.run import finished_run
 
@@ -20,6 +20,9 @@ def ask_both(run_name: str, question: str, max_new_tokens: int = 256) -> None:
     model.quiet_upstream()
     recipe = load_recipe(str(this.recipe))
     print(f"\n{question}")
+    warning = care.emergency_notice(question) if recipe.evaluation.emergency_notice else None
+    if warning:
+        print(f"\n{warning}", flush=True)
     for name, text in answers(recipe, this.weights, question, max_new_tokens):
         print(f"\n[{name}]\n{text}")
 

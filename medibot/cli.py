@@ -17,10 +17,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 
+from medibot.care import NOTICE
 from medibot.recipe import RecipeError, diff_recipes, list_recipes, load_recipe
 from medibot.run import Stopped
-
-NOTICE = "Not a medical device: general health information that can be wrong. Ask a professional; in an emergency, call for help."
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
 STOPPED = 75

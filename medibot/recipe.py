@@ -68,7 +68,7 @@ class Problem:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shortened(text: str, most: int = 400) -> str:
+def shortened(text: str, most: int = 600) -> str:
     """`text`, or its beginning: a value that someone pasted must not fill the screen."""
     return text if len(text) <= most else f"{text[: most - 30]}… ({len(text):,} characters)"
 

@@ -132,6 +132,8 @@ class EvaluationSection(Section):
     """The longest answer, in tokens."""
     by: list[Text] = []
     """Columns of the data whose values get figures of their own in an evaluation."""
+    emergency_notice: bool = True
+    """Whether a question that describes an emergency is answered with where to call first."""
 
 
 class TrackingSection(Section):

@@ -186,6 +186,7 @@ def test_training_shows_a_progress_bar_on_a_terminal(workplace, make_model):
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))  # a new one has no columns, and nothing fits into none
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "no"}
+    environment.pop("TQDM_DISABLE", None)  # a verb that ran without a terminal in this process has set it
     process = subprocess.Popen(
         [sys.executable, "-m", "medibot", "train", "mine.yaml"], env=environment, stdout=follower, stderr=follower
     )

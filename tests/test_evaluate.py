@@ -208,3 +208,12 @@ def test_evaluation_is_a_wandb_run_of_its_own_in_the_same_group(trained):
     group = tracking.group(load_recipe(str(this.recipe)), this)
     assert all(group.encode() in text for text in content)
     assert sum(b"evaluation" in text and b"mine-adapter" in text and b"report.html" in text for text in content) == 1
+
+
+def test_a_file_name_with_a_space_names_an_artifact_that_wandb_takes(trained, tmp_path, capfd):
+    this = trained("mine", "tracking={project: medibot}")
+    file = tmp_path / "my questions.jsonl"
+    file.write_text("".join(SAMPLE.open().readlines()[:3]))
+    evaluation.evaluate("mine", data=file)
+    logs = [log.read_bytes() for log in (this.folder / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert sum(b"mine-eval-my-questions" in log for log in logs) == 1 and "no more tables" not in capfd.readouterr().out

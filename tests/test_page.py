@@ -91,14 +91,15 @@ def comparison(rows: list[dict], **changes) -> dict:
     }
     found |= {"rows": 60, "of": 60, "groups": 30, "left_out": [], "differences": [["lora.r", "16", "4"]]}
     found |= {"metrics": {name: differences(rows) for name in ("one", "two <b>")}}
-    return found | {"curves": dict.fromkeys(["one", "two <b>"], curve)} | changes
+    cost = {"one": {"training_seconds": 60.0}, "two <b>": {"training_seconds": 90.0}}
+    return found | {"curves": dict.fromkeys(["one", "two <b>"], curve), "cost": cost} | changes
 
 
 def test_comparison_is_escaped_whole_and_the_same_each_time():
     found = comparison(lines(60))
     page = comparison_page(found, [["supervised tokens", "800", "800"]])
     assert page == comparison_page(found, [["supervised tokens", "800", "800"]])
-    assert page.count("<svg") == 2 and "two <b>" not in page and "supervised tokens" in page
+    assert page.count("<svg") == 3 and "two <b>" not in page and "supervised tokens" in page
     assert "A quick look" not in page and "Left out" not in page
     partial = comparison_page(comparison(lines(60), of=99, left_out=["nll"]), [])
     assert "A quick look: 60 of 99" in partial and "Left out, since the tokenizers differ: nll" in partial
