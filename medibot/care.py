@@ -57,7 +57,7 @@ DANGER = {
     ),
     "breathing": (
         rf"\b(?:{CANNOT}|trouble|struggling to|difficulty) (?:\w+ )?breath(?:e|ing)\b|\bgasping|\bturning blue|\blips are blue",
-        r"\bcatch my breath|\bthroat is clos|\b(?:tongue|throat|face|lips)\b.{0,12}\b(?:is|are) swelling|\bis choking",
+        r"\bcatch my breath|\bthroat is closing|\b(?:tongue|throat|face|lips)\b.{0,12}\b(?:is|are) swelling|\bis choking",
         r"\bused (?:my|the|his|her) epipen|\binhaler (?:isn't|is not|doesn't|does not)|\bcoughing up blood",
     ),
     "bleeding": (
