@@ -1,52 +1,292 @@
-"""Answer one conversation with a finished run, exactly as it was trained."""
+"""Answer conversations with a finished run, base model and tuned model, exactly as it was trained.
 
-from collections.abc import Iterator
-from pathlib import Path
+speaker = Speaker(finished_run("quickstart"))
+reply = speaker.reply([{"role": "user", "content": "What is anemia?"}], "tuned")
+for piece in reply:
+    print(piece, end="")
+"""
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from medibot import care, model
-from medibot.recipe import Recipe, RecipeError, load_recipe
-from medibot.run import finished_run
+from medibot.recipe import RecipeError, load_recipe
+from medibot.run import Run, finished_run
+
+Message = dict[str, str]
+MODELS = ("base", "tuned")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is chosen; a temperature of None is what the run's generation config says, as in evaluation."""
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+class Turns:
+    """First come, first served: threads that hold it in turn, a token at a time, so that no answer waits for a whole other one."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[threading.Event] = deque()
+        self.guard = threading.Lock()
+        self.held = False
+        # The model that the weights were last set to be
+        self.which: str | None = None
+
+    def take(self) -> None:
+        with self.guard:
+            if not self.held:
+                self.held = True
+                return
+            mine = threading.Event()
+            self.waiting.append(mine)
+        mine.wait()
+
+    def give(self) -> None:
+        with self.guard:
+            if self.waiting:
+                self.waiting.popleft().set()
+            else:
+                self.held = False
+
+
+class Speaker:
+    """A finished run, loaded once, that any number of threads may ask."""
+
+    def __init__(self, this: Run) -> None:
+        model.quiet_upstream()
+        self.run, self.recipe = this, load_recipe(str(this.recipe))
+        # The run's own copy of tokenizer and template, so that use cannot differ from training
+        self.tokenizer = AutoTokenizer.from_pretrained(this.weights)
+        self.config = GenerationConfig.from_pretrained(this.weights)
+        self.dtype = model.precision(self.recipe.model.get("dtype")).dtype
+        self.weights: dict[str, PreTrainedModel | PeftModel] = {}
+        self.weights["tuned"] = model.load_tuned(self.recipe, this.weights, self.dtype)
+        # An adapter's base is the same weights with the adapter off
+        tuned = self.weights["tuned"]
+        self.weights["base"] = (
+            tuned if isinstance(tuned, PeftModel) else model.load_base(self.recipe, self.dtype).to(tuned.device).eval()
+        )
+        self.window: int = tuned.config.max_position_embeddings
+        self.markers = model.role_markers(self.tokenizer)
+        self.turns = Turns()
+
+    def notice(self, message: str) -> str | None:
+        """What stands before the answer to a message that describes an emergency; None without one, or switched off."""
+        return care.emergency_notice(message) if self.recipe.evaluation.emergency_notice else None
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """Token ids of the conversation as training rendered it; content is text, whatever control token it looks like."""
+        if messages[0]["role"] != "system" and self.recipe.data.system:
+            messages = [{"role": "system", "content": self.recipe.data.system}, *messages]
+        safe = [
+            {"role": message["role"], "content": model.defuse(message["content"], self.markers)} for message in messages
+        ]
+        kwargs = model.template_kwargs(self.recipe)
+        found = self.tokenizer.apply_chat_template(
+            safe, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
+        )
+        return found["input_ids"]
+
+    def fitted(self, messages: list[Message], max_new_tokens: int) -> tuple[list[int], int]:
+        """(prompt ids, number of messages left out): the oldest turns go until prompt and answer fit the context window."""
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        turns = messages[len(system) :]
+        room = self.window - max_new_tokens
+        for dropped in range(0, len(turns), 2):
+            ids = self.prompt_ids([*system, *turns[dropped:]])
+            if len(ids) <= room:
+                return ids, dropped
+        what = f"{len(ids):,} tokens, and {max(room, 0):,} of the model's {self.window:,} are left for them"
+        raise RecipeError.of("message", what, "write less, or ask for a shorter answer")
+
+    def reply(self, messages: list[Message], which: str, decoding: Decoding = Decoding()) -> "Reply":
+        """The answer of "base" or "tuned" to a conversation that ends with a user's message, as it is made."""
+        require_conversation(messages)
+        ids, dropped = self.fitted(messages, decoding.max_new_tokens)
+        return Reply(self, ids, dropped, which, decoding)
+
+
+class Reply:
+    """One answer while it is made: iterating yields its text in pieces, `cancel` ends it; any thread may do either.
+
+    Afterwards `completion_tokens` counts its tokens, the stop token included, and `finish_reason` says "stop" (ended by
+    itself or at a stop text), "length" (cut at max_new_tokens) or "cancelled".
+    """
+
+    def __init__(self, speaker: Speaker, ids: list[int], dropped: int, which: str, decoding: Decoding) -> None:
+        self.prompt_tokens, self.dropped = len(ids), dropped
+        self.completion_tokens = 0
+        self.finish_reason = "length"
+        self.decoding = decoding
+        self.stops = set(speaker.config.eos_token_id)
+        self.failure: Exception | None = None
+        self.cancelled = threading.Event()
+        self.stream = Counted(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        threading.Thread(target=self.run, args=(speaker, ids, which), daemon=True).start()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def run(self, speaker: Speaker, ids: list[int], which: str) -> None:
+        """Generate in this thread, holding the model for a token at a time."""
+        weights = speaker.weights[which]
+        prompt = torch.tensor([ids], device=weights.device)
+        turn = Turn(speaker.turns, weights, which, self.decoding.seed, self.cancelled)
+        try:
+            with turn.held(), torch.inference_mode():
+                weights.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=generation(speaker.config, self.decoding),
+                    stopping_criteria=StoppingCriteriaList([turn]),
+                    streamer=self.stream,
+                )
+        except Exception as error:  # whatever it is, it belongs to whoever reads the answer in another thread
+            self.failure = error
+            self.stream.on_finalized_text("", stream_end=True)
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text; what might be the beginning of a stop text is held back until it is known not to be."""
+        text, given = "", 0
+        longest = max((len(stop) for stop in self.decoding.stop), default=1)
+        ended = False
+        for piece in self.stream:
+            text += piece
+            ends = [place for place in (text.find(stop) for stop in self.decoding.stop) if place >= 0]
+            if ends:
+                ended, text = True, text[: min(ends)]
+                self.cancel()
+                break
+            if len(text) - longest + 1 > given:
+                yield text[given : len(text) - longest + 1]
+                given = len(text) - longest + 1
+        if text[given:]:
+            yield text[given:]
+        if self.failure is not None:
+            raise RuntimeError("the model failed while it answered") from self.failure
+        self.completion_tokens = self.stream.tokens
+        if ended or self.stream.last in self.stops:
+            self.finish_reason = "stop"
+        elif self.cancelled.is_set():
+            self.finish_reason = "cancelled"
+
+
+class Counted(TextIteratorStreamer):
+    """Upstream's stream of text, and how many tokens it came from."""
+
+    tokens = 0
+    last: int | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.tokens += value.numel()
+            self.last = int(value.flatten()[-1])
+        super().put(value)
+
+
+class Turn(StoppingCriteria):
+    """Called after each token: lets the next thread have the model, and says whether the answer is to end."""
+
+    def __init__(
+        self,
+        turns: Turns,
+        weights: PreTrainedModel | PeftModel,
+        which: str,
+        seed: int | None,
+        cancelled: threading.Event,
+    ) -> None:
+        self.turns, self.weights, self.which, self.seed, self.cancelled = turns, weights, which, seed, cancelled
+        self.dice: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self) -> None:
+        self.turns.take()
+        if isinstance(self.weights, PeftModel) and self.turns.which != self.which:
+            switch = self.weights.base_model
+            switch.disable_adapter_layers() if self.which == "base" else switch.enable_adapter_layers()
+            self.turns.which = self.which
+        # All threads of a process roll the same dice: each answer keeps its own
+        if self.dice is not None:
+            torch.set_rng_state(self.dice[0])
+            torch.cuda.set_rng_state_all(self.dice[1:])
+        elif self.seed is not None:
+            torch.manual_seed(self.seed)
+
+    def leave(self) -> None:
+        self.dice = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.turns.give()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.leave()
+        self.enter()
+        return torch.full((input_ids.shape[0],), self.cancelled.is_set(), device=input_ids.device)
+
+
+def generation(config: GenerationConfig, decoding: Decoding) -> GenerationConfig:
+    """The run's generation config with what was asked for; temperature 0 is greedy."""
+    config = copy.deepcopy(config)
+    config.max_new_tokens = decoding.max_new_tokens
+    if decoding.temperature:
+        config.update(do_sample=True, temperature=decoding.temperature, top_p=decoding.top_p, top_k=0)
+    elif decoding.temperature is not None:
+        config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    return config
+
+
+def require_conversation(messages: list[Message]) -> None:
+    """A system message or none, then user and assistant in turn, the user last, each with text."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    wanted = [("user", "assistant")[place % 2] for place in range(len(turns))]
+    if turns != wanted or len(turns) % 2 == 0:
+        remedy = "a system message or none, then user and assistant in turn, the user last"
+        raise RecipeError.of("messages", f"the roles are {', '.join(roles) or 'none'}", remedy)
+    for place, message in enumerate(messages):
+        if not message["content"].strip():
+            raise RecipeError.of("messages", f"message {place + 1} is empty", "write something")
 
 
 def ask_both(run_name: str, question: str, max_new_tokens: int = 256) -> None:
-    """Print the base model's and the tuned model's answer to `question`, from one load where there is an adapter."""
+    """Print the base model's and the tuned model's answer to `question` as they are made."""
     if not question.strip():
         raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
-    this = finished_run(run_name)
-    model.quiet_upstream()
-    recipe = load_recipe(str(this.recipe))
+    speaker = Speaker(finished_run(run_name))
     print(f"\n{question}")
-    warning = care.emergency_notice(question) if recipe.evaluation.emergency_notice else None
+    warning = speaker.notice(question)
     if warning:
         print(f"\n{warning}", flush=True)
-    for name, text in answers(recipe, this.weights, question, max_new_tokens):
-        print(f"\n[{name}]\n{text}")
-
-
-def answers(recipe: Recipe, weights: Path, question: str, max_new_tokens: int) -> Iterator[tuple[str, str]]:
-    """("base", text) and ("tuned", text) for one question: same prompt, same decoding."""
-    dtype = model.precision(recipe.model.get("dtype")).dtype
-    # The run's own copy of tokenizer and template, so that use cannot differ from training
-    tokenizer = AutoTokenizer.from_pretrained(weights)
-    config = GenerationConfig.from_pretrained(weights)
-    config.max_new_tokens = max_new_tokens
-    template = model.template_kwargs(recipe)
-    prompts = [model.prompt_messages(question, recipe.data.system, model.role_markers(tokenizer))]
-    tuned = model.load_tuned(recipe, weights, dtype)
-    if isinstance(tuned, PeftModel):
-        with tuned.disable_adapter():
-            yield "base", answer_text(tuned, tokenizer, prompts, config, template)
-    else:
-        yield "base", answer_text(model.load_base(recipe, dtype).to(tuned.device), tokenizer, prompts, config, template)
-    yield "tuned", answer_text(tuned, tokenizer, prompts, config, template)
-
-
-def answer_text(
-    weights: Any, tokenizer: Any, prompts: list[Any], config: GenerationConfig, template: dict[str, Any]
-) -> str:
-    got = next(model.answer(weights, tokenizer, prompts, config, template))
-    return got["text"] + ("" if got["stopped"] else f" … [cut at {got['tokens']} tokens]")
+    for which in MODELS:
+        print(f"\n[{which}]", flush=True)
+        reply = speaker.reply([{"role": "user", "content": question}], which, Decoding(max_new_tokens))
+        for piece in reply:
+            print(piece, end="", flush=True)
+        print("" if reply.finish_reason == "stop" else f" … [cut at {reply.completion_tokens} tokens]")
