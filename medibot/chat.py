@@ -144,9 +144,11 @@ class Reply:
         self.failure: Exception | None = None
         self.cancelled = threading.Event()
         self.stream = Counted(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        threading.Thread(target=self.run, args=(speaker, ids, which), daemon=True).start()
+        self.thread = threading.Thread(target=self.run, args=(speaker, ids, which), daemon=True)
+        self.thread.start()
 
     def cancel(self) -> None:
+        """End the answer at its next token; `thread` can then be joined."""
         self.cancelled.set()
 
     def run(self, speaker: Speaker, ids: list[int], which: str) -> None:
@@ -184,6 +186,8 @@ class Reply:
                 given = len(text) - longest + 1
         if text[given:]:
             yield text[given:]
+        # A thread that is still inside torch when Python ends would abort the process
+        self.thread.join()
         if self.failure is not None:
             raise RuntimeError("the model failed while it answered") from self.failure
         self.completion_tokens = self.stream.tokens
