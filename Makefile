@@ -14,6 +14,7 @@ TASKS ?=
 LIMIT ?=
 SWEEP ?= rank-and-rate
 DATA ?=
+TOKENS ?=
 Q ?= What is anemia?
 PYTHON ?= python3
 export Q LAUNCH
@@ -52,8 +53,8 @@ dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal 
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)
 
-ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?"
-	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q"
+ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
+	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q" $(if $(TOKENS),--max-new-tokens $(TOKENS))
 
 list: .venv/.ready  ## list the recipes
 	@$(MEDIBOT) list

@@ -53,6 +53,8 @@ def test_readme_command_runs(command, outputs, make_model):
         if "medquad" in command:
             small += f" data.path={SAMPLE} data.too_long=drop model.pretrained_model_name_or_path={make_model()}"
         more = [f"ARGS={words.get('ARGS', '')} {small}"]
+    if command.startswith("make ask"):
+        more = ["TOKENS=8"]
     if "my.jsonl" in command:
         (outputs / "my.jsonl").write_text("".join(SAMPLE.open().readlines()[:3]))
         more = [f"DATA={outputs / 'my.jsonl'}"]
