@@ -95,19 +95,27 @@ class Plan:
     def held(self, layout: Layout) -> dict[str, int]:
         """What does not depend on the batch. ZeRO-2 shards gradients and optimizer, ZeRO-3 and FSDP2 weights, too."""
         own, bits = self.parameters, self.recipe.quantization or {}
+        divided = layout.processes if layout.strategy != "ddp" else 1
+        ways = layout.processes if layout.strategy in {"fsdp2", "zero3"} else 1
         # 4-bit weights stored as bytes are not sharded (accelerate/utils/fsdp_utils.py), and ZeRO-3 loads them whole
         whole = own.quantized and not (layout.strategy == "fsdp2" and "bnb_4bit_quant_storage" in bits)
-        sharded = layout.strategy in {"fsdp2", "zero3"}
-        ways = layout.processes if sharded else 1
-        base = ways if not whole else 1
-        half = layout.processes if layout.strategy != "ddp" else 1
+        base = 1 if whole else ways
+        weights = {f"weights, {name}": math.ceil(size / base) for name, size in own.base.items()}
+        optimizer, gradients, copies = own.optimizer, own.trained, own.casts
+        if layout.strategy in {"zero2", "zero3"} and own.casts and self.recipe.lora is None:
+            # DeepSpeed computes with half-precision weights, and keeps the float32 ones with the optimizer's state
+            name, half = str(self.device.compute).removeprefix("torch."), self.device.compute.itemsize
+            weights = {f"weights, {name}": math.ceil(half * own.total / base)}
+            optimizer, gradients = own.optimizer + own.trained, half * own.trainable
+        if layout.strategy not in {"one process", "ddp"}:
+            copies = 0
         return {
-            **{f"weights, {name}": math.ceil(size / base) for name, size in own.base.items()},
+            **weights,
             "adapters": math.ceil(own.adapters / ways),
             "layers gathered": 2 * own.layer * self.device.compute.itemsize if base > 1 else 0,
-            "copies by autocast": 0 if sharded else own.casts,
-            "optimizer": math.ceil(own.optimizer / half),
-            "gradients": 2 * own.trained if layout.strategy == "ddp" else math.ceil(own.trained / half),
+            "copies by autocast": copies,
+            "optimizer": math.ceil(optimizer / divided),
+            "gradients": 2 * gradients if layout.strategy == "ddp" else math.ceil(gradients / divided),
             "overhead": self.overhead,
         }
 
@@ -223,9 +231,9 @@ def show(plan: Plan) -> None:
     title = f"{plan.recipe.name}: GB on one device of {ways}, {plan.rows} rows of {plan.longest} tokens"
     table = Table("", *(layout.strategy for layout in layouts), title=title, title_justify="left")
     columns = [plan.memory(layout=layout) for layout in layouts]
-    for part in columns[0]:
-        if any(column[part] for column in columns):
-            table.add_row(part, *(f"{column[part] / GB:.3f}" for column in columns))
+    for part in dict.fromkeys(part for column in columns for part in column):
+        if any(column.get(part) for column in columns):
+            table.add_row(part, *(f"{column.get(part, 0) / GB:.3f}" for column in columns))
     again = [plan.memory(checkpointing=other, layout=layout)["peak"] for layout in layouts]
     table.add_row(f"peak {'with' if other else 'without'} checkpointing", *(f"{peak / GB:.3f}" for peak in again))
     for column in table.columns[1:]:
@@ -243,7 +251,8 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
     other = plan.most_rows(checkpointing=not plan.checkpointing)
     time = "not estimated: no data sheet is known for this device"
     if hours is not None:
-        time = f"{hours:.1f} h (estimate: {UTILISATION:.0%} of {plan.device.tflops} data-sheet TFLOPs a device)"
+        long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+        time = f"{long} (estimate: {UTILISATION:.0%} of {plan.device.tflops} data-sheet TFLOPs a device)"
     traced = "traced" if all_figures["activations_traced"] else "a rule of thumb: this architecture cannot be traced"
     return [
         ("device", f"{plan.device.name}, {plan.device.capacity / GB:.1f} GB, {all_figures['computes_in']}: {fit}"),

@@ -349,7 +349,7 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     upload(inputs, this, mirror)
 
 
-def compare_memory(planned: Plan, measured: int) -> dict[str, float]:
+def compare_memory(planned: Plan, measured: float) -> dict[str, float]:
     """Planned against measured peak memory of this process."""
     expected = planned.planned_peak()
     return {"planned_bytes": expected, "measured_bytes": measured, "planned_over_measured": expected / measured}
