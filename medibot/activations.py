@@ -59,15 +59,11 @@ class Allocated(TorchDispatchMode):
         return made
 
 
-class GPUDropout(torch.nn.Module):
+class GPUDropout(torch.nn.Dropout):
     """Dropout as a GPU does it, which keeps one byte a value; torch on a CPU keeps the scaled noise."""
 
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.native_dropout(values, self.share, True)[0]
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(input, self.p, self.training)[0]
 
 
 def kept(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
