@@ -29,7 +29,7 @@ METHODS = {
     "LoRA on NF4": [],
     "full": ["quantization=null", "lora=null", "training.learning_rate=2e-5"],
 }
-SHAPES = [(1, 256), (4, 256), (4, 512)]
+SHAPES = [(1, 256), (4, 256), (2, 512)]
 # Tokens of a row beside its answer: system prompt, question and the template's own
 AROUND = 60
 SHORT = [
