@@ -69,7 +69,7 @@ schema: .venv/.ready  ## write recipes/recipe.schema.json anew
 	@$(MEDIBOT) schema
 
 test: .venv/.dev $(SMOLLM2)/config.json  ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.dev  ## lint, format, types, spelling, import contract, recipes against their schema
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
