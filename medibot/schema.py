@@ -53,7 +53,12 @@ Warmup = Annotated[float, Field(ge=0), AfterValidator(whole_or_ratio)]
 
 HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
 PISSA_STEPS = r"^pissa_niter_\d+$"
-PATTERNS = {HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])", PISSA_STEPS: "pissa_niter_<steps>"}
+LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
+PATTERNS = {
+    HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])",
+    PISSA_STEPS: "pissa_niter_<steps>",
+    LICENCE: "a licence as the hub writes it, such as cc-by-4.0",
+}
 
 
 class Section(BaseModel):
@@ -119,6 +124,10 @@ class DataSection(Section):
     """What happens to a conversation longer than training.max_length."""
     seed: Natural = 0
     """Decides the order of the rows and which groups are held out."""
+    license: Annotated[str, Field(pattern=LICENCE)] | None = None
+    """The data's licence, as the hub writes it (cc-by-4.0); without one, nothing made of the data is pushed."""
+    attribution: Text | None = None
+    """Who made the data and where it is from, in the words that its licence asks for."""
 
 
 class EvaluationSection(Section):
