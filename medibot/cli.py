@@ -88,12 +88,30 @@ def inspect(
 
 
 @app.command()
+def plan(
+    recipe: RecipeName = "quickstart",
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="24GB, or a name such as L4; default: this machine.")] = None,
+    accelerate: Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")] = None,
+    launch: Annotated[str, typer.Option(help="More arguments for accelerate launch.")] = "",
+) -> None:
+    """Memory, largest micro-batch, steps, time and disk of a training; loads no weights."""
+    checked = load_recipe(recipe, overrides or [])
+    config, more = hardware_config(accelerate), split_launch(launch)
+    processes = launched_processes(config, more)
+    from medibot.preview import plan_recipe
+
+    plan_recipe(checked, gpu, yaml.safe_load(config.read_text(encoding="utf-8")), processes)
+
+
+@app.command()
 def train(
     recipe: RecipeName = "quickstart",
     overrides: Overrides = None,
     run: Annotated[str | None, typer.Option(help="Name of the outputs folder; default: the recipe's.")] = None,
     accelerate: Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")] = None,
     launch: Annotated[str, typer.Option(help="More arguments for accelerate launch.")] = "",
+    anyway: Annotated[bool, typer.Option("--anyway", help="Start even what by its plan cannot fit.")] = False,
 ) -> None:
     """Train a recipe through accelerate launch; the same command again goes on, or says that it is done."""
     # Every accelerate launcher sets this for the processes that it starts
@@ -106,9 +124,10 @@ def train(
         from medibot.train import train as train_here
 
         checked = load_recipe(recipe, overrides or [])
-        train_here(checked, run or checked.name)
+        train_here(checked, run or checked.name, anyway)
     else:
-        sys.exit(launch_training(recipe, overrides or [], run, accelerate, split_launch(launch)))
+        own = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
+        sys.exit(launch_training(recipe, overrides or [], own, accelerate, split_launch(launch)))
 
 
 @app.command()
@@ -200,8 +219,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
     convert(file, folder)
 
 
-def launch_training(recipe: str, overrides: list[str], run: str | None, accelerate: str | None, more: list[str]) -> int:
-    """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code."""
+def launch_training(recipe: str, overrides: list[str], own: list[str], accelerate: str | None, more: list[str]) -> int:
+    """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code.
+
+    `own` are options of the training itself, `more` those of the launcher.
+    """
     config = hardware_config(accelerate)
     processes = launched_processes(config, more)
     if processes > 1:
@@ -215,8 +237,7 @@ def launch_training(recipe: str, overrides: list[str], run: str | None, accelera
         if "OMP_NUM_THREADS" not in os.environ:
             count += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // processes))]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-        command += [*count, *more, "-m", "medibot", "train", recipe, *overrides]
-        command += ["--run", run] if run else []
+        command += [*count, *more, "-m", "medibot", "train", recipe, *overrides, *own]
         environment = os.environ | {"MEDIBOT_EXIT": str(code), "MEDIBOT_PROCESSES": str(processes)}
         # A session of its own: what is signalled to this process reaches the training through `forward` alone
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)

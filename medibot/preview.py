@@ -1,5 +1,6 @@
-"""`medibot inspect`: what a recipe will train on, before a weight is loaded."""
+"""`medibot inspect` and `medibot plan`: what a recipe will train on and what it will need, before a weight is loaded."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from medibot.audit import NAMES, Audit, audit, examples, gate, paint_html, paint_text, painted
+from medibot.device import named_device, this_device, written_layout
+from medibot.plan import show as show_plan
 from medibot.recipe import Recipe, RecipeError
-from medibot.run import Run
-from medibot.train import Inputs, build_trainer, gather, method, stand_in
+from medibot.run import Run, outputs_folder
+from medibot.train import Inputs, build_trainer, gather, make_plan, method, stand_in
 
 PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>
@@ -113,3 +116,15 @@ def mask_table(reports: list[Audit]) -> tuple[str, list[str], list[list[Any]]]:
     rows = [[key.replace("_", " "), *(f"{c[key]:,}" for c in counts)] for key in keys]
     rows += [[text, *(c["violations"][key] for c in counts)] for key, text in NAMES.items()]
     return "Loss mask", ["", *(report.split for report in reports)], rows
+
+
+def plan_recipe(recipe: Recipe, gpu: str | None, accelerate: dict[str, Any], processes: int) -> None:
+    """Print what the training needs on `gpu` (this machine if None), and leave it in outputs/plans/ as JSON."""
+    device = named_device(gpu, recipe.model.get("dtype")) if gpu else None
+    inputs = gather(recipe)
+    planned = make_plan(inputs, device or this_device(inputs.precision.dtype), written_layout(accelerate, processes))
+    show_plan(planned)
+    file = outputs_folder() / "plans" / f"{recipe.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(planned.as_dict(), indent=1) + "\n", encoding="utf-8")
+    print(f"written: {file}")

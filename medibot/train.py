@@ -38,6 +38,8 @@ from trl import SFTConfig, SFTTrainer
 from medibot import evidence, model, run, tracking
 from medibot.audit import Audit, audit, gate
 from medibot.data import Prepared, prepare
+from medibot.device import GB, Device, Layout, layout_here, this_device
+from medibot.plan import Plan
 from medibot.recipe import Recipe, RecipeError
 from medibot.run import Run
 
@@ -69,8 +71,11 @@ def gather(recipe: Recipe) -> Inputs:
     )
 
 
-def train(recipe: Recipe, name: str) -> None:
-    """Train `recipe` into outputs/<name>: start, go on from the last whole checkpoint, or say that it is done."""
+def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
+    """Train `recipe` into outputs/<name>: start, go on from the last whole checkpoint, or say that it is done.
+
+    What by the plan cannot fit this device is refused before the weights are loaded, unless `anyway`.
+    """
     state = launched_world()
     this = run.open_run(name)
     inputs = gather(recipe)
@@ -81,6 +86,9 @@ def train(recipe: Recipe, name: str) -> None:
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
         return
     run.require_writable(this)
+    planned = make_plan(inputs, this_device(inputs.precision.dtype), layout_here(state.num_processes))
+    if state.is_main_process and not anyway:
+        planned.require_fit()
     started = this.folder.exists()
     try:
         trainer = build_trainer(inputs, this, lambda: load_weights(inputs))
@@ -90,15 +98,17 @@ def train(recipe: Recipe, name: str) -> None:
         if not started and state.is_main_process:
             shutil.rmtree(this.folder, ignore_errors=True)
         raise
-    describe(trainer, inputs)
+    describe(trainer, inputs, planned)
     with run.claimed(this, state.is_main_process):
         checkpoint = begin(this, inputs, key, parts, reports, trainer)
+        if state.is_main_process:
+            this.write("plan.json", planned.as_dict())
         # An interrupted run was evaluated at its start already: a second time would stand in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
         with (
             tracking.tracked(recipe, this, wandb_config(this, inputs), state.is_main_process) as mirror,
-            explained(this, trainer),
+            explained(this, trainer, planned),
             Signals() as signals,
         ):
             record = Record(trainer, this, mirror, inputs, checkpoint, signals)
@@ -106,7 +116,7 @@ def train(recipe: Recipe, name: str) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if record.stopped:
                 stop(trainer, this, record)
-            save(trainer, inputs, this, mirror)
+            save(trainer, inputs, this, mirror, planned)
     if state.is_main_process:
         farewell(this, inputs)
 
@@ -252,13 +262,19 @@ def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
 
 
 def load_weights(inputs: Inputs) -> PreTrainedModel:
-    return model.load_base(inputs.recipe, weights_dtype(inputs))
+    return model.load_base(inputs.recipe, weights_dtype(inputs.recipe, inputs.precision.dtype))
 
 
-def weights_dtype(inputs: Inputs) -> torch.dtype:
+def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
     """What the base weights are held in: float32 master weights for full fine-tuning, else what is computed in."""
-    full = inputs.recipe.lora is None and "dtype" not in inputs.recipe.model
-    return torch.float32 if full else inputs.precision.dtype
+    full = recipe.lora is None and "dtype" not in recipe.model
+    return torch.float32 if full else compute
+
+
+def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
+    """The plan of a training on `device`, with the weights in the dtype that it would hold them in."""
+    held = weights_dtype(inputs.recipe, device.compute)
+    return Plan(inputs.recipe, inputs.tokenizer, inputs.prepared, held, device, layout)
 
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -295,7 +311,7 @@ def begin(
     trainable, total = parameter_counts(trainer.model)
     decided = {
         "dtype": inputs.precision.name,
-        "weights_dtype": str(weights_dtype(inputs)).removeprefix("torch."),
+        "weights_dtype": str(weights_dtype(inputs.recipe, inputs.precision.dtype)).removeprefix("torch."),
         "why": inputs.precision.reason,
         "processes": PartialState().num_processes,
         "global_batch_size": global_batch_size(trainer),
@@ -313,7 +329,7 @@ def begin(
     return checkpoint
 
 
-def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
+def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror, planned: Plan) -> None:
     """Write the trained weights with all that answering needs, then mark the run finished."""
     partial = this.folder / ".model.partial"
     trainer.save_model(str(partial))
@@ -328,9 +344,17 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     if evals:
         summary |= {"eval_loss_first": evals[0], "eval_loss_last": evals[-1], "eval_loss_best": min(evals)}
     summary["cost"] = cost(trainer, this)
+    summary["memory"] = compare_memory(planned, summary["cost"]["peak_memory_bytes"])
+    this.write("plan.json", planned.as_dict() | {"measured": summary["memory"]})
     mirror.summary(summary)
     this.write("run.json", this.record() | {"status": "finished", "summary": summary})
     upload(inputs, this, mirror)
+
+
+def compare_memory(planned: Plan, measured: float) -> dict[str, float]:
+    """Planned against measured peak memory of this process."""
+    expected = planned.planned_peak()
+    return {"planned_bytes": expected, "measured_bytes": measured, "planned_over_measured": expected / measured}
 
 
 def stop(trainer: CountingTrainer, this: Run, record: "Record") -> None:
@@ -378,7 +402,7 @@ def heeded(number: int) -> bool:
 
 
 @contextmanager
-def explained(this: Run, trainer: CountingTrainer) -> Generator[None]:
+def explained(this: Run, trainer: CountingTrainer, planned: Plan) -> Generator[None]:
     """What a machine runs out of, in one line: memory, disk, or the right to write."""
     try:
         yield
@@ -386,12 +410,9 @@ def explained(this: Run, trainer: CountingTrainer) -> Generator[None]:
         last = this.last_checkpoint()
         kept = f"{last.name} is whole" if last else "no checkpoint is whole yet"
         if out_of_memory(error):
-            args = trainer.args
-            what = (
-                f"out of memory at {args.per_device_train_batch_size} rows of up to {args.max_length} tokens ({kept})"
-            )
-            remedy = "lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much"
-            remedy += ", or lower max_length" + ("" if args.activation_checkpointing else ", or checkpoint activations")
+            rows, needed = trainer.args.per_device_train_batch_size, planned.memory()["peak"] / GB
+            what = f"out of memory at {rows} rows of up to {planned.longest} tokens ({kept})"
+            remedy = f"the plan was {needed:.1f} of {planned.device.capacity / GB:.1f} GB: {planned.advice()}"
             raise RecipeError.of("training", what, remedy) from error
         if unwritable(error):
             free = shutil.disk_usage(this.folder).free
@@ -569,7 +590,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def describe(trainer: SFTTrainer, inputs: Inputs) -> None:
+def describe(trainer: SFTTrainer, inputs: Inputs, planned: Plan) -> None:
     """What is about to be trained, in the numbers that matter."""
     trainable, total = parameter_counts(trainer.model)
     args = trainer.args
@@ -581,6 +602,8 @@ def describe(trainer: SFTTrainer, inputs: Inputs) -> None:
     say(
         f"batch      {each} per device x {accumulated} accumulated x {ways} processes = {global_batch_size(trainer)} rows a step"
     )
+    needed, there = planned.memory()["peak"] / GB, planned.device.capacity / GB
+    say(f"memory     {needed:.1f} GB planned for {planned.rows} rows of {planned.longest} tokens, {there:.1f} GB here")
 
 
 def method(recipe: Recipe) -> str:

@@ -1,0 +1,145 @@
+"""What a forward pass keeps for the backward pass, and what the logits need on top, in bytes; nothing is computed.
+
+Autograd itself is asked: the forward pass of the first one and two layers runs on fake tensors, and each further layer
+is taken to keep what the second one does.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from medibot.memory import casts, skeleton, text_config
+from medibot.recipe import Recipe
+
+# trl/kernels/chunked_logprob.py: a tile of logits is at most so many positions by so many tokens of the vocabulary
+TILE = (4096, 32768)
+# What is kept of a layer that cannot be traced, in bytes a token for each hidden unit, at two bytes a value
+# (Korthikanti et al., 2022, arXiv 2205.05198, without the attention matrix)
+UNTRACED = 34
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward pass over `rows` x `length` tokens keeps: a layer, what is outside of layers, one hidden state.
+
+    `freed` is what a layer allocates and frees again on its way.
+    """
+
+    layer: int
+    outside: int
+    state: int
+    freed: int
+    traced: bool
+
+
+class Allocated(TorchDispatchMode):
+    """Every storage that an operation makes; holding on to them keeps their identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = storage
+        return made
+
+
+class GPUDropout(torch.nn.Module):
+    """Dropout as a GPU does it, which keeps one byte a value; torch on a CPU keeps the scaled noise."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(values, self.share, True)[0]
+
+
+def kept(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
+    """Trace the first one and two layers over `rows` x `length` tokens."""
+    try:
+        one, two = (traced(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        hidden = text_config(recipe).get_text_config().hidden_size
+        values = rows * length * hidden
+        size = compute.itemsize
+        return Kept(values * UNTRACED * size // 2, values * size, values * size, values * UNTRACED * size, traced=False)
+    layer = two.layer - one.layer
+    return Kept(layer, max(0, one.layer - layer), two.state, two.freed - one.freed, traced=True)
+
+
+def traced(
+    recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, rows: int, length: int
+) -> Kept:
+    """One forward pass of the backbone on fake tensors: `layer` is all that it keeps."""
+    whole = skeleton(recipe, dtype, layers, quantized=False)
+    if gpu:
+        for name, module in list(whole.named_modules()):
+            if isinstance(module, torch.nn.Dropout):
+                whole.set_submodule(name, GPUDropout(module.p))
+    backbone = (whole.get_base_model() if recipe.lora is not None else whole).base_model
+    keeps: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held:
+            keeps[storage._cdata] = storage
+        return tensor
+
+    # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name
+    autocast = nullcontext() if compute == torch.float32 else torch.autocast("cpu", dtype=torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values = {
+            name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
+            for name, value in [*backbone.named_parameters(), *backbone.named_buffers()]
+        }
+        held = {value.untyped_storage()._cdata for value in values.values()}
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        # A single row is never padded, and upstream then drops the mask
+        mask = torch.ones_like(ids) if rows > 1 else None
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        with Allocated() as allocated, autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            made = torch.func.functional_call(backbone, values, kwargs=inputs)
+        state = made.last_hidden_state.nbytes
+        saved = sum(storage.nbytes() for storage in keeps.values()) - casts(backbone, compute)
+        everything = sum(storage.nbytes() for key, storage in allocated.storages.items() if key not in held)
+    return Kept(saved, 0, state, everything - saved, traced=True)
+
+
+def head(
+    gpu: bool,
+    training: bool,
+    positions: int,
+    supervised: int,
+    config: PretrainedConfig,
+    compute: torch.dtype,
+    full: bool,
+) -> int:
+    """Bytes that TRL's fused head and loss need on top, at their highest point.
+
+    On a GPU it takes the supervised positions alone and one tile of logits at a time; on a CPU it takes all positions,
+    and its torch operations hold nine float32 tiles at once in the backward pass, five in the forward pass. `full`: the
+    head is trained, too.
+    """
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    scored = supervised if gpu else positions
+    width = min(TILE[1], vocabulary)
+    tile = min(TILE[0], scored) * width
+    logits = tile * compute.itemsize if gpu else (9 if training else 5) * 4 * tile
+    states = scored * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))
+    return logits + states + ((4 * vocabulary + compute.itemsize * width) * hidden if full else 0)

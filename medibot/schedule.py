@@ -1,0 +1,94 @@
+"""How long a training is: steps, tokens, floating-point operations, time on a GPU by its data sheet, disk."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+from trl import SFTConfig
+
+from medibot.device import Device, Layout
+from medibot.memory import Parameters
+from medibot.recipe import Recipe
+
+# The share of a data sheet's TFLOPs that a fine-tuning is taken to reach; 0.3 to 0.45 is usual
+UTILISATION = 0.35
+
+
+def setting(recipe: Recipe, name: str) -> Any:
+    """What the recipe's training section says, or upstream's default."""
+    return recipe.training.get(name, SFTConfig.__dataclass_fields__[name].default)
+
+
+def flat(recipe: Recipe) -> bool:
+    """Whether the rows of a batch stand one behind the other, without padding."""
+    return setting(recipe, "packing") or setting(recipe, "padding_free")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`tokens` are padded ones, on all devices; `hours` is an estimate, None where no data sheet says the speed.
+
+    `disk` are the bytes of the checkpoints that are there at once, the one being written included, and of the model.
+    """
+
+    steps: int
+    tokens: int
+    flops: float
+    hours: float | None
+    disk: int
+
+
+def schedule(
+    recipe: Recipe, lengths: np.ndarray, own: Parameters, config: PretrainedConfig, device: Device, layout: Layout
+) -> Schedule:
+    """The schedule of a training on rows of `lengths` tokens."""
+    accumulated = setting(recipe, "gradient_accumulation_steps")
+    each = setting(recipe, "per_device_train_batch_size") * layout.processes
+    epoch = math.ceil(math.ceil(len(lengths) / each) / accumulated)
+    most = setting(recipe, "max_steps")
+    steps = most if most > 0 else math.ceil(epoch * setting(recipe, "num_train_epochs"))
+    tokens = round(steps * accumulated * layout.processes * padded(recipe, lengths))
+    flops = tokens * flops_per_token(recipe, lengths, own, config)
+    speed = (device.tflops or 0) * 1e12 * UTILISATION * layout.processes
+    return Schedule(steps, tokens, flops, flops / speed / 3600 if speed else None, disk(recipe, own, steps))
+
+
+def padded(recipe: Recipe, lengths: np.ndarray) -> float:
+    """Tokens of a micro-batch, padding included: the mean over one epoch in the recipe's order."""
+    size = setting(recipe, "per_device_train_batch_size")
+    order = np.random.default_rng(setting(recipe, "seed")).permutation(lengths)
+    if setting(recipe, "train_sampling_strategy") == "group_by_length":
+        # transformers.trainer_pt_utils: sorted within 50 batches
+        chunks = [order[start : start + 50 * size] for start in range(0, len(order), 50 * size)]
+        order = np.concatenate([np.sort(chunk)[::-1] for chunk in chunks])
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return float(np.mean([batch.sum() if flat(recipe) else len(batch) * batch.max() for batch in batches]))
+
+
+def flops_per_token(recipe: Recipe, lengths: np.ndarray, own: Parameters, config: PretrainedConfig) -> float:
+    """Two a weight forward; as many for the gradient of the inputs, for that of trained weights, and for what
+    checkpointing computes twice. Attention as upstream computes it, over all pairs of a row."""
+    weights = own.total - (0 if config.tie_word_embeddings else own.embedding)
+    head = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    # A token of a long row meets more others: the mean over tokens, not over rows
+    met = float(np.average(lengths, weights=lengths))
+    linear, attention = 2 * weights, 4 * config.num_hidden_layers * config.num_attention_heads * head * met
+    forward = linear + attention
+    again = recipe.training.get("activation_checkpointing", True)
+    return forward * (2 if again else 1) + linear + 2 * attention + 2 * own.trainable
+
+
+def disk(recipe: Recipe, own: Parameters, steps: int) -> int:
+    every = setting(recipe, "save_steps")
+    saves = {
+        "no": 0,
+        "epoch": math.ceil(setting(recipe, "num_train_epochs")),
+        "steps": steps // max(1, math.ceil(steps * every) if every < 1 else int(every)),
+    }.get(setting(recipe, "save_strategy"), 1)
+    limit = setting(recipe, "save_total_limit")
+    # The best one is kept beside the last one, and one is written before another goes
+    least = 2 if setting(recipe, "load_best_model_at_end") else 1
+    there = min(saves, max(limit, least) + 1) if limit else saves
+    return there * (own.trained + own.optimizer) + own.trained
