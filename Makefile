@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model train eval compare benchmark sweep dashboard inspect ask serve list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -15,6 +15,7 @@ LIMIT ?=
 SWEEP ?= rank-and-rate
 DATA ?=
 TOKENS ?=
+PORT ?= 8000
 Q ?= What is anemia?
 PYTHON ?= python3
 export Q LAUNCH
@@ -55,6 +56,9 @@ inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted ro
 
 ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
 	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q" $(if $(TOKENS),--max-new-tokens $(TOKENS))
+
+serve: .venv/.ready  ## web page and OpenAI-style endpoint on 127.0.0.1: RUN=quickstart PORT=8000
+	@$(MEDIBOT) serve --run $(or $(RUN),quickstart) --port $(PORT)
 
 list: .venv/.ready  ## list the recipes
 	@$(MEDIBOT) list
