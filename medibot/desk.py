@@ -99,7 +99,7 @@ class Desk:
             )
             raise Refusal(400, what, "messages", "context_length_exceeded")
         question = messages[-1]["content"]
-        return ids, {"notice": NOTICE, "emergency": self.speaker.notice(question), "evidence": []}
+        return ids, {"notice": NOTICE, "emergency": self.speaker.notice(question), "evidence": None}
 
 
 class Answer:

@@ -3,6 +3,9 @@
 import http.client
 import json
 import random
+import re
+import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -12,12 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
 import openai
+import psutil
 import pytest
+import yaml
+from conftest import ROOT
 from test_chat import speaker  # noqa: F401 - the fixture
 
 from medibot import care, chat, serve
 from medibot.chat import MODELS, Decoding
 from medibot.desk import RUNNING, WAITING, Desk
+from medibot.recipe import RecipeError
 
 ASK = [{"role": "user", "content": "What is anemia?"}]
 EMERGENCY = [{"role": "user", "content": "My dad has crushing chest pain right now and cannot breathe"}]
@@ -525,3 +532,238 @@ def test_four_hundred_broken_requests_break_nothing(server, monkeypatch):
     assert {200, 400, 404, 405, 415} <= set(statuses) and statuses.count(None) < 20
     server.settle(0, 0)
     assert server.create().choices[0].message.content
+
+
+# --- The process ------------------------------------------------------------------------------------------------------
+
+
+def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):  # noqa: F811
+    # -o: whatever make thinks of the environment's age, the tests already run in it
+    command = ["make", "-o", ".venv/.ready", "serve", "RUN=talker", "PORT=0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"http://127\.0\.0\.1:\d+/v1", line):
+            break
+    files = set(speaker.run.folder.rglob("*"))
+    client = openai.OpenAI(base_url=found[0], api_key="none", max_retries=0)
+    asked = {"model": "tuned", "messages": EMERGENCY, "stream": True, "max_tokens": 1500}
+    stream = iter(client.chat.completions.create(**asked, temperature=1.5, seed=1))
+    text = "".join(next(stream).choices[0].delta.content for _ in range(4))
+    assert text.startswith(care.EMERGENCY)
+    (server_process,) = psutil.Process(process.pid).children()
+    server_process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    with pytest.raises(openai.APIError, match="the server is stopping"):
+        list(stream)
+    assert process.stdout.readline() == "stopped\n" and time.monotonic() - began < 10
+    more, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and more == ""
+    assert len(lines) == 3 and care.NOTICE in lines[1]
+    assert set(speaker.run.folder.rglob("*")) == files
+
+
+def test_a_taken_port_is_the_authors_mistake(server, capsys):
+    with pytest.raises(RecipeError, match=f"PORT: 127.0.0.1:{server.port}: Address already in use"):
+        serve.serve("talker", server.port)
+    assert "\n" not in capsys.readouterr().err
+
+
+def test_lm_eval_scores_the_endpoint(server, tmp_path):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    task = {
+        "task": "asked",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(ROOT / "benchmarks" / "tasks" / "sample.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{options[answer]}}",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "asked.yaml").write_text(yaml.safe_dump(task))
+    found = simple_evaluate(
+        "local-chat-completions",
+        model_args={"model": "tuned", "base_url": f"{server.address}/v1/chat/completions"},
+        tasks=["asked"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        limit=3,
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    for sample in found["samples"]["asked"]:
+        messages = [{"role": "user", "content": sample["doc"]["question"]}]
+        reply = server.speaker.reply(messages, "tuned", Decoding(8, 0.0, stop=("\n\n",)))
+        assert sample["resps"] == [["".join(reply)]]
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@contextmanager
+def opened(browser, server, complaints_expected=0, **settings):
+    """The page in a window of its own; afterwards: nothing was complained of and nobody else was asked."""
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"], **settings)
+    tab, complaints, asked = context.new_page(), [], []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    context.on("request", lambda request: asked.append(request.url))
+    tab.goto(server.address)
+    tab.set_default_timeout(20_000)
+    yield tab
+    context.close()
+    assert len(complaints) == complaints_expected, complaints
+    assert all(url.startswith((f"{server.address}/", "data:")) for url in asked)
+
+
+def column(tab, which: str):
+    return tab.locator(f"#{which}")
+
+
+def said_by(tab, which: str) -> str:
+    return column(tab, which).locator(".answer").text_content()
+
+
+@in_a_browser
+def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, server):
+    with opened(browser, server) as tab:
+        assert tab.evaluate("document.activeElement.id") == "question"
+        assert care.NOTICE in tab.get_by_role("note").text_content()
+        tab.keyboard.type("What is")
+        tab.keyboard.press("Shift+Enter")
+        tab.keyboard.type("anemia?")
+        with held(server):
+            tab.keyboard.press("Enter")
+            tab.wait_for_function("document.querySelectorAll('[aria-busy=true]').length === 2")
+            assert tab.get_by_role("status").text_content() == "Both models are answering."
+            assert tab.get_by_role("button", name="Ask both").is_disabled()
+        lengths = set()
+        while tab.locator("[aria-busy=true]").count():
+            lengths.add(len(said_by(tab, "tuned")))
+        assert len(lengths) > 2
+        messages = [{"role": "user", "content": "What is\nanemia?"}]
+        for which in MODELS:
+            assert said_by(tab, which) == "".join(server.speaker.reply(messages, which, Decoding(256)))
+            assert re.search(r"\d+ tokens in \d+\.\d s, (ended|cut)", column(tab, which).locator(".end").text_content())
+        assert tab.get_by_role("status").text_content().startswith("Done.")
+        # From the question on, Tab reaches everything that can be used
+        reached = []
+        for _ in range(12):
+            tab.keyboard.press("Tab")
+            reached.append(
+                tab.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.textContent")
+            )
+        assert {
+            "Ask both",
+            "Copy the base model's answer",
+            "Copy the tuned model's answer",
+            "Answer of the base model",
+        } <= set(reached)
+        tab.get_by_label("Copy the tuned model's answer").focus()
+        tab.keyboard.press("Enter")
+        tab.get_by_role("button", name="Copy the tuned model's answer").get_by_text("Copied").wait_for()
+        assert tab.evaluate("navigator.clipboard.readText()") == said_by(tab, "tuned")
+
+
+@in_a_browser
+def test_page_stops_by_button_and_by_escape_and_frees_the_model(browser, server):
+    with opened(browser, server) as tab:
+        for way in ("button", "Escape"):
+            with held(server):
+                tab.get_by_label("Your question").fill("What is anemia?")
+                tab.get_by_role("button", name="Ask both").click()
+                server.settle(2, 0)
+                tab.get_by_role("button", name="Stop").click() if way == "button" else tab.keyboard.press(way)
+                tab.get_by_text("Stopped by you.").first.wait_for()
+                assert tab.evaluate("document.activeElement.id") == "question"
+            assert tab.get_by_role("status").text_content() == "Stopped."
+            server.settle(0, 0)
+
+
+@in_a_browser
+def test_page_says_where_to_call_before_any_answer(browser, server):
+    with opened(browser, server) as tab:
+        tab.get_by_label("Your question").fill(EMERGENCY[0]["content"])
+        with held(server):
+            tab.keyboard.press("Enter")
+            alarm = tab.get_by_role("alert")
+            alarm.wait_for()
+            assert alarm.text_content() == care.EMERGENCY and said_by(tab, "base") == said_by(tab, "tuned") == ""
+            above = "document.getElementById('emergency').getBoundingClientRect().bottom <= document.getElementById('answers').getBoundingClientRect().top"
+            assert tab.evaluate(above)
+        tab.get_by_text("Done.").wait_for()
+        assert care.EMERGENCY not in said_by(tab, "tuned") and alarm.is_visible()
+        # The next question is another one
+        tab.get_by_label("Your question").fill("What is anemia?")
+        tab.keyboard.press("Enter")
+        alarm.wait_for(state="hidden")
+        tab.get_by_text("Done.").wait_for()
+
+
+@in_a_browser
+def test_page_says_why_there_is_no_answer(browser, server):
+    # The browser itself writes every refused request to its console
+    with opened(browser, server, complaints_expected=2) as tab:
+        tab.get_by_label("Your question").fill("word " * 3900)
+        tab.keyboard.press("Enter")
+        for which in MODELS:
+            column(tab, which).get_by_text("exceed the model's 2,048").wait_for()
+        tab.get_by_text("Done.").wait_for()
+        assert tab.get_by_role("button", name="Ask both").is_enabled()
+
+
+@in_a_browser
+def test_page_fits_a_phone_and_a_screen_and_can_be_read_in_light_and_dark(browser, server):
+    with opened(browser, server) as tab:
+        tab.get_by_label("Your question").fill(f"<b>I can't breathe</b> {'x' * 200}")
+        tab.keyboard.press("Enter")
+        tab.get_by_text("Done.").wait_for()
+        for width in (360, 1200):
+            tab.set_viewport_size({"width": width, "height": 800})
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            base, tuned = (column(tab, which).bounding_box() for which in MODELS)
+            assert (tuned["y"] >= base["y"] + base["height"]) == (width == 360)
+        for scheme in ("light", "dark"):
+            tab.emulate_media(color_scheme=scheme)
+            contrasts = tab.evaluate(CONTRASTS)
+            assert len(contrasts) > 10 and min(contrasts.values()) >= 4.5, contrasts
+
+
+# WCAG's contrast of each piece of text with the ground behind it
+CONTRASTS = """() => {
+  const light = (colour) => {
+    const parts = colour.match(/[\\d.]+/g).slice(0, 3).map((part) => {
+      const c = part / 255;
+      return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const ground = (element) => {
+    const own = getComputedStyle(element).backgroundColor;
+    return own === "rgba(0, 0, 0, 0)" ? ground(element.parentElement) : own;
+  };
+  const found = {};
+  for (const element of document.body.querySelectorAll("*")) {
+    if (element.offsetParent === null || element.disabled || ![...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim())) continue;
+    const [a, b] = [light(getComputedStyle(element).color), light(ground(element))];
+    found[`${element.tagName} ${element.className} ${element.id} ${element.textContent.slice(0, 20)}`] = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }
+  return found;
+}"""
