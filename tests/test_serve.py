@@ -651,7 +651,7 @@ def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, ser
         tab.keyboard.type("anemia?")
         with held(server):
             tab.keyboard.press("Enter")
-            tab.wait_for_function("document.querySelectorAll('[aria-busy=true]').length === 2")
+            tab.locator("[aria-busy=true]").nth(1).wait_for()
             assert tab.get_by_role("status").text_content() == "Both models are answering."
             assert tab.get_by_role("button", name="Ask both").is_disabled()
         lengths = set()
