@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model plan train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model plan train eval compare benchmark sweep dashboard inspect ask chat serve merge export-gguf card push strategies list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -17,6 +17,7 @@ DATA ?=
 GPU ?=
 ANYWAY ?=
 TOKENS ?=
+PORT ?= 8000
 Q ?= What is anemia?
 PYTHON ?= python3
 export Q LAUNCH
@@ -60,6 +61,9 @@ inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted ro
 
 ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
 	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q" $(if $(TOKENS),--max-new-tokens $(TOKENS))
+
+serve: .venv/.ready  ## web page and OpenAI-style endpoint on 127.0.0.1: RUN=quickstart PORT=8000
+	@$(MEDIBOT) serve --run $(or $(RUN),quickstart) --port $(PORT)
 
 list: .venv/.ready  ## list the recipes
 	@$(MEDIBOT) list

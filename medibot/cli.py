@@ -143,6 +143,17 @@ def ask(
     ask_both(run, question, max_new_tokens)
 
 
+@app.command()
+def serve(
+    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")] = 8000,
+) -> None:
+    """A web page and an OpenAI-style endpoint on this machine: base and tuned model, until Ctrl-C."""
+    from medibot.serve import serve as serve_run
+
+    serve_run(run, port)
+
+
 @app.command("eval")
 def eval_(
     run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
