@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model train eval compare benchmark sweep dashboard inspect ask chat list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -55,6 +55,9 @@ inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted ro
 
 ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
 	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q" $(if $(TOKENS),--max-new-tokens $(TOKENS))
+
+chat: .venv/.ready  ## talk with a run, base and tuned side by side with /both: RUN=quickstart TOKENS=256
+	@$(MEDIBOT) chat --run $(or $(RUN),quickstart) $(if $(TOKENS),--max-new-tokens $(TOKENS))
 
 list: .venv/.ready  ## list the recipes
 	@$(MEDIBOT) list

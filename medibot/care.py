@@ -6,7 +6,10 @@ They are a safety net with holes. That nothing is shown does not mean that nothi
 
 import re
 
-NOTICE = "Not a medical device: general health information that can be wrong. Ask a professional; in an emergency, call for help."
+NOTICE = (
+    "Not a medical device and no diagnosis: general health information that can be wrong or out of date. "
+    "Ask a professional; in an emergency, call for help."
+)
 EMERGENCY = (
     "This may be an emergency. Do not wait for an answer here: call your emergency number now "
     "(112 in Europe and on most mobile phones, 911 in North America, 999 in the UK, 000 in Australia)."
