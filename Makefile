@@ -62,6 +62,9 @@ inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted ro
 ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
 	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q" $(if $(TOKENS),--max-new-tokens $(TOKENS))
 
+chat: .venv/.ready  ## talk with a run, base and tuned side by side with /both: RUN=quickstart TOKENS=256
+	@$(MEDIBOT) chat --run $(or $(RUN),quickstart) $(if $(TOKENS),--max-new-tokens $(TOKENS))
+
 serve: .venv/.ready  ## web page and OpenAI-style endpoint on 127.0.0.1: RUN=quickstart PORT=8000
 	@$(MEDIBOT) serve --run $(or $(RUN),quickstart) --port $(PORT)
 

@@ -17,7 +17,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 
-from medibot.care import NOTICE
 from medibot.recipe import RecipeError, diff_recipes, list_recipes, load_recipe
 from medibot.run import Stopped
 
@@ -139,11 +138,24 @@ def ask(
     """One question to a run: the base model's answer and the tuned one's."""
     from medibot.chat import ask_both
 
-    print(NOTICE)
     ask_both(run, question, max_new_tokens)
 
 
 @app.command()
+def chat(
+    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0: greedy; default: as the run was evaluated.")
+    ] = None,
+) -> None:
+    """Talk with a run at the terminal, or answer each line of a pipe."""
+    from medibot.chat import Decoding
+    from medibot.terminal import chat as talk
+
+    talk(run, Decoding(max_new_tokens, temperature))
+
+
 def serve(
     run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")] = 8000,

@@ -143,6 +143,8 @@ class EvaluationSection(Section):
     """Columns of the data whose values get figures of their own in an evaluation."""
     evidence: dict[Literal["topic", "source", "document", "url"], Text] = {}
     """Columns of the data that say what a training question is about and where it comes from, shown under answers."""
+    caveat: Text | None = None
+    """What people who read answers are told about the data, after the notice that this is no medical device."""
     emergency_notice: bool = True
     """Whether a question that describes an emergency is answered with where to call first."""
 

@@ -665,4 +665,4 @@ def farewell(this: Run, inputs: Inputs) -> None:
     if "eval_loss_first" in summary:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
     print(f"\nDone: {this.folder}  (recipe, ledger, split, metrics, answers; weights in {this.weights})")
-    print(f'Next:  make ask RUN={this.name} Q="What is anemia?"')
+    print(f'Next:  make ask RUN={this.name} Q="What is anemia?"    or  make chat RUN={this.name}')

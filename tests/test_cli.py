@@ -10,7 +10,7 @@ import termios
 import pytest
 from conftest import ROOT, SAMPLE
 
-from medibot import cli
+from medibot import care, cli
 from medibot.recipe import RecipeError
 
 HEAVY = "torch transformers trl peft datasets wandb bitsandbytes accelerate"
@@ -144,7 +144,7 @@ def test_ask_gives_the_notice_and_both_answers(medibot, capsys):
     capsys.readouterr()
     assert medibot("ask", "--run", "mine", "-q", "What is anemia?", "--max-new-tokens", "3") == 0
     said = capsys.readouterr().out
-    assert said.startswith(cli.NOTICE)
+    assert said.startswith(care.NOTICE)
     assert said.index("What is anemia?") < said.index("[base]") < said.index("[tuned]")
 
 
