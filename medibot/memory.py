@@ -4,8 +4,10 @@ The model is built on the meta device by upstream's own code, quantized and give
 parameter's shape is the real one.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +146,20 @@ def state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> int:
         moments = 1 if "lion" in optimizer or "rmsprop" in optimizer else 2
         return moments * (count + 4 * math.ceil(count / 256))
     return int(STATE.get(optimizer, 2 * parameter.element_size()) * count)
+
+
+def stored(recipe: Recipe) -> dict[str, int] | None:
+    """Bytes of the model's safetensors files by dtype, read from their headers; None where they are not here yet."""
+    files = sorted(Path(model.model_path(recipe), recipe.model.get("subfolder", "")).glob("*.safetensors"))
+    sizes: dict[str, int] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, 100_000_000)))
+        for tensor in (value for name, value in header.items() if name != "__metadata__"):
+            start, end = tensor["data_offsets"]
+            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - start
+    return sizes if files else None
 
 
 def casts(whole: torch.nn.Module, compute: torch.dtype) -> int:

@@ -203,6 +203,7 @@ class Plan:
             "micro_batch": self.rows,
             "activation_checkpointing": self.checkpointing,
             "activations_traced": self.kept(self.rows).traced,
+            "stored_bytes": memory.stored(self.recipe),
             "memory_bytes": self.memory(),
             "fits": self.fits(),
             "largest_micro_batch": self.most_rows(),
@@ -253,10 +254,12 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
     if hours is not None:
         long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
         time = f"{long} (estimate: {UTILISATION:.0%} of {plan.device.tflops} data-sheet TFLOPs a device)"
+    files = all_figures["stored_bytes"] or {}
+    stored = ", ".join(f"{size / GB:.2f} GB {dtype}" for dtype, size in files.items())
     traced = "traced" if all_figures["activations_traced"] else "a rule of thumb: this architecture cannot be traced"
     return [
         ("device", f"{plan.device.name}, {plan.device.capacity / GB:.1f} GB, {all_figures['computes_in']}: {fit}"),
-        ("parameters", f"{own.trainable:,} of {own.total:,} trained"),
+        ("parameters", f"{own.trainable:,} of {own.total:,} trained; files: {stored or 'not on this machine'}"),
         ("activations", f"{traced}; checkpointing {'on' if plan.checkpointing else 'off'}"),
         (
             "micro-batch",
