@@ -28,6 +28,7 @@ DEADLINE = 300
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
+TrainedRun = Annotated[str, typer.Option(help="A trained run of outputs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
 
 
@@ -180,6 +181,22 @@ def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "
     from medibot.tracking import dashboard as open_dashboard
 
     open_dashboard(project)
+
+
+@app.command()
+def merge(run: TrainedRun = "quickstart") -> None:
+    """Whole weights of base and adapter, proven to answer as the trained model does."""
+    from medibot.export import merge as merge_run
+
+    merge_run(run)
+
+
+@app.command("export-gguf")
+def export_gguf(run: TrainedRun = "quickstart") -> None:
+    """One GGUF file and Ollama's Modelfile, checked against the merged weights."""
+    from medibot.gguf import export_gguf as export
+
+    export(run)
 
 
 @app.command()

@@ -226,11 +226,12 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
     return None if recipe.lora is None else LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model's weights, safetensors only, quantized if the recipe says so; placed by upstream's rules."""
+def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
+    """The base model's weights, safetensors only, quantized if the recipe says so; on `device`, or by upstream's rules."""
     written = ("attn_implementation", "variant", "use_kernels")
     kwargs = {key: recipe.model[key] for key in written if key in recipe.model}
     kwargs |= {"dtype": dtype, "use_safetensors": True, "quantization_config": quantization_config(recipe, dtype)}
+    kwargs |= {"device_map": {"": device}} if device else {}
     try:
         model = loading(recipe, "safetensors weights", AutoModelForCausalLM.from_pretrained, **kwargs)
     except ImportError as error:
