@@ -200,6 +200,33 @@ def export_gguf(run: TrainedRun = "quickstart") -> None:
 
 
 @app.command()
+def card(
+    run: TrainedRun = "quickstart",
+    html: Annotated[Path | None, typer.Option(help="Write the card as a page here, too.")] = None,
+) -> None:
+    """The run's model card, into each of its folders that can be shared."""
+    if html:
+        require_folder(html, "--html")
+    from medibot.card import card as write_card
+
+    write_card(run, html)
+
+
+@app.command()
+def push(
+    run: TrainedRun = "quickstart",
+    repo: Annotated[str, typer.Option(help="Where to on the hub: owner/name.")] = "",
+    folder: Annotated[str, typer.Option(help="merged, model or gguf; default: merged if it is there.")] = "",
+    public: Annotated[bool, typer.Option("--public", help="A public repository; private otherwise.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send it; without, only say what would go out.")] = False,
+) -> None:
+    """Show what would go to the hub, and with --yes send it there, into a private repository."""
+    from medibot.push import push as push_run
+
+    push_run(run, repo, folder, public, yes)
+
+
+@app.command()
 def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
     from medibot.recipe import write_schema

@@ -326,7 +326,11 @@ def prompt_messages(question: str, system: str | None, markers: Sequence[str]) -
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Turn a GGUF file into a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all."""
+    """Turn a GGUF file into a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all.
+
+    A README.md there says the licence that the file states: a model card of what is trained from it repeats it.
+    """
+    from gguf import GGUFReader
     from transformers import GgufConfig
 
     quiet_bars()
@@ -341,6 +345,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
     )
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(partial)
+    licence = GGUFReader(file).fields.get("general.license")
+    if licence is not None:
+        text = f"---\nlicense: {licence.contents()}\n---\n\nMade from {file.name} by `medibot convert-gguf`.\n"
+        (partial / "README.md").write_text(text, encoding="utf-8")
     partial.rename(folder)
 
 
