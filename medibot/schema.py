@@ -54,9 +54,11 @@ Warmup = Annotated[float, Field(ge=0), AfterValidator(whole_or_ratio)]
 HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
 PISSA_STEPS = r"^pissa_niter_\d+$"
 LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
+LANGUAGE = r"^[a-z]{2,3}$"
 PATTERNS = {
     HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])",
     PISSA_STEPS: "pissa_niter_<steps>",
+    LANGUAGE: "a language as ISO 639 writes it, such as en",
     LICENCE: "a licence as the hub writes it, such as cc-by-4.0",
 }
 
@@ -126,6 +128,8 @@ class DataSection(Section):
     """Decides the order of the rows and which groups are held out."""
     license: Annotated[str, Field(pattern=LICENCE)] | None = None
     """The data's licence, as the hub writes it (cc-by-4.0); without one, nothing made of the data is pushed."""
+    language: Annotated[str, Field(pattern=LANGUAGE)] | None = None
+    """Language of questions and answers, for the model card."""
     attribution: Text | None = None
     """Who made the data and where it is from, in the words that its licence asks for."""
 

@@ -17,8 +17,10 @@ COMMANDS = [
     if line.startswith("make ")
 ]
 COMMANDS += re.findall(r"`(make (?:list|validate|diff A=[\w-]+ B=[\w-]+))`", (ROOT / "README.md").read_text())
-# The tests cannot run themselves, nor start GPUs or ask a hub; a sweep and a dashboard have tests that really run one
+# The tests cannot run themselves, nor start GPUs or ask a hub; a sweep, a dashboard, a merge, a GGUF file and a push
+# have tests that really make one
 UNFIT = ("make test", "make sweep", "make dashboard", "make benchmark RUN=medquad")
+UNFIT += ("make merge", "make export-gguf", "make push")
 SHORT = "training.max_steps=2 training.logging_steps=1 evaluation.max_new_tokens=4 data.limit.train=8 data.limit.validation=4"
 
 
@@ -78,7 +80,7 @@ def test_readme_command_runs(command, outputs, make_model):
 def test_every_target_that_documents_name_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for document in ("README.md", "CONTRIBUTING.md", "recipes/README.md"):
-        named = set(re.findall(r"make ([a-z]+)", (ROOT / document).read_text()))
+        named = set(re.findall(r"make ([a-z]+(?:-[a-z]+)*)", (ROOT / document).read_text()))
         assert named - {"sure"} <= targets, document
 
 
