@@ -61,6 +61,9 @@ sweep: .venv/.ready  ## train and compare a grid of recipes/sweeps: SWEEP=rank-a
 dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal without a key
 	@$(MEDIBOT) dashboard
 
+strategies: .venv/.ready  ## show which method goes with which accelerate config, and why not
+	@$(MEDIBOT) strategies
+
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 
 from medibot.recipe import RecipeError, diff_recipes, list_recipes, load_recipe
 from medibot.run import Stopped
+from medibot.strategy import CONFIGS, LEGEND, Hardware, matrix, read_hardware, refuse_clashes, shared_batch
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
 STOPPED = 75
@@ -69,6 +69,23 @@ def diff(a: str, b: str) -> None:
     for row in diff_recipes(load_recipe(a), load_recipe(b)):
         table.add_row(*(escape(str(cell)) for cell in row))
     Console().print(table if table.row_count else escape(f"{a} and {b} say the same"))
+
+
+@app.command()
+def strategies() -> None:
+    """Which fine-tuning method goes with which accelerate config: tested, by upstream's word, or refused and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names, rows, reasons = matrix()
+    table = Table("", *names)
+    for method, marks in rows:
+        table.add_row(method, *marks)
+    console = Console(width=max(110, shutil.get_terminal_size().columns))
+    console.print(table)
+    print(LEGEND)
+    for reason in reasons:
+        print(f"- {reason}")
 
 
 @app.command()
@@ -292,12 +309,17 @@ def launch_training(recipe: str, overrides: list[str], own: list[str], accelerat
     `own` are options of the training itself, `more` those of the launcher.
     """
     config = hardware_config(accelerate)
-    processes = launched_processes(config, more)
-    if processes > 1:
+    hardware = read_hardware(config)
+    processes = launched_processes(hardware, more)
+    if processes > 1 or hardware.sharded:
+        checked = load_recipe(recipe, overrides)
+        machines = option("--num_machines", more) or hardware.settings.get("num_machines", 1)
+        refuse_clashes(checked, hardware, visible_gpus(), machines)
+        shared_batch(checked, processes)
         # One process says what is wrong before several do, and leaves the prepared data for all of them
         from medibot.train import gather
 
-        gather(load_recipe(recipe, overrides))
+        gather(checked)
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         count = ["--num_processes", str(processes)] if "--num_processes" not in more else []
@@ -359,11 +381,10 @@ def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:
 
 def hardware_config(name: str | None) -> Path:
     """The accelerate config that `name` says, or the one for what this machine has."""
-    folder = Path("accelerate_configs")
     chosen = name or {0: "cpu", 1: "single-gpu"}.get(visible_gpus(), "multi-gpu")
-    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else folder / f"{chosen}.yaml"
+    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else CONFIGS / f"{chosen}.yaml"
     if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        there = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise RecipeError.of("ACCELERATE", f"no file {path}", f"there are: {there}")
     return path
 
@@ -377,21 +398,19 @@ def split_launch(launch: str) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
-def launched_processes(config: Path, more: list[str]) -> int:
+def launched_processes(hardware: Hardware, more: list[str]) -> int:
     """How many processes the launch will start in all; a config without a number takes every GPU."""
-    if "--num_processes" in more:
-        number = "".join(more[more.index("--num_processes") + 1 :][:1])
-        if not number.isdecimal() or int(number) < 1:
-            raise RecipeError.of("LAUNCH", f"--num_processes {number}".rstrip(), "give a whole number from 1")
-        return int(number)
-    try:
-        written = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = f"{config} is not YAML: {' '.join(str(error).split())}"
-        raise RecipeError.of("ACCELERATE", what, "take one of accelerate_configs/") from error
-    if not isinstance(written, dict):
-        raise RecipeError.of("ACCELERATE", f"{config} is no accelerate config", "take one of accelerate_configs/")
-    return written.get("num_processes") or max(1, visible_gpus())
+    return option("--num_processes", more) or hardware.settings.get("num_processes") or max(1, visible_gpus())
+
+
+def option(name: str, more: list[str]) -> int | None:
+    """The whole number that the launch's own arguments give `name`."""
+    if name not in more:
+        return None
+    number = "".join(more[more.index(name) + 1 :][:1])
+    if not number.isdecimal() or int(number) < 1:
+        raise RecipeError.of("LAUNCH", f"{name} {number}".rstrip(), "give a whole number from 1")
+    return int(number)
 
 
 def require_folder(file: Path, subject: str) -> None:

@@ -281,7 +281,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@torch.inference_mode()
+# Not inference_mode: FSDP2 keeps the buffers that it gathers weights in, and training could not write into them
+@torch.no_grad()
 def answer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,

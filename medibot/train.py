@@ -42,6 +42,7 @@ from medibot.device import GB, Device, Layout, layout_here, this_device
 from medibot.plan import Plan
 from medibot.recipe import Recipe, RecipeError
 from medibot.run import Run
+from medibot.strategy import shared_batch, under_zero3
 
 COLUMNS = ["prompt", "completion", "chat_template_kwargs"]
 
@@ -235,14 +236,16 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
         raise inputs.recipe.error("lora.target_modules", what, "name modules that this model has") from error
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad and inputs.recipe.lora:
+        # ZeRO-3 gathers parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
+        if parameter.requires_grad and inputs.recipe.lora and not under_zero3():
             # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently
             parameter.data = parameter.data.float()
     return trainer
 
 
 def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
-    """The recipe's training section, and what the run and the machine decide."""
+    """The recipe's training section, and what the run and the machine decide; the batch of a step stays the recipe's."""
+    rows, accumulated = shared_batch(inputs.recipe, PartialState().num_processes)
     decided = {
         "output_dir": str(this.checkpoints),
         "run_name": this.name,
@@ -257,8 +260,11 @@ def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
     }
     written = {key: value for key, value in inputs.recipe.training.items() if key != "chat_template_path"}
     if written.get("activation_checkpointing", True):
-        written = {"activation_checkpointing_kwargs": {"use_reentrant": False}} | written
-    return SFTConfig(**(decided | written))
+        # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
+        reentrant = under_zero3() and inputs.recipe.lora is not None
+        written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
+    shared = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+    return SFTConfig(**(decided | written | shared))
 
 
 def load_weights(inputs: Inputs) -> PreTrainedModel:
@@ -335,6 +341,9 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     trainer.save_model(str(partial))
     if not PartialState().is_main_process:
         return
+    if not run.weights_whole(partial):
+        remedy = "see `make strategies`; the last checkpoint is kept"
+        raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
     inputs.generation.save_pretrained(partial)
     run.to_disk(partial)
     shutil.rmtree(this.weights, ignore_errors=True)

@@ -69,8 +69,9 @@ def test_hardware_is_what_the_machine_has(devices, config, monkeypatch):
 
 def test_accelerate_names_the_hardware(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cli.launched_processes(cli.hardware_config("cpu-2"), []) == 2
-    assert cli.launched_processes(cli.hardware_config("multi-gpu"), ["--num_processes", "4"]) == 4
+    read = {name: cli.read_hardware(cli.hardware_config(name)) for name in ("cpu-2", "multi-gpu")}
+    assert cli.launched_processes(read["cpu-2"], []) == 2
+    assert cli.launched_processes(read["multi-gpu"], ["--num_processes", "4"]) == 4
     with pytest.raises(RecipeError, match="there are: cpu, cpu-2"):
         cli.hardware_config("tpu")
 

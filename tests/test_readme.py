@@ -95,12 +95,26 @@ def test_recipe_headers_say_purpose_launch_and_override():
 
 def test_accelerate_configs_hold_what_accelerate_knows():
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
     files = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-    assert {file.stem for file in files} >= {"cpu", "cpu-2", "single-gpu", "multi-gpu", "fsdp2", "zero3", "multi-node"}
+    assert {file.stem for file in files} >= {
+        "cpu",
+        "cpu-2",
+        "single-gpu",
+        "multi-gpu",
+        "fsdp2",
+        "zero2",
+        "zero3",
+        "multi-node",
+    }
+    known = vars(launch_command_parser().parse_args(["script"]))
     for file in files:
         loaded = load_config_from_file(str(file))
         written = yaml.safe_load(file.read_text())
         assert loaded.distributed_type == written["distributed_type"], file
+        # Upstream passes over nested names that it does not know
+        assert set(written.get("fsdp_config", {}) | written.get("deepspeed_config", {})) <= set(known), file
+        assert written["mixed_precision"] == "no", file  # or it would overrule a recipe that says float32
     fsdp = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
     assert fsdp["fsdp_version"] == 2 and fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
