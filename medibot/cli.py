@@ -25,6 +25,16 @@ from medibot.run import Stopped
 STOPPED = 75
 # Seconds that a training has to come to the end of its step after a signal
 DEADLINE = 300
+# An accelerate config that asks for nothing but one process on the CPU, and what its launcher then sets
+ONE_CPU_PROCESS = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "NO",
+    "use_cpu": True,
+    "num_machines": 1,
+    "num_processes": 1,
+    "mixed_precision": "no",
+}
+LAUNCHED_ON_CPU = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
@@ -103,9 +113,9 @@ def train(
             Path(os.environ["MEDIBOT_EXIT"]).with_name(f"process-{rank}").write_text(str(os.getpid()))
         # Until there is something to save, a signal just ends it, without Python's traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        checked = load_recipe(recipe, overrides or [])
         from medibot.train import train as train_here
 
-        checked = load_recipe(recipe, overrides or [])
         train_here(checked, run or checked.name)
     else:
         sys.exit(launch_training(recipe, overrides or [], run, accelerate, split_launch(launch)))
@@ -201,9 +211,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def launch_training(recipe: str, overrides: list[str], run: str | None, accelerate: str | None, more: list[str]) -> int:
-    """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code."""
+    """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code.
+
+    One process on a CPU is started as accelerate's launcher would start it, without the seconds in which it imports torch.
+    """
     config = hardware_config(accelerate)
-    processes = launched_processes(config, more)
+    written = hardware(config)
+    processes = launched_processes(written, more)
     if processes > 1:
         # One process says what is wrong before several do, and leaves the prepared data for all of them
         from medibot.train import gather
@@ -212,18 +226,23 @@ def launch_training(recipe: str, overrides: list[str], run: str | None, accelera
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         count = ["--num_processes", str(processes)] if "--num_processes" not in more else []
-        if "OMP_NUM_THREADS" not in os.environ:
-            count += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // processes))]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-        command += [*count, *more, "-m", "medibot", "train", recipe, *overrides]
-        command += ["--run", run] if run else []
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        count += ["--num_cpu_threads_per_process", threads]
         environment = os.environ | {"MEDIBOT_EXIT": str(code), "MEDIBOT_PROCESSES": str(processes)}
+        command = [sys.executable]
+        if ONE_CPU_PROCESS.items() == written.items() and not more:
+            environment |= LAUNCHED_ON_CPU | {"OMP_NUM_THREADS": threads}
+        else:
+            command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), *count, *more]
+        command += ["-m", "medibot", "train", recipe, *overrides, *(["--run", run] if run else [])]
         # A session of its own: what is signalled to this process reaches the training through `forward` alone
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         received = forward(launcher, Path(folder))
         finished = launcher.wait()
-        # The launcher turns every failure into 1
-        return int(code.read_text()) if code.is_file() else 128 + received[0] if received else finished
+        if code.is_file():
+            # The launcher turns every failure into 1
+            return int(code.read_text())
+        return 128 + received[0] if received else 128 - finished if finished < 0 else finished
 
 
 def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:
@@ -289,13 +308,18 @@ def split_launch(launch: str) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
-def launched_processes(config: Path, more: list[str]) -> int:
+def launched_processes(written: dict[str, Any], more: list[str]) -> int:
     """How many processes the launch will start in all; a config without a number takes every GPU."""
     if "--num_processes" in more:
         number = "".join(more[more.index("--num_processes") + 1 :][:1])
         if not number.isdecimal() or int(number) < 1:
             raise RecipeError.of("LAUNCH", f"--num_processes {number}".rstrip(), "give a whole number from 1")
         return int(number)
+    return written.get("num_processes") or max(1, visible_gpus())
+
+
+def hardware(config: Path) -> dict[str, Any]:
+    """What an accelerate config says."""
     try:
         written = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -303,7 +327,7 @@ def launched_processes(config: Path, more: list[str]) -> int:
         raise RecipeError.of("ACCELERATE", what, "take one of accelerate_configs/") from error
     if not isinstance(written, dict):
         raise RecipeError.of("ACCELERATE", f"{config} is no accelerate config", "take one of accelerate_configs/")
-    return written.get("num_processes") or max(1, visible_gpus())
+    return written
 
 
 def require_folder(file: Path, subject: str) -> None:
