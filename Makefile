@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model train eval compare benchmark sweep dashboard speed inspect ask list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -49,6 +49,9 @@ sweep: .venv/.ready  ## train and compare a grid of recipes/sweeps: SWEEP=rank-a
 
 dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal without a key
 	@$(MEDIBOT) dashboard
+
+speed: .venv/.ready $(SMOLLM2)/config.json  ## rows/s beside trl sft, a plain loop and the notebook's: DATA=medquad.parquet
+	@$(BIN)/python benchmarks/speed.py $(if $(DATA),--data "$(DATA)")
 
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)

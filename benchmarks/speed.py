@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-RECIPE = "medquad-smollm2-135m"
+RECIPE = str(ROOT / "recipes" / "medquad-smollm2-135m.yaml")
 NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true}"
 # Steps alone: nothing is evaluated, asked or saved on the way
 BARE = [
