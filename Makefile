@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model plan train eval compare benchmark sweep dashboard inspect ask chat serve merge export-gguf card push strategies list validate diff schema test check lock clean
+.PHONY: help setup model plan train eval compare benchmark sweep dashboard speed inspect ask chat serve merge export-gguf card push strategies list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -60,6 +60,9 @@ sweep: .venv/.ready  ## train and compare a grid of recipes/sweeps: SWEEP=rank-a
 
 dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal without a key
 	@$(MEDIBOT) dashboard
+
+speed: .venv/.ready $(SMOLLM2)/config.json  ## rows/s beside trl sft, a plain loop and the notebook's: DATA=medquad.parquet
+	@$(BIN)/python benchmarks/speed.py $(if $(DATA),--data "$(DATA)")
 
 strategies: .venv/.ready  ## show which method goes with which accelerate config, and why not
 	@$(MEDIBOT) strategies

@@ -24,6 +24,16 @@ from medibot.strategy import CONFIGS, LEGEND, Hardware, matrix, read_hardware, r
 STOPPED = 75
 # Seconds that a training has to come to the end of its step after a signal
 DEADLINE = 300
+# An accelerate config that asks for nothing but one process on the CPU, and what its launcher then sets
+ONE_CPU_PROCESS = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "NO",
+    "use_cpu": True,
+    "num_machines": 1,
+    "num_processes": 1,
+    "mixed_precision": "no",
+}
+LAUNCHED_ON_CPU = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
@@ -114,11 +124,11 @@ def plan(
 ) -> None:
     """Memory, largest micro-batch, steps, time and disk of a training; loads no weights."""
     checked = load_recipe(recipe, overrides or [])
-    config, more = hardware_config(accelerate), split_launch(launch)
-    processes = launched_processes(config, more)
+    hardware = read_hardware(hardware_config(accelerate))
+    processes = launched_processes(hardware, split_launch(launch))
     from medibot.preview import plan_recipe
 
-    plan_recipe(checked, gpu, yaml.safe_load(config.read_text(encoding="utf-8")), processes)
+    plan_recipe(checked, gpu, hardware.settings, processes)
 
 
 @app.command()
@@ -138,9 +148,9 @@ def train(
             Path(os.environ["MEDIBOT_EXIT"]).with_name(f"process-{rank}").write_text(str(os.getpid()))
         # Until there is something to save, a signal just ends it, without Python's traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        checked = load_recipe(recipe, overrides or [])
         from medibot.train import train as train_here
 
-        checked = load_recipe(recipe, overrides or [])
         train_here(checked, run or checked.name, anyway)
     else:
         own = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
@@ -306,7 +316,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def launch_training(recipe: str, overrides: list[str], own: list[str], accelerate: str | None, more: list[str]) -> int:
     """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code.
 
-    `own` are options of the training itself, `more` those of the launcher.
+    `own` are options of the training itself, `more` those of the launcher. One process on a CPU is started as
+    accelerate's launcher would start it, without the seconds in which that imports torch.
     """
     config = hardware_config(accelerate)
     hardware = read_hardware(config)
@@ -323,17 +334,23 @@ def launch_training(recipe: str, overrides: list[str], own: list[str], accelerat
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         count = ["--num_processes", str(processes)] if "--num_processes" not in more else []
-        if "OMP_NUM_THREADS" not in os.environ:
-            count += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // processes))]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-        command += [*count, *more, "-m", "medibot", "train", recipe, *overrides, *own]
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        count += ["--num_cpu_threads_per_process", threads]
         environment = os.environ | {"MEDIBOT_EXIT": str(code), "MEDIBOT_PROCESSES": str(processes)}
+        command = [sys.executable]
+        if hardware.settings == ONE_CPU_PROCESS and not more:
+            environment |= LAUNCHED_ON_CPU | {"OMP_NUM_THREADS": threads}
+        else:
+            command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), *count, *more]
+        command += ["-m", "medibot", "train", recipe, *overrides, *own]
         # A session of its own: what is signalled to this process reaches the training through `forward` alone
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         received = forward(launcher, Path(folder))
         finished = launcher.wait()
-        # The launcher turns every failure into 1
-        return int(code.read_text()) if code.is_file() else 128 + received[0] if received else finished
+        if code.is_file():
+            # The launcher turns every failure into 1
+            return int(code.read_text())
+        return 128 + received[0] if received else 128 - finished if finished < 0 else finished
 
 
 def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:

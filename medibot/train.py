@@ -35,7 +35,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from medibot import evidence, model, run, tracking
+from medibot import cpu, evidence, model, run, tracking
 from medibot.audit import Audit, audit, gate
 from medibot.data import Prepared, prepare
 from medibot.device import GB, Device, Layout, layout_here, this_device
@@ -220,6 +220,8 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
     """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
     # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
     args = sft_config(inputs, this)
+    if args.use_cpu:
+        cpu.hasten()
     columns = {split: inputs.prepared.load(split) for split in ("train", "validation")}
     datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
     try:
