@@ -132,6 +132,8 @@ class EvaluationSection(Section):
     """The longest answer, in tokens."""
     by: list[Text] = []
     """Columns of the data whose values get figures of their own in an evaluation."""
+    evidence: dict[Literal["topic", "source", "document", "url"], Text] = {}
+    """Columns of the data that say what a training question is about and where it comes from, shown under answers."""
     emergency_notice: bool = True
     """Whether a question that describes an emergency is answered with where to call first."""
 

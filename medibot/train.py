@@ -35,7 +35,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from medibot import model, run, tracking
+from medibot import evidence, model, run, tracking
 from medibot.audit import Audit, audit, gate
 from medibot.data import Prepared, prepare
 from medibot.recipe import Recipe, RecipeError
@@ -85,6 +85,7 @@ def train(recipe: Recipe, name: str) -> None:
     try:
         trainer = build_trainer(inputs, this, lambda: load_weights(inputs))
         reports = check(trainer, inputs)
+        evidence.require_columns(recipe, inputs.prepared.load("train"))
     except RecipeError:
         if not started and state.is_main_process:
             shutil.rmtree(this.folder, ignore_errors=True)
@@ -306,6 +307,7 @@ def begin(
     this.write("ledger.json", {"ledger": inputs.prepared.ledger, "leaks": inputs.prepared.leaks})
     this.write("split.json", inputs.prepared.split | {"data": inputs.prepared.fingerprint})
     this.write("audit.json", [report.as_dict() for report in reports])
+    this.write(evidence.FILE, evidence.gather(inputs.recipe, inputs.prepared))
     this.write("environment.json", environment | decided)
     this.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
     return checkpoint
