@@ -17,8 +17,8 @@ COMMANDS = [
     if line.startswith("make ")
 ]
 COMMANDS += re.findall(r"`(make (?:list|validate|diff A=[\w-]+ B=[\w-]+))`", (ROOT / "README.md").read_text())
-# The tests cannot run themselves, nor start GPUs or ask a hub; a sweep and a dashboard have tests that really run one
-UNFIT = ("make test", "make sweep", "make dashboard", "make benchmark RUN=medquad")
+# The tests cannot run themselves, nor start GPUs or ask a hub; a sweep, a dashboard and a server have tests that really run one
+UNFIT = ("make test", "make sweep", "make dashboard", "make serve", "make benchmark RUN=medquad")
 SHORT = "training.max_steps=2 training.logging_steps=1 evaluation.max_new_tokens=4 data.limit.train=8 data.limit.validation=4"
 
 
