@@ -7,13 +7,15 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import jinja2
 
-from medibot import wire
+from medibot import evidence, wire
 from medibot.care import NOTICE
-from medibot.chat import Reply, Speaker, require_conversation
+from medibot.chat import Message, Reply, Speaker, require_conversation
+from medibot.evidence import Evidence
 from medibot.recipe import RecipeError
 from medibot.wire import Asked, Refusal, Writer
 
@@ -60,6 +62,7 @@ class Desk:
 
     def __init__(self, speaker: Speaker) -> None:
         self.speaker = speaker
+        self.evidence = Evidence.of(speaker.run)
         self.line = Line()
         self.answers: set[Answer] = set()
         self.stopping = False
@@ -98,8 +101,17 @@ class Desk:
                 f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {self.speaker.window:,}"
             )
             raise Refusal(400, what, "messages", "context_length_exceeded")
-        question = messages[-1]["content"]
-        return ids, {"notice": NOTICE, "emergency": self.speaker.notice(question), "evidence": None}
+        emergency = self.speaker.notice(messages[-1]["content"])
+        return ids, {"notice": NOTICE, "emergency": emergency, "evidence": self.evidence_for(messages)}
+
+    def evidence_for(self, messages: list[Message]) -> dict[str, Any] | None:
+        """What the training data has that is close, or that nothing is; None for a run that kept no evidence."""
+        if self.evidence is None:
+            return None
+        found = self.evidence.nearest(self.evidence.about([m["content"] for m in messages if m["role"] == "user"]))
+        close = [source for source in found if source.similarity >= self.evidence.threshold]
+        said = evidence.CLOSE if close else evidence.CAREFUL
+        return {"close": bool(close), "said": said, "sources": [asdict(source) for source in close or found[:1]]}
 
 
 class Answer:

@@ -21,9 +21,10 @@ import yaml
 from conftest import ROOT
 from test_chat import speaker  # noqa: F401 - the fixture
 
-from medibot import care, chat, serve
+from medibot import care, chat, serve, wire
 from medibot.chat import MODELS, Decoding
 from medibot.desk import RUNNING, WAITING, Desk
+from medibot.evidence import CAREFUL, CLOSE, Evidence
 from medibot.recipe import RecipeError
 
 ASK = [{"role": "user", "content": "What is anemia?"}]
@@ -312,6 +313,15 @@ def test_the_model_does_not_see_the_notice_as_words_of_its_own(server):
     own = {"role": "assistant", "content": answer.content.removeprefix(f"{care.EMERGENCY}\n\n")}
     later = server.create(messages=[*EMERGENCY, answer, *ASK])
     assert later.usage.prompt_tokens == len(server.speaker.prompt_ids([*EMERGENCY, own, *ASK]))
+
+
+def test_evidence_stands_beside_each_answer(server):
+    known = Evidence.of(server.speaker.run).rows[0]
+    for which in MODELS:
+        found = server.create(which, [{"role": "user", "content": known["question"]}]).medibot["evidence"]
+        assert found["close"] and known["question"] in [source["question"] for source in found["sources"]]
+    unknown = server.create(messages=[{"role": "user", "content": "Zzyzx qwfp?"}]).medibot["evidence"]
+    assert not unknown["close"] and unknown["said"] == CAREFUL and len(unknown["sources"]) == 1
 
 
 # --- The line ---------------------------------------------------------------------------------------------------------
@@ -642,7 +652,10 @@ def said_by(tab, which: str) -> str:
 
 
 @in_a_browser
-def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, server):
+def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, server, monkeypatch):
+    # The greedy words of a random model are one token again and again
+    monkeypatch.setattr(server.speaker.config, "do_sample", True)
+    monkeypatch.setattr(wire.secrets, "randbits", lambda _: 7)
     with opened(browser, server) as tab:
         assert tab.evaluate("document.activeElement.id") == "question"
         assert care.NOTICE in tab.get_by_role("note").text_content()
@@ -660,7 +673,7 @@ def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, ser
         assert len(lengths) > 2
         messages = [{"role": "user", "content": "What is\nanemia?"}]
         for which in MODELS:
-            assert said_by(tab, which) == "".join(server.speaker.reply(messages, which, Decoding(256)))
+            assert said_by(tab, which) == "".join(server.speaker.reply(messages, which, Decoding(256, seed=7))).lstrip()
             assert re.search(r"\d+ tokens in \d+\.\d s, (ended|cut)", column(tab, which).locator(".end").text_content())
         assert tab.get_by_role("status").text_content().startswith("Done.")
         # From the question on, Tab reaches everything that can be used
@@ -715,6 +728,24 @@ def test_page_says_where_to_call_before_any_answer(browser, server):
         tab.keyboard.press("Enter")
         alarm.wait_for(state="hidden")
         tab.get_by_text("Done.").wait_for()
+
+
+@in_a_browser
+def test_page_shows_evidence_under_each_answer(browser, server):
+    known = Evidence.of(server.speaker.run).rows[0]
+    with opened(browser, server) as tab:
+        for question, said in ((known["question"], CLOSE), ("Zzyzx qwfp?", CAREFUL)):
+            tab.get_by_label("Your question").fill(question)
+            tab.keyboard.press("Enter")
+            for which in MODELS:
+                column(tab, which).get_by_text(said).wait_for()
+            tab.keyboard.press("Escape")
+            tab.get_by_text("Stopped.", exact=True).wait_for()
+            for which in MODELS:
+                answer, sources = (column(tab, which).locator(part).bounding_box() for part in (".answer", ".evidence"))
+                assert sources["y"] >= answer["y"] + answer["height"]
+            if said == CLOSE:
+                assert known["topic"] in column(tab, "base").locator(".evidence").text_content()
 
 
 @in_a_browser
