@@ -26,7 +26,7 @@ MONTH = r"(?:january|february|march|april|may|june|july|august|september|october
 # Said of what was long ago
 PAST = re.compile(
     rf"\b(?:last (?:week|year|month|{MONTH})|(?:week|year|month|decade)s? (?:ago|back)|in (?:19|20)\d\d|in {MONTH}\b"
-    r"|when (?:i|he|she|we|they) (?:was|were)|in the (?:past|war|army)|in (?:college|school|childhood)|as an? (?:child|kid|teen\w*|boy|girl)"
+    r"|when (?:i|he|she|we|they) (?:was|were)|in the (?:past|war|army)|in the (?:\w+ties|war)|at birth|in (?:college|school|childhood)|as an? (?:child|kid|teen\w*|boy|girl)"
     r"|history of|used to|died|passed away|my late|survived|after (?:the|my|his|her|a) (?:stroke|surgery|operation|crash|concussion|anaphylaxis)|every month|lost (?:\w+ ){1,3}to suicide|turned out|was suicidal|once at)\b"
 )
 # … unless it goes on
@@ -42,7 +42,7 @@ FIGURE = re.compile(
 )
 # Books, news, school and work, where the danger is somebody else's or nobody's
 ABOUT = re.compile(
-    r"\b(?:novel|movie|film|story|character|essay|homework|article|news|podcast|textbook|class|lecture|course|students?|protocol|"
+    r"\b(?:novel|movie|film|story|character|essay|homework|article|news|podcast|textbook|downtown|class|lecture|course|students?|protocol|"
     r"teach\w*|quiz|research\w*|documentary|comedy|celebrity|pharmacy|thesis|statistics|poster|book club|the game|lecture|i read|i'm reading|read about|insurance)\b"
 )
 # A question about the thing and not about somebody, or its mere name
@@ -54,7 +54,7 @@ GENERAL = re.compile(
 )
 NEGATED = re.compile(
     r"\b(?:no|without|don't have|doesn't have|not|not having|never had)(?: any| really)? (?:(?:chest )?pain|trouble breathing"
-    r"|shortness of breath|fever|bleeding|suicidal|swelling|numbness|thinking (?:about|of) \w+)\b(?: or [\w ]+?(?=,| but|$))?"
+    r"|shortness of breath|fever|bleeding|suicidal|swelling|numbness|stiff neck|rash|headache|vomiting|blood|thinking (?:about|of) \w+)\b(?: or [\w ]+?(?=,| but|$))?"
 )
 MILD = re.compile(r"\b(?:a bit(?: of)?|a little|slight(?:ly)?|mild(?:ly)?|tiny|small|minor|sometimes)(?: [\w'-]+){1,3}")
 
@@ -107,7 +107,7 @@ DANGER = {
         r"\b(?:better off|miss me|care) (?:without me|if i)\b|\bwish i (?:was|were) dead|\bwants? to jump\b|\bjump (?:off|in front)|\bnever wake up\b|\bnot wake up\b",
         near(WEAPON, rf"end|goodbye|can't go on|in my hand|to my|on {SELF}|i'm done|locked"),
         r"(?<!not )\bsuicidal(?! (?:thoughts in|people|teen))|\bmy suicide\b|\b(?:thinking|thoughts?|think) (?:about|of) (?:suicide|dying|killing|jumping|hanging)\b",
-        r"\bgoodbye (?:note|letter|everyone)|\bvoices\b.{0,30}\b(?:kill|stab|hurt|harm|die)\b|\bi want to disappear\b|\b(?:going|want) to hurt my\b|\bhurt my (?:kids|baby|child)",
+        r"\bgoodbye (?:note|letter|everyone)|\bvoices\b.{0,30}\b(?:kill|stab|hurt|harm|die)\b|\bi want to disappear\b|\b(?:going|want) to hurt my\b|\bhurt my (?:kids|baby|child)|\bgoing to take all\b",
         r"\bon (?:the|a) (?:roof|ledge|bridge|edge of)\b|\b(?:loaded|bought) (?:the|a) gun",
     ),
     "heart": (
@@ -169,7 +169,7 @@ DANGER = {
         rf"\btoo much (?:{MEDICINE})\b|\bmixed\b.{{0,40}}\b(?:alcohol|oxycodone|heroin)|\balcohol poisoning|\bshot up and\b",
     ),
     "unconscious": (
-        rf"\b{CANNOT} (?:be )?(?:\w+ )?(?:wak\w+|woke\w*|rous\w+|respond\w*|answer\w*|awake|come (?:round|around|to)|coming (?:round|to))\b|\bunresponsive|\bkeep (?:him|her) awake",
+        rf"\b{CANNOT} (?:be )?(?:\w+ )?(?:wak\w+|woke\w*|rous\w+|respond\w*|answer\w*|awake|get (?:\w+ ){1,3}to wake|come (?:round|around|to)|coming (?:round|to))\b|\bunresponsive|\bkeep (?:him|her) awake",
         r"\bunconscious\b(?! (?:of|bias|mind|patient))|\bbarely (?:conscious|awake|responsive)|\bcollapsed\b(?! into)|\b(?:lost|losing) consciousness|\bblacked out\b(?! the)|\bdrifting off",
         r"\b(?:is|just|has|he's|she's|have|i) (?:just )?passed out\b(?! \w+ (?:about|at))|\b(?:passed out|fainted)(?= (?:and|on|twice|again|from|cold|breathing)\b|[,.!]|$)|\bjust fainted",
         r"\b(?:about to|going to|like i'll|feel like|nearly|feel very) (?:pass(?:ing|ed)? out|faint(?:ing|ed)?|black out)\b",
