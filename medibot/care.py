@@ -169,7 +169,7 @@ DANGER = {
         rf"\btoo much (?:{MEDICINE})\b|\bmixed\b.{{0,40}}\b(?:alcohol|oxycodone|heroin)|\balcohol poisoning|\bshot up and\b",
     ),
     "unconscious": (
-        rf"\b{CANNOT} (?:be )?(?:\w+ )?(?:wak\w+|woke\w*|rous\w+|respond\w*|answer\w*|awake|get (?:\w+ ){1,3}to wake|come (?:round|around|to)|coming (?:round|to))\b|\bunresponsive|\bkeep (?:him|her) awake",
+        rf"\b{CANNOT} (?:be )?(?:\w+ )?(?:wak\w+|woke\w*|rous\w+|respond\w*|answer\w*|awake|get (?:\w+ ){{1,3}}to wake|come (?:round|around|to)|coming (?:round|to))\b|\bunresponsive|\bkeep (?:him|her) awake",
         r"\bunconscious\b(?! (?:of|bias|mind|patient))|\bbarely (?:conscious|awake|responsive)|\bcollapsed\b(?! into)|\b(?:lost|losing) consciousness|\bblacked out\b(?! the)|\bdrifting off",
         r"\b(?:is|just|has|he's|she's|have|i) (?:just )?passed out\b(?! \w+ (?:about|at))|\b(?:passed out|fainted)(?= (?:and|on|twice|again|from|cold|breathing)\b|[,.!]|$)|\bjust fainted",
         r"\b(?:about to|going to|like i'll|feel like|nearly|feel very) (?:pass(?:ing|ed)? out|faint(?:ing|ed)?|black out)\b",
