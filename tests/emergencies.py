@@ -33,5 +33,7 @@ def figures(name: str) -> Figures:
 if __name__ == "__main__":
     for name in ("emergencies", "emergencies-held-out"):
         found = figures(name)
-        print(f"{name}: {found.urgent} + {found.other} messages, recall {found.recall:.3f}, precision {found.precision:.3f}")
+        print(
+            f"{name}: {found.urgent} + {found.other} messages, recall {found.recall:.3f}, precision {found.precision:.3f}"
+        )
         print("\n".join(f"  {line}" for line in found.wrong))
