@@ -32,7 +32,16 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(command: str, outputs: Path, *more: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"MEDIBOT_OUTPUTS": str(outputs), "MEDIBOT_CACHE": str(outputs / "cache")}
     words = [*shlex.split(command), *more]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    # What is typed to a chat
+    return subprocess.run(
+        words,
+        cwd=ROOT,
+        env=environment,
+        input="/both\nWhat causes gout?\n",
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
 
 
 def test_the_readme_shows_commands():
@@ -55,7 +64,7 @@ def test_readme_command_runs(command, outputs, make_model):
         if "medquad" in command:
             small += f" data.path={SAMPLE} data.too_long=drop model.pretrained_model_name_or_path={make_model()}"
         more = [f"ARGS={words.get('ARGS', '')} {small}"]
-    if command.startswith("make ask"):
+    if command.startswith(("make ask", "make chat")):
         more = ["TOKENS=8"]
     if "my.jsonl" in command:
         (outputs / "my.jsonl").write_text("".join(SAMPLE.open().readlines()[:3]))
@@ -73,8 +82,9 @@ def test_readme_command_runs(command, outputs, make_model):
         assert "30 questions" in done.stdout and "points" in done.stdout
     if command.startswith("make compare"):
         assert "Test metrics" in done.stdout and "comparison.json" in done.stdout
-    if command.startswith("make ask"):
+    if command.startswith(("make ask", "make chat")):
         assert "[base]" in done.stdout and "[tuned]" in done.stdout and "Not a medical device" in done.stdout
+        assert "in the training data" in done.stdout
 
 
 def test_every_target_that_documents_name_exists():
