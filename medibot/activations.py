@@ -59,15 +59,11 @@ class Allocated(TorchDispatchMode):
         return made
 
 
-class GPUDropout(torch.nn.Module):
+class GPUDropout(torch.nn.Dropout):
     """Dropout as a GPU does it, which keeps one byte a value; torch on a CPU keeps the scaled noise."""
 
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.native_dropout(values, self.share, True)[0]
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(input, self.p, self.training)[0]
 
 
 def kept(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
@@ -133,13 +129,13 @@ def head(
     """Bytes that TRL's fused head and loss need on top, at their highest point.
 
     On a GPU it takes the supervised positions alone and one tile of logits at a time; on a CPU it takes all positions,
-    and its torch operations hold nine float32 tiles at once in the backward pass, five in the forward pass. `full`: the
-    head is trained, too.
+    and its torch operations hold eight float32 tiles and a boolean one at once in the backward pass, four and one in the
+    forward pass. `full`: the head is trained, too.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     scored = supervised if gpu else positions
     width = min(TILE[1], vocabulary)
     tile = min(TILE[0], scored) * width
-    logits = tile * compute.itemsize if gpu else (9 if training else 5) * 4 * tile
+    logits = tile * compute.itemsize if gpu else (8 if training else 4) * 4 * tile + tile
     states = scored * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))
     return logits + states + ((4 * vocabulary + compute.itemsize * width) * hidden if full else 0)

@@ -43,10 +43,11 @@ class Device:
 @dataclass(frozen=True)
 class Layout:
     """How many processes train, and what each holds: ddp all of it, zero2 a share of optimizer and gradients, fsdp2 and
-    zero3 a share of the weights, too."""
+    zero3 a share of the weights, too. `checkpointing`: FSDP's own, in the place of the recipe's."""
 
     strategy: str = "one process"
     processes: int = 1
+    checkpointing: bool = False
 
 
 def named_device(written: str, dtype: str | None) -> Device:
@@ -89,7 +90,7 @@ def cgroup_free() -> list[int]:
 def layout_here(processes: int) -> Layout:
     """What accelerate's launcher told this process."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return Layout("fsdp2", processes)
+        return Layout("fsdp2", processes, os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return layout(int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), processes)
     return layout(0, processes)
@@ -103,6 +104,6 @@ def layout(stage: int, processes: int) -> Layout:
 def written_layout(config: dict[str, Any], processes: int) -> Layout:
     """The layout that an accelerate config asks for."""
     if config.get("distributed_type") == "FSDP":
-        return Layout("fsdp2", processes)
+        return Layout("fsdp2", processes, config.get("fsdp_config", {}).get("fsdp_activation_checkpointing", False))
     stage = config.get("deepspeed_config", {}).get("zero_stage", 2)
     return layout(stage if config.get("distributed_type") == "DEEPSPEED" else 0, processes)

@@ -49,7 +49,8 @@ class Plan:
         longest = rows[int(self.lengths.argmax())]["completion"][0]["content"]
         answer = len(tokenizer(longest, add_special_tokens=False)["input_ids"])
         self.supervised_share = min(1.0, answer / int(self.lengths.max()))
-        self.longest_validation = max(held_out["tokens"]) if held_out is not None else 0
+        evaluated = setting(recipe, "per_device_eval_batch_size")
+        self.evaluated = min(evaluated, len(held_out)) * max(held_out["tokens"]) if held_out is not None else 0
         if setting(recipe, "packing"):
             whole = setting(recipe, "max_length")
             self.lengths = np.full(math.ceil(self.lengths.sum() / whole), whole)
@@ -69,11 +70,12 @@ class Plan:
 
     @property
     def checkpointing(self) -> bool:
-        return self.recipe.training.get("activation_checkpointing", True)
+        return self.layout.checkpointing or self.recipe.training.get("activation_checkpointing", True)
 
     @cached_property
     def schedule(self) -> Schedule:
-        return schedule(self.recipe, self.lengths, self.parameters, self.config, self.device, self.layout)
+        of = (self.recipe, self.lengths, self.parameters, self.config, self.device, self.layout, self.checkpointing)
+        return schedule(*of)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -127,10 +129,9 @@ class Plan:
         logits = self.head(rows * self.longest, training=True)
         if not self.device.gpu:
             stored += int(HOLES * (kept.freed if checkpointing else layers * kept.freed))
-            if setting(self.recipe, "eval_strategy") != "no":
+            if setting(self.recipe, "eval_strategy") != "no" or setting(self.recipe, "eval_on_start"):
                 # The heap gives little back: an evaluation comes on top of it
-                evaluated = setting(self.recipe, "per_device_eval_batch_size") * self.longest_validation
-                logits = max(logits, self.head(evaluated, training=False))
+                logits = max(logits, self.head(self.evaluated, training=False))
         return {"activations": stored, "logits": max(logits, layer)}
 
     def kept(self, rows: int) -> activations.Kept:

@@ -41,7 +41,13 @@ class Schedule:
 
 
 def schedule(
-    recipe: Recipe, lengths: np.ndarray, own: Parameters, config: PretrainedConfig, device: Device, layout: Layout
+    recipe: Recipe,
+    lengths: np.ndarray,
+    own: Parameters,
+    config: PretrainedConfig,
+    device: Device,
+    layout: Layout,
+    checkpointing: bool,
 ) -> Schedule:
     """The schedule of a training on rows of `lengths` tokens."""
     accumulated = setting(recipe, "gradient_accumulation_steps")
@@ -50,7 +56,7 @@ def schedule(
     most = setting(recipe, "max_steps")
     steps = most if most > 0 else math.ceil(epoch * setting(recipe, "num_train_epochs"))
     tokens = round(steps * accumulated * layout.processes * padded(recipe, lengths))
-    flops = tokens * flops_per_token(recipe, lengths, own, config)
+    flops = tokens * flops_per_token(lengths, own, config, checkpointing)
     speed = (device.tflops or 0) * 1e12 * UTILISATION * layout.processes
     return Schedule(steps, tokens, flops, flops / speed / 3600 if speed else None, disk(recipe, own, steps))
 
@@ -67,7 +73,7 @@ def padded(recipe: Recipe, lengths: np.ndarray) -> float:
     return float(np.mean([batch.sum() if flat(recipe) else len(batch) * batch.max() for batch in batches]))
 
 
-def flops_per_token(recipe: Recipe, lengths: np.ndarray, own: Parameters, config: PretrainedConfig) -> float:
+def flops_per_token(lengths: np.ndarray, own: Parameters, config: PretrainedConfig, checkpointing: bool) -> float:
     """Two a weight forward; as many for the gradient of the inputs, for that of trained weights, and for what
     checkpointing computes twice. Attention as upstream computes it, over all pairs of a row."""
     weights = own.total - (0 if config.tie_word_embeddings else own.embedding)
@@ -76,8 +82,7 @@ def flops_per_token(recipe: Recipe, lengths: np.ndarray, own: Parameters, config
     met = float(np.average(lengths, weights=lengths))
     linear, attention = 2 * weights, 4 * config.num_hidden_layers * config.num_attention_heads * head * met
     forward = linear + attention
-    again = recipe.training.get("activation_checkpointing", True)
-    return forward * (2 if again else 1) + linear + 2 * attention + 2 * own.trainable
+    return forward * (2 if checkpointing else 1) + linear + 2 * attention + 2 * own.trainable
 
 
 def disk(recipe: Recipe, own: Parameters, steps: int) -> int:

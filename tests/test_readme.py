@@ -59,7 +59,7 @@ def test_readme_command_runs(command, outputs, make_model):
     if not (ROOT / "models").exists() and "medquad" not in command:
         pytest.skip("no models/SmolLM2-135M-Instruct here: run make model")
     more = []
-    if command.startswith(("make train", "make inspect")):
+    if command.startswith(("make train", "make inspect", "make plan")):
         small = SHORT if command.startswith("make train") else ""
         if "medquad" in command:
             small += f" data.path={SAMPLE} data.too_long=drop model.pretrained_model_name_or_path={make_model()}"
@@ -72,6 +72,8 @@ def test_readme_command_runs(command, outputs, make_model):
     done = make(command, outputs, *more)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+    if command.startswith("make plan"):
+        assert "micro-batch" in done.stdout and "written: " in done.stdout
     if command.startswith("make train"):
         run = words.get("RUN", words.get("RECIPE", "quickstart"))
         assert f"Next:  make ask RUN={run}" in done.stdout
