@@ -46,7 +46,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def merged(folder, make_model):
     """A run trained on NF4 weights, merged."""
-    run = trained(folder, make_model("smollm2"), "mine")
+    # Without the penalty a random model says one token again and again
+    run = trained(folder, make_model("smollm2"), "mine", "evaluation.generate.repetition_penalty=1.5")
     export.merge("mine")
     return run
 
