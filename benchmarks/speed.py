@@ -1,7 +1,7 @@
 """MediBot's speed beside its yardsticks: the same rows, model and machine, each in a process of its own, in one run.
 
     .venv/bin/python benchmarks/speed.py                            # on the sample set, all cores
-    .venv/bin/python benchmarks/speed.py --data medquad.parquet     # on MedQuAD; some 12 minutes on two idle cores
+    .venv/bin/python benchmarks/speed.py --data medquad.parquet     # on MedQuAD
     .venv/bin/python benchmarks/speed.py --threads 1 --rows 8 --only medibot plain
 
     medibot, medibot-nf4   `medibot train`, as its users call it: float32, and NF4 with double quantization
