@@ -1,7 +1,7 @@
 """MediBot's speed beside its yardsticks: the same rows, model and machine, each in a process of its own, in one run.
 
     .venv/bin/python benchmarks/speed.py                            # on the sample set, all cores
-    .venv/bin/python benchmarks/speed.py --data medquad.parquet     # on MedQuAD; some 12 minutes on two idle cores
+    .venv/bin/python benchmarks/speed.py --data medquad.parquet     # on MedQuAD
     .venv/bin/python benchmarks/speed.py --threads 1 --rows 8 --only medibot plain
 
     medibot, medibot-nf4   `medibot train`, as its users call it: float32, and NF4 with double quantization
@@ -359,8 +359,8 @@ def multiply(path: str, copies: int, target: Path) -> None:
     tying = ("document_id", "document_url", "umls_cui")
 
     def renamed(row: dict[str, Any], copy: int) -> dict[str, Any]:
-        topic = row["question_focus"]
-        spelled = {key: value.replace(topic, f"{topic} {copy}") for key, value in row.items() if topic and value}
+        topic = re.compile(re.escape(row["question_focus"] or "\0"), re.I)
+        spelled = {key: topic.sub(lambda found: f"{found[0]} {copy}", value) for key, value in row.items() if value}
         ties = {key: "|".join(f"{one}-{copy}" for one in row[key].split("|")) for key in tying if row[key]}
         return row | spelled | ties
 

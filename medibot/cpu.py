@@ -5,8 +5,8 @@ over memory; it was made for Triton, where those are one kernel. The one here sc
 gives the same numbers (float32, to rounding) from two products and three passes. The gradient of the hidden states is
 ready when the forward is over: d log p(label) / d hidden = (W[label] - p W) * scale, for each position by itself.
 
-Memory of the head: two float32 tiles of TILE positions by vocabulary, whatever the batch (2 * 256 * 49,152 * 4 bytes =
-101 MB for SmolLM2), and 4 bytes * hidden size for each supervised token of a micro-batch (2.3 kB). No logits are kept
+Memory of the head: two float32 tiles of TILE positions by vocabulary, whatever the batch (2 * 128 * 49,152 * 4 bytes =
+50 MB for SmolLM2), and 4 bytes * hidden size for each supervised token of a micro-batch (2.3 kB). No logits are kept
 from forward to backward; full fine-tuning multiplies them out again, for the gradient of the head's own weight.
 """
 
@@ -17,7 +17,7 @@ import torch
 import trl.trainer.utils as upstream
 from trl.kernels import ChunkedLogProbFunction
 
-TILE = 256
+TILE = 128
 
 
 def hasten() -> None:

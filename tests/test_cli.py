@@ -77,7 +77,7 @@ def test_accelerate_names_the_hardware(monkeypatch):
 
 
 def test_one_cpu_process_is_started_as_accelerate_would_start_it(monkeypatch):
-    from accelerate.commands.launch import _validate_launch_args, launch_command_parser
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     config = ROOT / "accelerate_configs" / "cpu.yaml"
@@ -85,13 +85,13 @@ def test_one_cpu_process_is_started_as_accelerate_would_start_it(monkeypatch):
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
     words = ["--config_file", str(config), "--num_cpu_threads_per_process", "1", "-m", "medibot", "train"]
-    args, *_ = _validate_launch_args(launch_command_parser().parse_args(words))
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
     _, environment = prepare_simple_launcher_cmd_env(args)
     added = {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
     # What is left says in other words that nothing is compiled
     compiled = {name for name in added if "DYNAMO" in name}
     assert {name: added[name] for name in added.keys() - compiled} == cli.LAUNCHED_ON_CPU
-    assert {added[name] for name in compiled} <= {"no", "default", "False"}
+    assert {added[name] for name in compiled} <= {"NO", "default", "False"}
 
 
 def test_diff_shows_only_what_differs(monkeypatch, capsys):

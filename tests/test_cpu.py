@@ -51,6 +51,15 @@ def test_the_head_gives_upstreams_numbers_and_gradients(case, head):
     assert (ours[4] is None) == (theirs[4] is None) == (not case[0])
 
 
+def test_the_head_gives_upstreams_numbers_in_bfloat16(head):
+    hidden, weight, labels = head
+    halved = hidden.bfloat16(), weight.bfloat16(), labels
+    ours, theirs = scored(cpu.PlainHead, halved, True), scored(ChunkedLogProbFunction, halved, True)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02)
+
+
 def test_the_head_without_a_label_is_a_zero_that_can_be_trained_through(head):
     hidden, weight, labels = head
     hidden = hidden[:0].requires_grad_()
