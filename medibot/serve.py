@@ -53,6 +53,8 @@ def serve(name: str, port: int) -> None:
     this = finished_run(name)
     with listening(port) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        # Until it serves, Ctrl-C just ends it, without Python's traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         print(f"loading {name}", flush=True)
         desk = Desk(Speaker(this))
         server = Server(desk)
