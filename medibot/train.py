@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,6 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
 
 def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
     """The recipe's training section, and what the run and the machine decide; the batch of a step stays the recipe's."""
-    rows, accumulated = shared_batch(inputs.recipe, PartialState().num_processes)
     decided = {
         "output_dir": str(this.checkpoints),
         "run_name": this.name,
@@ -265,8 +264,13 @@ def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
         # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
         reentrant = under_zero3() and inputs.recipe.lora is not None
         written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
-    shared = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
-    return SFTConfig(**(decided | written | shared))
+    return SFTConfig(**(decided | written | per_process(inputs.recipe, PartialState().num_processes)))
+
+
+def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
+    """The settings with which each process takes its share of the recipe's batch."""
+    rows, accumulated = shared_batch(recipe, processes)
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
 
 
 def load_weights(inputs: Inputs) -> PreTrainedModel:
@@ -280,9 +284,10 @@ def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
 
 
 def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
-    """The plan of a training on `device`, with the weights in the dtype that it would hold them in."""
+    """The plan of a training on `device`, with the weights and the rows that each process would hold."""
     held = weights_dtype(inputs.recipe, device.compute)
-    return Plan(inputs.recipe, inputs.tokenizer, inputs.prepared, held, device, layout)
+    training = inputs.recipe.training | per_process(inputs.recipe, layout.processes)
+    return Plan(replace(inputs.recipe, training=training), inputs.tokenizer, inputs.prepared, held, device, layout)
 
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
