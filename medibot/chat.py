@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from medibot import care, model
+from medibot.evidence import Evidence
 from medibot.recipe import RecipeError, load_recipe
 from medibot.run import Run, finished_run
 
@@ -91,6 +92,11 @@ class Speaker:
         self.window: int = tuned.config.max_position_embeddings
         self.markers = model.role_markers(self.tokenizer)
         self.turns = Turns()
+
+    @property
+    def about(self) -> str:
+        """What everybody who reads answers is told first: what this is not, and what its data lacks."""
+        return " ".join(filter(None, (care.NOTICE, self.recipe.evaluation.caveat)))
 
     def notice(self, message: str) -> str | None:
         """What stands before the answer to a message that describes an emergency; None without one, or switched off."""
@@ -280,11 +286,11 @@ def require_conversation(messages: list[Message]) -> None:
 
 
 def ask_both(run_name: str, question: str, max_new_tokens: int = 256) -> None:
-    """Print the base model's and the tuned model's answer to `question` as they are made."""
+    """Print the base model's and the tuned model's answer to `question` as they are made, and what they can rest on."""
     if not question.strip():
         raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
     speaker = Speaker(finished_run(run_name))
-    print(f"\n{question}")
+    print(f"{speaker.about}\n\n{question}")
     warning = speaker.notice(question)
     if warning:
         print(f"\n{warning}", flush=True)
@@ -294,3 +300,6 @@ def ask_both(run_name: str, question: str, max_new_tokens: int = 256) -> None:
         for piece in reply:
             print(piece, end="", flush=True)
         print("" if reply.finish_reason == "stop" else f" … [cut at {reply.completion_tokens} tokens]")
+    evidence = Evidence.of(speaker.run)
+    if evidence:
+        print("", *evidence.lines(question), sep="\n")

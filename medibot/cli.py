@@ -15,19 +15,29 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 
-from medibot.care import NOTICE
 from medibot.recipe import RecipeError, diff_recipes, list_recipes, load_recipe
 from medibot.run import Stopped
+from medibot.strategy import CONFIGS, LEGEND, Hardware, matrix, read_hardware, refuse_clashes, shared_batch
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
 STOPPED = 75
 # Seconds that a training has to come to the end of its step after a signal
 DEADLINE = 300
+# An accelerate config that asks for nothing but one process on the CPU, and what its launcher then sets
+ONE_CPU_PROCESS = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "NO",
+    "use_cpu": True,
+    "num_machines": 1,
+    "num_processes": 1,
+    "mixed_precision": "no",
+}
+LAUNCHED_ON_CPU = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
+TrainedRun = Annotated[str, typer.Option(help="A trained run of outputs/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
 
 
@@ -72,6 +82,23 @@ def diff(a: str, b: str) -> None:
 
 
 @app.command()
+def strategies() -> None:
+    """Which fine-tuning method goes with which accelerate config: tested, by upstream's word, or refused and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names, rows, reasons = matrix()
+    table = Table("", *names)
+    for method, marks in rows:
+        table.add_row(method, *marks)
+    console = Console(width=max(110, shutil.get_terminal_size().columns))
+    console.print(table)
+    print(LEGEND)
+    for reason in reasons:
+        print(f"- {reason}")
+
+
+@app.command()
 def inspect(
     recipe: RecipeName = "quickstart",
     overrides: Overrides = None,
@@ -97,11 +124,11 @@ def plan(
 ) -> None:
     """Memory, largest micro-batch, steps, time and disk of a training; loads no weights."""
     checked = load_recipe(recipe, overrides or [])
-    config, more = hardware_config(accelerate), split_launch(launch)
-    processes = launched_processes(config, more)
+    hardware = read_hardware(hardware_config(accelerate))
+    processes = launched_processes(hardware, split_launch(launch))
     from medibot.preview import plan_recipe
 
-    plan_recipe(checked, gpu, yaml.safe_load(config.read_text(encoding="utf-8")), processes)
+    plan_recipe(checked, gpu, hardware.settings, processes)
 
 
 @app.command()
@@ -121,9 +148,9 @@ def train(
             Path(os.environ["MEDIBOT_EXIT"]).with_name(f"process-{rank}").write_text(str(os.getpid()))
         # Until there is something to save, a signal just ends it, without Python's traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        checked = load_recipe(recipe, overrides or [])
         from medibot.train import train as train_here
 
-        checked = load_recipe(recipe, overrides or [])
         train_here(checked, run or checked.name, anyway)
     else:
         own = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
@@ -139,8 +166,32 @@ def ask(
     """One question to a run: the base model's answer and the tuned one's."""
     from medibot.chat import ask_both
 
-    print(NOTICE)
     ask_both(run, question, max_new_tokens)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0: greedy; default: as the run was evaluated.")
+    ] = None,
+) -> None:
+    """Talk with a run at the terminal, or answer each line of a pipe."""
+    from medibot.chat import Decoding
+    from medibot.terminal import chat as talk
+
+    talk(run, Decoding(max_new_tokens, temperature))
+
+
+def serve(
+    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")] = 8000,
+) -> None:
+    """A web page and an OpenAI-style endpoint on this machine: base and tuned model, until Ctrl-C."""
+    from medibot.serve import serve as serve_run
+
+    serve_run(run, port)
 
 
 @app.command("eval")
@@ -202,6 +253,49 @@ def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "
 
 
 @app.command()
+def merge(run: TrainedRun = "quickstart") -> None:
+    """Whole weights of base and adapter, proven to answer as the trained model does."""
+    from medibot.export import merge as merge_run
+
+    merge_run(run)
+
+
+@app.command("export-gguf")
+def export_gguf(run: TrainedRun = "quickstart") -> None:
+    """One GGUF file and Ollama's Modelfile, checked against the merged weights."""
+    from medibot.gguf import export_gguf as export
+
+    export(run)
+
+
+@app.command()
+def card(
+    run: TrainedRun = "quickstart",
+    html: Annotated[Path | None, typer.Option(help="Write the card as a page here, too.")] = None,
+) -> None:
+    """The run's model card, into each of its folders that can be shared."""
+    if html:
+        require_folder(html, "--html")
+    from medibot.card import card as write_card
+
+    write_card(run, html)
+
+
+@app.command()
+def push(
+    run: TrainedRun = "quickstart",
+    repo: Annotated[str, typer.Option(help="Where to on the hub: owner/name.")] = "",
+    folder: Annotated[str, typer.Option(help="merged, model or gguf; default: merged if it is there.")] = "",
+    public: Annotated[bool, typer.Option("--public", help="A public repository; private otherwise.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send it; without, only say what would go out.")] = False,
+) -> None:
+    """Show what would go to the hub, and with --yes send it there, into a private repository."""
+    from medibot.push import push as push_run
+
+    push_run(run, repo, folder, public, yes)
+
+
+@app.command()
 def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
     from medibot.recipe import write_schema
@@ -222,29 +316,41 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def launch_training(recipe: str, overrides: list[str], own: list[str], accelerate: str | None, more: list[str]) -> int:
     """Start `accelerate launch` on this machine's hardware and hand back the training's own exit code.
 
-    `own` are options of the training itself, `more` those of the launcher.
+    `own` are options of the training itself, `more` those of the launcher. One process on a CPU is started as
+    accelerate's launcher would start it, without the seconds in which that imports torch.
     """
     config = hardware_config(accelerate)
-    processes = launched_processes(config, more)
-    if processes > 1:
+    hardware = read_hardware(config)
+    processes = launched_processes(hardware, more)
+    if processes > 1 or hardware.sharded:
+        checked = load_recipe(recipe, overrides)
+        machines = option("--num_machines", more) or hardware.settings.get("num_machines", 1)
+        refuse_clashes(checked, hardware, visible_gpus(), machines)
+        shared_batch(checked, processes)
         # One process says what is wrong before several do, and leaves the prepared data for all of them
         from medibot.train import gather
 
-        gather(load_recipe(recipe, overrides))
+        gather(checked)
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         count = ["--num_processes", str(processes)] if "--num_processes" not in more else []
-        if "OMP_NUM_THREADS" not in os.environ:
-            count += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // processes))]
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-        command += [*count, *more, "-m", "medibot", "train", recipe, *overrides, *own]
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        count += ["--num_cpu_threads_per_process", threads]
         environment = os.environ | {"MEDIBOT_EXIT": str(code), "MEDIBOT_PROCESSES": str(processes)}
+        command = [sys.executable]
+        if hardware.settings == ONE_CPU_PROCESS and not more:
+            environment |= LAUNCHED_ON_CPU | {"OMP_NUM_THREADS": threads}
+        else:
+            command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), *count, *more]
+        command += ["-m", "medibot", "train", recipe, *overrides, *own]
         # A session of its own: what is signalled to this process reaches the training through `forward` alone
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         received = forward(launcher, Path(folder))
         finished = launcher.wait()
-        # The launcher turns every failure into 1
-        return int(code.read_text()) if code.is_file() else 128 + received[0] if received else finished
+        if code.is_file():
+            # The launcher turns every failure into 1
+            return int(code.read_text())
+        return 128 + received[0] if received else 128 - finished if finished < 0 else finished
 
 
 def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:
@@ -292,11 +398,10 @@ def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:
 
 def hardware_config(name: str | None) -> Path:
     """The accelerate config that `name` says, or the one for what this machine has."""
-    folder = Path("accelerate_configs")
     chosen = name or {0: "cpu", 1: "single-gpu"}.get(visible_gpus(), "multi-gpu")
-    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else folder / f"{chosen}.yaml"
+    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else CONFIGS / f"{chosen}.yaml"
     if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        there = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise RecipeError.of("ACCELERATE", f"no file {path}", f"there are: {there}")
     return path
 
@@ -310,21 +415,19 @@ def split_launch(launch: str) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
-def launched_processes(config: Path, more: list[str]) -> int:
+def launched_processes(hardware: Hardware, more: list[str]) -> int:
     """How many processes the launch will start in all; a config without a number takes every GPU."""
-    if "--num_processes" in more:
-        number = "".join(more[more.index("--num_processes") + 1 :][:1])
-        if not number.isdecimal() or int(number) < 1:
-            raise RecipeError.of("LAUNCH", f"--num_processes {number}".rstrip(), "give a whole number from 1")
-        return int(number)
-    try:
-        written = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = f"{config} is not YAML: {' '.join(str(error).split())}"
-        raise RecipeError.of("ACCELERATE", what, "take one of accelerate_configs/") from error
-    if not isinstance(written, dict):
-        raise RecipeError.of("ACCELERATE", f"{config} is no accelerate config", "take one of accelerate_configs/")
-    return written.get("num_processes") or max(1, visible_gpus())
+    return option("--num_processes", more) or hardware.settings.get("num_processes") or max(1, visible_gpus())
+
+
+def option(name: str, more: list[str]) -> int | None:
+    """The whole number that the launch's own arguments give `name`."""
+    if name not in more:
+        return None
+    number = "".join(more[more.index(name) + 1 :][:1])
+    if not number.isdecimal() or int(number) < 1:
+        raise RecipeError.of("LAUNCH", f"{name} {number}".rstrip(), "give a whole number from 1")
+    return int(number)
 
 
 def require_folder(file: Path, subject: str) -> None:

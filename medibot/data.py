@@ -77,7 +77,10 @@ def cache_folder() -> Path:
 def prepared_fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source_hash: str) -> str:
     """sha256 over the data's bytes, the data section, the rules' code, template and tokenizer, and the length limit."""
     code = "".join(inspect.getsource(module) for module in (cleaning, medquad, splitting)) + Path(__file__).read_text()
-    parts = [source_hash, recipe.as_dict()["data"], code, tokenizer_fingerprint(tokenizer)]
+    # What a card says about the rows changes none of them
+    said = {"license", "attribution", "language"}
+    section = {key: value for key, value in recipe.as_dict()["data"].items() if key not in said}
+    parts = [source_hash, section, code, tokenizer_fingerprint(tokenizer)]
     parts.append(recipe.training.get("max_length", 1024))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

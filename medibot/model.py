@@ -226,11 +226,12 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
     return None if recipe.lora is None else LoraConfig(task_type="CAUSAL_LM", **recipe.lora)
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model's weights, safetensors only, quantized if the recipe says so; placed by upstream's rules."""
+def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
+    """The base model's weights, safetensors only, quantized if the recipe says so; on `device`, or by upstream's rules."""
     written = ("attn_implementation", "variant", "use_kernels")
     kwargs = {key: recipe.model[key] for key in written if key in recipe.model}
     kwargs |= {"dtype": dtype, "use_safetensors": True, "quantization_config": quantization_config(recipe, dtype)}
+    kwargs |= {"device_map": {"": device}} if device else {}
     try:
         model = loading(recipe, "safetensors weights", AutoModelForCausalLM.from_pretrained, **kwargs)
     except ImportError as error:
@@ -280,7 +281,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@torch.inference_mode()
+# Not inference_mode: FSDP2 keeps the buffers that it gathers weights in, and training could not write into them
+@torch.no_grad()
 def answer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -325,7 +327,11 @@ def prompt_messages(question: str, system: str | None, markers: Sequence[str]) -
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Turn a GGUF file into a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all."""
+    """Turn a GGUF file into a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all.
+
+    A README.md there says the licence that the file states: a model card of what is trained from it repeats it.
+    """
+    from gguf import GGUFReader
     from transformers import GgufConfig
 
     quiet_bars()
@@ -340,6 +346,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
     )
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(partial)
+    licence = GGUFReader(file).fields.get("general.license")
+    if licence is not None:
+        text = f"---\nlicense: {licence.contents()}\n---\n\nMade from {file.name} by `medibot convert-gguf`.\n"
+        (partial / "README.md").write_text(text, encoding="utf-8")
     partial.rename(folder)
 
 

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 from jinja2 import Environment
+from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 BASE, TUNED, PLAIN = "#0072b2", "#d55e00", "#57606a"
@@ -85,6 +86,18 @@ Rows and decoding: <span title="{{ c.fingerprint }}">{{ c.fingerprint[:16] }}</s
 </body></html>
 """
 )
+DOCUMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>{{ style }}
+td, th { text-align: left; } td { white-space: normal; } pre { background: #f6f8fa; border-radius: 6px; padding: .75rem; overflow-x: auto; overflow-wrap: normal; }
+blockquote { border-left: 4px solid #d55e00; background: #fff4ec; margin: 0; padding: .25rem 1rem; }
+</style></head><body>
+{{ body }}
+<details><summary>What the hub reads</summary><pre tabindex="0">{{ front }}</pre></details>
+</body></html>
+"""
+)
 # Okabe and Ito's colours, told apart by every kind of colour vision
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -132,6 +145,14 @@ def comparison_page(comparison: dict[str, Any], cost: list[list[str]]) -> str:
         ),
     ]
     return COMPARISON.render(style=STYLE, c=comparison, plots=plots, cost=cost)
+
+
+def document_page(title: str, front: str, text: str) -> str:
+    """A model card (`front` matter and Markdown `text`) as a page; HTML that stands in it is shown, not read."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
+    body = body.replace("<pre>", '<pre tabindex="0">')
+    return DOCUMENT.render(title=title, style=STYLE, front=front, body=Markup(body))
 
 
 def side_by_side(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

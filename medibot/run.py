@@ -48,6 +48,16 @@ class Run:
         return self.folder / "model"
 
     @property
+    def merged(self) -> Path:
+        """Whole weights made of base and adapter, with the same tokenizer, template and generation config."""
+        return self.folder / "merged"
+
+    @property
+    def gguf(self) -> Path:
+        """One GGUF file of the whole weights, and Ollama's Modelfile for it."""
+        return self.folder / "gguf"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -112,14 +122,24 @@ def whole(checkpoint: Path) -> bool:
     """Whether everything that a checkpoint needs is there and none of its files ends early."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        weights = list(checkpoint.glob("*.safetensors"))
-        for file in weights:
-            with safe_open(file, framework="np"):
-                pass
-        saved = (file for kind in ("*.pt", "*.pth", "*.bin") for file in checkpoint.glob(kind))
-        return bool(weights) and all(zipfile.is_zipfile(file) for file in saved)
-    except (OSError, ValueError, SafetensorError):
+        # DeepSpeed's lie in a folder below
+        saved = (file for kind in ("*.pt", "*.pth", "*.bin") for file in checkpoint.rglob(kind))
+        return weights_whole(checkpoint) and all(zipfile.is_zipfile(file) for file in saved)
+    except (OSError, ValueError):
         return False
+
+
+def weights_whole(folder: Path) -> bool:
+    """Whether a folder holds weights: at least one safetensors file, none that ends early, none without a tensor."""
+    files = list(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, framework="np") as opened:
+                if not opened.keys():
+                    return False
+    except (OSError, SafetensorError):
+        return False
+    return bool(files)
 
 
 def to_disk(path: Path) -> None:

@@ -53,7 +53,14 @@ Warmup = Annotated[float, Field(ge=0), AfterValidator(whole_or_ratio)]
 
 HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
 PISSA_STEPS = r"^pissa_niter_\d+$"
-PATTERNS = {HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])", PISSA_STEPS: "pissa_niter_<steps>"}
+LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
+LANGUAGE = r"^[a-z]{2,3}$"
+PATTERNS = {
+    HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])",
+    PISSA_STEPS: "pissa_niter_<steps>",
+    LANGUAGE: "a language as ISO 639 writes it, such as en",
+    LICENCE: "a licence as the hub writes it, such as cc-by-4.0",
+}
 
 
 class Section(BaseModel):
@@ -119,6 +126,12 @@ class DataSection(Section):
     """What happens to a conversation longer than training.max_length."""
     seed: Natural = 0
     """Decides the order of the rows and which groups are held out."""
+    license: Annotated[str, Field(pattern=LICENCE)] | None = None
+    """The data's licence, as the hub writes it (cc-by-4.0); without one, nothing made of the data is pushed."""
+    language: Annotated[str, Field(pattern=LANGUAGE)] | None = None
+    """Language of questions and answers, for the model card."""
+    attribution: Text | None = None
+    """Who made the data and where it is from, in the words that its licence asks for."""
 
 
 class EvaluationSection(Section):
@@ -132,6 +145,10 @@ class EvaluationSection(Section):
     """The longest answer, in tokens."""
     by: list[Text] = []
     """Columns of the data whose values get figures of their own in an evaluation."""
+    evidence: dict[Literal["topic", "source", "document", "url"], Text] = {}
+    """Columns of the data that say what a training question is about and where it comes from, shown under answers."""
+    caveat: Text | None = None
+    """What people who read answers are told about the data, after the notice that this is no medical device."""
     emergency_notice: bool = True
     """Whether a question that describes an emergency is answered with where to call first."""
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from medibot import model, run, tracking
+from medibot import cpu, evidence, model, run, tracking
 from medibot.audit import Audit, audit, gate
 from medibot.data import Prepared, prepare
 from medibot.device import GB, Device, Layout, layout_here, this_device
 from medibot.plan import Plan
 from medibot.recipe import Recipe, RecipeError
 from medibot.run import Run
+from medibot.strategy import shared_batch, under_zero3
 
 COLUMNS = ["prompt", "completion", "chat_template_kwargs"]
 
@@ -93,6 +94,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
     try:
         trainer = build_trainer(inputs, this, lambda: load_weights(inputs))
         reports = check(trainer, inputs)
+        evidence.require_columns(recipe, inputs.prepared.load("train"))
     except RecipeError:
         if not started and state.is_main_process:
             shutil.rmtree(this.folder, ignore_errors=True)
@@ -218,6 +220,8 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
     """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
     # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
     args = sft_config(inputs, this)
+    if args.use_cpu:
+        cpu.hasten()
     columns = {split: inputs.prepared.load(split) for split in ("train", "validation")}
     datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
     try:
@@ -234,14 +238,15 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
         raise inputs.recipe.error("lora.target_modules", what, "name modules that this model has") from error
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad and inputs.recipe.lora:
+        # ZeRO-3 gathers parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
+        if parameter.requires_grad and inputs.recipe.lora and not under_zero3():
             # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently
             parameter.data = parameter.data.float()
     return trainer
 
 
 def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
-    """The recipe's training section, and what the run and the machine decide."""
+    """The recipe's training section, and what the run and the machine decide; the batch of a step stays the recipe's."""
     decided = {
         "output_dir": str(this.checkpoints),
         "run_name": this.name,
@@ -256,8 +261,16 @@ def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
     }
     written = {key: value for key, value in inputs.recipe.training.items() if key != "chat_template_path"}
     if written.get("activation_checkpointing", True):
-        written = {"activation_checkpointing_kwargs": {"use_reentrant": False}} | written
-    return SFTConfig(**(decided | written))
+        # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
+        reentrant = under_zero3() and inputs.recipe.lora is not None
+        written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
+    return SFTConfig(**(decided | written | per_process(inputs.recipe, PartialState().num_processes)))
+
+
+def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
+    """The settings with which each process takes its share of the recipe's batch."""
+    rows, accumulated = shared_batch(recipe, processes)
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
 
 
 def load_weights(inputs: Inputs) -> PreTrainedModel:
@@ -271,9 +284,10 @@ def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
 
 
 def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
-    """The plan of a training on `device`, with the weights in the dtype that it would hold them in."""
+    """The plan of a training on `device`, with the weights and the rows that each process would hold."""
     held = weights_dtype(inputs.recipe, device.compute)
-    return Plan(inputs.recipe, inputs.tokenizer, inputs.prepared, held, device, layout)
+    training = inputs.recipe.training | per_process(inputs.recipe, layout.processes)
+    return Plan(replace(inputs.recipe, training=training), inputs.tokenizer, inputs.prepared, held, device, layout)
 
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -322,6 +336,7 @@ def begin(
     this.write("ledger.json", {"ledger": inputs.prepared.ledger, "leaks": inputs.prepared.leaks})
     this.write("split.json", inputs.prepared.split | {"data": inputs.prepared.fingerprint})
     this.write("audit.json", [report.as_dict() for report in reports])
+    this.write(evidence.FILE, evidence.gather(inputs.recipe, inputs.prepared))
     this.write("environment.json", environment | decided)
     this.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
     return checkpoint
@@ -333,6 +348,9 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     trainer.save_model(str(partial))
     if not PartialState().is_main_process:
         return
+    if not run.weights_whole(partial):
+        remedy = "see `make strategies`; the last checkpoint is kept"
+        raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
     inputs.generation.save_pretrained(partial)
     run.to_disk(partial)
     shutil.rmtree(this.weights, ignore_errors=True)
@@ -663,4 +681,4 @@ def farewell(this: Run, inputs: Inputs) -> None:
     if "eval_loss_first" in summary:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
     print(f"\nDone: {this.folder}  (recipe, ledger, split, metrics, answers; weights in {this.weights})")
-    print(f'Next:  make ask RUN={this.name} Q="What is anemia?"')
+    print(f'Next:  make ask RUN={this.name} Q="What is anemia?"    or  make chat RUN={this.name}')

@@ -1,35 +1,35 @@
 """What is said before an answer: the rules see who is in danger now, and not who asks, remembers or jokes."""
 
+import emergencies
 import pytest
-from conftest import ROOT
 from test_evaluate import trained  # noqa: F401 - the fixture
 
 from medibot import care, chat
 
-LINES = [line for line in (ROOT / "tests" / "emergencies.txt").read_text().splitlines() if line[:2] in {"+ ", "- "}]
+LINES = emergencies.lines("emergencies")
 URGENT = [line[2:] for line in LINES if line[0] == "+"]
-OTHER = [line[2:] for line in LINES if line[0] == "-"]
 
 
-def test_the_table_is_large_and_repeats_nothing():
-    assert len(URGENT) >= 120 <= len(OTHER) and len(set(LINES)) == len(LINES) and not set(URGENT) & set(OTHER)
+@pytest.mark.parametrize(
+    ("table", "recall", "precision"), [("emergencies", 0.95, 0.985), ("emergencies-held-out", 0.85, 0.975)]
+)
+def test_the_rules_see_emergencies_and_leave_the_rest_alone(table, recall, precision):
+    found = emergencies.figures(table)
+    assert found.urgent >= 120 <= found.other
+    assert found.recall >= recall and found.precision >= precision, found
 
 
-@pytest.mark.parametrize("message", URGENT)
-def test_emergency_is_seen(message):
-    assert care.emergency_notice(message) in {care.EMERGENCY, care.CRISIS}
-
-
-@pytest.mark.parametrize("message", OTHER)
-def test_what_is_no_emergency_is_left_alone(message):
-    assert care.emergency_notice(message) is None
+def test_no_message_stands_twice():
+    everything = [line for table in ("emergencies", "emergencies-held-out") for line in emergencies.lines(table)]
+    assert len({line[2:] for line in everything}) == len(everything)
 
 
 @pytest.mark.parametrize(
     "change", [str.upper, lambda m: m.replace("'", "\u2019"), lambda m: f"  {m}\n\n", lambda m: f"Hello. {m}"]
 )
 def test_case_quotes_and_space_hide_no_emergency(change):
-    assert [message for message in URGENT if care.danger(change(message)) is None] == []
+    seen = [message for message in URGENT if care.danger(message)]
+    assert [message for message in seen if care.danger(change(message)) is None] == []
 
 
 def test_whoever_may_harm_themselves_is_told_whom_to_talk_to():

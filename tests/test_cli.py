@@ -10,7 +10,7 @@ import termios
 import pytest
 from conftest import ROOT, SAMPLE
 
-from medibot import cli
+from medibot import care, cli
 from medibot.recipe import RecipeError
 
 HEAVY = "torch transformers trl peft datasets wandb bitsandbytes accelerate"
@@ -69,10 +69,29 @@ def test_hardware_is_what_the_machine_has(devices, config, monkeypatch):
 
 def test_accelerate_names_the_hardware(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cli.launched_processes(cli.hardware_config("cpu-2"), []) == 2
-    assert cli.launched_processes(cli.hardware_config("multi-gpu"), ["--num_processes", "4"]) == 4
+    read = {name: cli.read_hardware(cli.hardware_config(name)) for name in ("cpu-2", "multi-gpu")}
+    assert cli.launched_processes(read["cpu-2"], []) == 2
+    assert cli.launched_processes(read["multi-gpu"], ["--num_processes", "4"]) == 4
     with pytest.raises(RecipeError, match="there are: cpu, cpu-2"):
         cli.hardware_config("tpu")
+
+
+def test_one_cpu_process_is_started_as_accelerate_would_start_it(monkeypatch):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    assert cli.hardware(config) == cli.ONE_CPU_PROCESS
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    words = ["--config_file", str(config), "--num_cpu_threads_per_process", "1", "-m", "medibot", "train"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    _, environment = prepare_simple_launcher_cmd_env(args)
+    added = {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
+    # What is left says in other words that nothing is compiled
+    compiled = {name for name in added if "DYNAMO" in name}
+    assert {name: added[name] for name in added.keys() - compiled} == cli.LAUNCHED_ON_CPU
+    assert {added[name] for name in compiled} <= {"NO", "default", "False"}
 
 
 def test_diff_shows_only_what_differs(monkeypatch, capsys):
@@ -144,7 +163,7 @@ def test_ask_gives_the_notice_and_both_answers(medibot, capsys):
     capsys.readouterr()
     assert medibot("ask", "--run", "mine", "-q", "What is anemia?", "--max-new-tokens", "3") == 0
     said = capsys.readouterr().out
-    assert said.startswith(cli.NOTICE)
+    assert said.startswith(care.NOTICE)
     assert said.index("What is anemia?") < said.index("[base]") < said.index("[tuned]")
 
 

@@ -128,9 +128,8 @@ if [ "$1" = show ]; then printf '127.0.0.1\\nother\\n'; else echo "$@" >> requeu
 
 
 def test_the_slurm_script_trains_on_two_nodes_stops_at_the_signal_and_goes_on(launch, make_model, workplace):
-    whole = launch(
-        "whole", "cpu", "training.per_device_train_batch_size=2", "training.optim=sgd", "lora.lora_dropout=0.0"
-    )
+    same = ["training.optim=sgd", "lora.lora_dropout=0.0"]
+    whole = launch("whole", "cpu", *same)
     tools = workplace / "tools"
     tools.mkdir()
     medibot = f'#!/usr/bin/env bash\nexec {sys.executable} -m medibot "$@"\n'
@@ -145,13 +144,7 @@ def test_the_slurm_script_trains_on_two_nodes_stops_at_the_signal_and_goes_on(la
         "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7",
     }  # fmt: skip
     script = ROOT / "accelerate_configs" / "slurm" / "train.sbatch"
-    arguments = [
-        *launch.overrides,
-        "training.per_device_train_batch_size=1",
-        "training.optim=sgd",
-        "lora.lora_dropout=0.0",
-    ]
-    command = ["bash", str(script), str(ROOT / "recipes" / "quickstart.yaml"), *arguments]
+    command = ["bash", str(script), str(ROOT / "recipes" / "quickstart.yaml"), *launch.overrides, *same]
     assert whole.communicate(timeout=200) and whole.returncode == 0
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_steps("nodes", 3)

@@ -1,0 +1,115 @@
+"""What makes a training fast on a CPU and changes none of its numbers: oneDNN's float32 products, and a plain loss head.
+
+TRL's own head scores every position, prompts and padding included, and folds the vocabulary in tiles by a dozen passes
+over memory; it was made for Triton, where those are one kernel. The one here scores the labelled positions alone and
+gives the same numbers (float32, to rounding) from two products and three passes. The gradient of the hidden states is
+ready when the forward is over: d log p(label) / d hidden = (W[label] - p W) * scale, for each position by itself.
+
+Memory of the head: two float32 tiles of TILE positions by vocabulary, whatever the batch (2 * 128 * 49,152 * 4 bytes =
+50 MB for SmolLM2), and 4 bytes * hidden size for each supervised token of a micro-batch (2.3 kB). No logits are kept
+from forward to backward; full fine-tuning multiplies them out again, for the gradient of the head's own weight.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import trl.trainer.utils as upstream
+from trl.kernels import ChunkedLogProbFunction
+
+TILE = 128
+
+
+def hasten() -> None:
+    """Set this process up to train on a CPU; on a GPU it is not called, and nothing is different there."""
+    prefer_onednn()
+    # TRL's patched forward looks both names up on each call; the second one says that the head is handed labelled
+    # positions alone, as on a GPU
+    upstream._ChunkedLogProbFunction = PlainHead
+    upstream._use_triton = lambda _: True
+
+
+def prefer_onednn() -> None:
+    """Multiply float32 matrices by oneDNN where that is float32 indeed, else by MKL, which is torch's default.
+
+    MKL takes its AVX2 path on processors that Intel did not make; oneDNN takes AVX-512 wherever it is. torch hands it
+    float32 products only when told that bfloat16 would be precise enough, and oneDNN makes use of that permission only
+    where the CPU has AMX. So it is tried, on one product, whether any precision is lost.
+    """
+    switch = torch.backends.mkldnn.matmul
+    # Not torch's global generator: the draws of the training stay what they were
+    matrix = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))
+    exact = matrix.double() @ matrix.double().t()
+    switch.fp32_precision = "bf16"
+    # Rounding to bfloat16 leaves errors of 5e-2 here, float32 some 3e-5
+    if (matrix @ matrix.t() - exact).abs().max() > 1e-3:
+        switch.fp32_precision = "ieee"
+
+
+class PlainHead(torch.autograd.Function):
+    """TRL's `ChunkedLogProbFunction` with the same arguments, for what a CPU trains; see the module."""
+
+    @classmethod
+    def apply(cls, hidden: Any, weight: Any, bias: Any, targets: Any, temperature: float, *rest: Any) -> Any:
+        """(log p, entropy, None, None, whether the label is the first most likely token), each [positions].
+
+        `hidden` [positions, hidden size], `weight` [vocabulary, hidden size], `targets` [positions]. Heads with a bias
+        or capped logits are upstream's: no model that is small enough for a CPU has been seen with one.
+        """
+        _, softcap, scale, _ = rest
+        if bias is not None or softcap is not None:
+            return ChunkedLogProbFunction.apply(hidden, weight, bias, targets, temperature, *rest)
+        log_probs, entropy, first = super().apply(hidden, weight, targets, scale / temperature)
+        return log_probs, entropy, None, None, first
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float) -> Any:
+        log_probs, entropy = torch.empty(2, len(hidden)).unbind()
+        first = torch.empty(len(hidden), dtype=torch.bool)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for at, logits, probs in tiles(hidden, weight, scale):
+            labels = targets[at, None]
+            top = logits.argmax(1, keepdim=True)
+            first[at] = (top == labels).squeeze(1)
+            log_z = logits.gather(1, top) - probs.gather(1, top).log()
+            log_probs[at] = (logits.gather(1, labels) - log_z).squeeze(1)
+            entropy[at] = log_z.squeeze(1) - logits.mul_(probs).sum(1)
+            if gradient is not None:
+                gradient[at] = (weight[targets[at]] - probs.to(weight.dtype) @ weight) * scale
+        ctx.scale = scale
+        ctx.save_for_backward(gradient, *((hidden, weight, targets) if ctx.needs_input_grad[1] else ()))
+        ctx.mark_non_differentiable(entropy, first)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy, first
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        of_log_probs = gradients[0]
+        of_hidden, *kept = ctx.saved_tensors
+        of_weight = None
+        if of_log_probs is None:
+            return None, None, None, None
+        if kept:
+            hidden, weight, targets = kept
+            of_weight = torch.zeros_like(weight, dtype=torch.float32)
+            for at, _, probs in tiles(hidden, weight, ctx.scale):
+                probs.scatter_add_(1, targets[at, None], torch.full_like(probs[:, :1], -1.0))
+                probs.mul_(-ctx.scale * of_log_probs[at, None])
+                of_weight.addmm_(probs.t(), hidden[at].float())
+            of_weight = of_weight.to(weight.dtype)
+        return None if of_hidden is None else of_hidden * of_log_probs[:, None], of_weight, None, None
+
+
+def tiles(hidden: torch.Tensor, weight: torch.Tensor, scale: float) -> Iterator[tuple[slice, Any, Any]]:
+    """(positions, logits, probabilities) of TILE positions at a time, in float32, in two buffers used again."""
+    buffers = torch.empty(2, min(TILE, len(hidden)), len(weight))
+    for start in range(0, len(hidden), TILE):
+        at = slice(start, min(start + TILE, len(hidden)))
+        logits, probs = buffers[:, : at.stop - start]
+        if hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            torch.mm(hidden[at], weight.t(), out=logits)
+        else:
+            logits.copy_(hidden[at] @ weight.t())
+        if scale != 1:
+            logits.mul_(scale)
+        yield at, logits, torch.softmax(logits, 1, out=probs)

@@ -1,0 +1,293 @@
+"""What leaves a run: merged weights that are the trained model, a GGUF file with its words, a template Ollama can read."""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+from conftest import FAMILIES, ROOT
+from safetensors.torch import load_file, save_file
+from test_evaluate import OVERRIDES
+from transformers import AutoTokenizer, GenerationConfig
+
+from medibot import export, gguf, model, train
+from medibot.card import card
+from medibot.ollama import modelfile, pieces_of
+from medibot.recipe import RecipeError, load_recipe
+from medibot.run import open_run, read_json
+
+SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def trained(folder: Path, weights: Path, name: str, *more: str):
+    """A run of two steps at a rate that moves its answers, in `folder`."""
+    chosen = f"model.pretrained_model_name_or_path={weights}"
+    train.train(load_recipe("quickstart", [chosen, *OVERRIDES, *more], root=ROOT), name)
+    return open_run(name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Outputs and cache of this module's runs."""
+    made = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDIBOT_OUTPUTS", str(made / "outputs"))
+        patch.setenv("MEDIBOT_CACHE", str(made / "cache"))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def merged(folder, make_model):
+    """A run trained on NF4 weights, merged."""
+    # Without the penalty a random model says one token again and again
+    run = trained(folder, make_model("smollm2"), "mine", "evaluation.generate.repetition_penalty=1.5")
+    export.merge("mine")
+    return run
+
+
+def test_the_merge_that_is_kept_is_the_model_that_was_trained(merged):
+    proof = read_json(merged.merged / "merge.json")
+    base, dequantized = proof["modes"]["base"], proof["modes"]["dequantized"]
+    assert proof["kept"] == "dequantized" and proof["questions"] == export.QUESTIONS
+    assert dequantized["greedy_agreement"] == 1.0 and dequantized["max_logit_difference"] < 1e-3
+    # What was left out of the stored 4-bit weights is more than the rounding of float32
+    assert base["max_logit_difference"] > 100 * dequantized["max_logit_difference"]
+    assert not list(merged.folder.glob(".merged-*"))
+
+
+def test_merged_folder_has_the_runs_own_bytes_and_nothing_of_the_adapter(merged):
+    names = {file.name for file in merged.merged.iterdir()}
+    same = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert same <= names
+    for name in same:
+        assert filecmp.cmp(merged.weights / name, merged.merged / name, shallow=False), name
+    assert not any(name.startswith("adapter") or name.endswith(".bin") for name in names)
+    assert "quantization_config" not in read_json(merged.merged / "config.json")
+
+
+def test_the_cards_own_lines_answer_in_plain_transformers_without_medibot(merged):
+    card("mine")
+    lines = re.search(r"```python\n(.*?)```", (merged.merged / "README.md").read_text(), re.S)
+    assert lines
+    program = lines[1] + 'import sys\nassert not {"medibot", "peft", "bitsandbytes"} & sys.modules.keys()\n'
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=merged.merged, env=os.environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(str(merged.recipe))
+    tokenizer = AutoTokenizer.from_pretrained(merged.weights)
+    weights = model.load_tuned(recipe, merged.weights, torch.float32)
+    prompts = [model.prompt_messages("What is anemia?", recipe.data.system, ())]
+    config = GenerationConfig.from_pretrained(merged.weights)
+    expected = next(model.answer(weights, tokenizer, prompts, config, model.template_kwargs(recipe)))["text"]
+    assert done.stdout.strip() == expected != ""
+
+
+def test_merge_is_done_once_for_each_adapter(merged, capsys):
+    before = read_json(merged.merged / "merge.json")
+    export.merge("mine")
+    assert "merged already" in capsys.readouterr().out
+    file = merged.weights / "adapter_model.safetensors"
+    kept = file.read_bytes()
+    save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    try:
+        export.merge("mine")
+        assert read_json(merged.merged / "merge.json")["adapter"] != before["adapter"]
+    finally:
+        file.write_bytes(kept)
+    export.merge("mine")
+    assert read_json(merged.merged / "merge.json") == before
+
+
+def test_unfaithful_merge_is_refused_and_nothing_of_it_stays(merged, monkeypatch):
+    monkeypatch.setattr(export, "MOST_DIFFERENCE", 0.0)
+    monkeypatch.setattr(export, "is_merged", lambda *_: False)
+    with pytest.raises(RecipeError, match=r"nearest merge \(dequantized\) .* use the adapter as it is"):
+        export.merge("mine")
+    assert not list(merged.folder.glob(".merged-*"))
+
+
+def test_distance_tells_what_differs():
+    trained_logits = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
+    assert export.distance(trained_logits, trained_logits.clone()) == {
+        "greedy_agreement": 1.0,
+        "max_logit_difference": 0.0,
+        "mean_kl": 0.0,
+    }
+    found = export.distance(trained_logits, torch.tensor([[2.5, 2.0, 0.0], [3.0, 0.0, 0.0]]))
+    assert found["greedy_agreement"] == 0.5 and found["max_logit_difference"] == 1.5
+    p, q = (row.softmax(0) for row in (trained_logits[0], torch.tensor([2.5, 2.0, 0.0])))
+    assert found["mean_kl"] == pytest.approx(float((p * (p / q).log()).sum()) / 2, rel=1e-5)
+
+
+def test_without_the_data_the_fixed_questions_are_asked(merged, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(merged.weights)
+    gone = ["data.path=none.jsonl", 'evaluation.questions=["What is anemia?"]']
+    asked, prompts = export.held_out(load_recipe(str(merged.recipe), gone), tokenizer)
+    assert asked == "fixed questions" and [prompt[-1]["content"] for prompt in prompts] == ["What is anemia?"]
+    assert "none.jsonl" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match=r"evaluation\.questions"):
+        export.held_out(load_recipe(str(merged.recipe), gone[:1]), tokenizer)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A full fine-tune of a tiny model with a real tokenizer, which the converter knows, and its GGUF file."""
+    if not SMOLLM2.is_dir():
+        pytest.skip("no models/SmolLM2-135M-Instruct here: run make model")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    subprocess.run(["make", "-o", ".venv/.ready", ".cache/gguf/.ready"], cwd=ROOT, check=True, capture_output=True)
+    base = folder / "tiny"
+    shutil.copytree(SMOLLM2, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=49152, num_key_value_heads=2, tie_word_embeddings=True, **sizes, **ids)
+    ).save_pretrained(base)
+    shutil.copyfile(SMOLLM2 / "generation_config.json", base / "generation_config.json")
+    run = trained(folder, base, "whole", "lora=null", "quantization=null")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "CONVERTER", ROOT / gguf.CONVERTER)
+        gguf.export_gguf("whole")
+    return run
+
+
+def test_full_fine_tune_has_nothing_to_merge(whole, capsys):
+    assert export.merge("whole") == whole.weights and not whole.merged.exists()
+    assert "nothing to merge" in capsys.readouterr().out
+
+
+def test_gguf_file_holds_tokens_template_stops_and_answers(whole):
+    proof = read_json(whole.gguf / "gguf.json")
+    assert proof["greedy_agreement"] == 1.0 and proof["tokens"] >= proof["questions"] == export.QUESTIONS
+    fields = gguf.read_fields(whole.gguf / "whole.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(whole.weights)
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    text = (whole.gguf / "Modelfile").read_text()
+    assert text.startswith("FROM ./whole.gguf\n") and 'PARAMETER stop "<|im_end|>"' in text
+    assert f'SYSTEM """{load_recipe(str(whole.recipe)).data.system}"""' in text
+    assert {file.name for file in whole.gguf.iterdir()} == {"whole.gguf", "Modelfile", "gguf.json"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tokens", lambda tokens: [*tokens[:9], "<other>", *tokens[10:]], "token 9 of the file"),
+        ("tokens", lambda tokens: tokens[:-1], "token 49151 of the file"),
+        ("chat_template", lambda text: text + " ", "chat template is not"),
+        ("eos", lambda _: 0, r"answers end in '<\|im_end\|>', and the file stops at <\|endoftext\|>"),
+    ],
+)
+def test_gguf_file_with_other_words_is_refused(whole, key, value, said):
+    fields = gguf.read_fields(whole.gguf / "whole.gguf")
+    names = {"tokens": "tokenizer.ggml.tokens", "eos": "tokenizer.ggml.eos_token_id"}
+    name = names.get(key, f"tokenizer.{key}")
+    tokenizer, config = AutoTokenizer.from_pretrained(whole.weights), GenerationConfig.from_pretrained(whole.weights)
+    gguf.require_same_words(fields, tokenizer, config)
+    with pytest.raises(RecipeError, match=said):
+        gguf.require_same_words(fields | {name: value(fields[name])}, tokenizer, config)
+
+
+def test_tokenizer_that_the_converter_does_not_know_is_one_line(merged, whole, monkeypatch):
+    monkeypatch.setattr(gguf, "CONVERTER", ROOT / gguf.CONVERTER)
+    with pytest.raises(RecipeError, match="converter cannot turn") as caught:
+        gguf.export_gguf("mine")
+    assert "\n" not in str(caught.value) and not merged.gguf.exists()
+    assert not list(merged.folder.glob(".gguf*"))
+
+
+def test_missing_converter_says_how_to_get_it(merged, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="make export-gguf"):
+        gguf.export_gguf("mine")
+
+
+# --- Ollama's template ------------------------------------------------------------------------------------------------
+
+
+def rendered_as_go(template: str, messages: list[dict[str, str]]) -> str:
+    """What Go's text/template makes of it, by way of Jinja: each action has one counterpart there."""
+    blocks: list[str] = []
+
+    def counterpart(found: re.Match[str]) -> str:
+        action = found[1].strip()
+        test = (
+            re.sub(r'eq (\S+) ("\w*")', r"\1 == \2", action).replace("$before", "ns.before").replace(".Role", "m.role")
+        )
+        if action.startswith(("if ", "range ")):
+            blocks.append(action.split()[0])
+        if action.startswith("range "):
+            return "{% for m in messages %}"
+        if action == "end":
+            return {"if": "{% endif %}", "range": "{% endfor %}"}[blocks.pop()]
+        others = {
+            '$before := ""': "{% set ns = namespace(before='') %}",
+            "$before = .Role": "{% set ns.before = m.role %}",
+        }
+        others |= {".Content": "{{ m.content }}"}
+        return others.get(action) or "{% " + test.replace("else if", "elif") + " %}"
+
+    return jinja2.Template(re.sub(r"\{\{(.*?)\}\}", counterpart, template), keep_trailing_newline=True).render(
+        messages=messages
+    )
+
+
+TURNS = [
+    {"role": role, "content": text}
+    for role, text in [
+        ("user", 'Is "5 < 6" {so}?'),
+        ("assistant", "Yes."),
+        ("user", "Why?\n\n- say"),
+        ("assistant", "It is."),
+    ]
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ollama_renders_conversations_as_the_chat_template_does(family, make_tokenizer):
+    tokenizer = make_tokenizer(family)
+    for system in (True, False) if family != "gemma" else (False,):
+        go = pieces_of(tokenizer, {}, system).go()
+        opening = [{"role": "system", "content": "Be plain."}] if system else []
+        for length in (1, 3):
+            chat = opening + TURNS[:length]
+            wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            assert rendered_as_go(go, chat) == wanted
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}<{{ loop.index }}>{{ m.content }}{% endfor %}", "turn by turn"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "each message once"),
+        ("{{ messages[-1].content }}", "each message once"),
+        ("{% for m in messages %}{{ '{{' }}{{ m.content }}{% endfor %}", "braces"),
+        ("{{ raise_exception('no') }}", "refuses a conversation: no"),
+    ],
+)
+def test_template_that_ollama_cannot_express_is_refused(template, said, make_tokenizer):
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = template
+    with pytest.raises(RecipeError, match=said):
+        pieces_of(tokenizer, {}, False)
+
+
+def test_modelfile_leaves_the_first_token_to_the_engine_that_adds_it(make_tokenizer):
+    tokenizer = make_tokenizer("llama3")
+    pieces = pieces_of(tokenizer, {}, True)
+    config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(["<|eot_id|>"]), max_new_tokens=9)
+    adding, leaving = (modelfile("x.gguf", pieces, "Hi", tokenizer, config, adds) for adds in (True, False))
+    assert "<|begin_of_text|>" not in adding and leaving.count("<|begin_of_text|>") == 2
+    assert 'PARAMETER stop "<|eot_id|>"' in adding and "PARAMETER num_predict 9" in adding
+    assert "PARAMETER temperature 0" in adding and json.dumps("Hi") not in adding

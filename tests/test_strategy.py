@@ -1,0 +1,192 @@
+"""How a training is spread over processes: the batch stays, what cannot work is refused, and real shards train."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_train import FOUR_STEPS, assert_same, losses, miniature  # noqa: F401 - the fixture
+
+from medibot import cli, strategy
+from medibot import train as training
+from medibot.recipe import RecipeError, load_recipe
+from medibot.run import open_run, weights_whole
+
+CONFIGS = ROOT / "accelerate_configs"
+
+
+def quickstart(*overrides):
+    return load_recipe("quickstart", ["quantization=null", *overrides], root=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulated", "processes", "shared"),
+    [
+        (8, 2, 1, (8, 2)), (8, 2, 2, (8, 1)), (8, 2, 4, (4, 1)), (8, 2, 16, (1, 1)), (8, 3, 2, (6, 2)), (4, 3, 2, (3, 2)),
+        (1, 4, 2, (1, 2)), (3, 4, 4, (3, 1)), (5, 7, 5, (1, 7)),
+    ],
+)  # fmt: skip
+def test_the_batch_of_a_step_is_the_recipes_on_any_number_of_processes(rows, accumulated, processes, shared):
+    batch = [f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={accumulated}"]
+    assert strategy.shared_batch(quickstart(*batch), processes) == shared
+    assert shared[0] * shared[1] * processes == rows * accumulated and shared[0] <= rows
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_with_the_numbers():
+    batch = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]
+    with pytest.raises(RecipeError, match=r"4 rows a step cannot be shared by 3 processes \(start one of 1, 2, 4, or"):
+        strategy.shared_batch(quickstart(*batch), 3)
+
+
+def hardware(name, **settings):
+    read = strategy.read_hardware(CONFIGS / f"{name}.yaml")
+    return strategy.Hardware(read.name, read.kind, read.settings | settings)
+
+
+NF4 = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_type=nf4"]
+KWARGS = "training.activation_checkpointing_kwargs"
+CLASHES = [
+    ("fsdp2", {}, NF4, "every GPU would hold all of them"),
+    ("fsdp2", {}, [*NF4, "quantization.bnb_4bit_quant_storage=float32", "model.dtype=bfloat16"], "stored as float32"),
+    ("fsdp2", {}, ["quantization.load_in_8bit=true"], "lose their scales"),
+    ("zero2", {}, ["quantization.load_in_8bit=true"], "lose their scales"),
+    ("fsdp2", {}, ["lora.modules_to_save=[lm_head]"], "not summed over the processes"),
+    ("fsdp2", {"fsdp_activation_checkpointing": True}, [], "save an empty adapter"),
+    ("fsdp2", {"fsdp_activation_checkpointing": True}, ["lora=null", "training.activation_checkpointing=true"], "write one of them"),
+    ("fsdp2", {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, [], "save no model"),
+    ("zero3", {"zero3_save_16bit_model": False}, [], "save shards only"),
+    ("zero3", {}, [f"{KWARGS}={{use_reentrant: false}}", "training.activation_checkpointing=true"], "use_reentrant: true"),
+    ("multi-gpu", {}, [f"{KWARGS}={{use_reentrant: true}}", "training.activation_checkpointing=true"], "use_reentrant: false"),
+    ("fsdp2", {}, ["training.save_only_model=true", "training.load_best_model_at_end=true"], "no best model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings", "overrides", "said"), CLASHES)
+def test_what_upstream_would_spoil_is_refused_before_the_launch(name, settings, overrides, said):
+    with pytest.raises(RecipeError) as caught:
+        strategy.refuse_clashes(quickstart(*overrides), hardware(name, **settings), gpus=8)
+    found = [str(problem) for problem in caught.value.problems if "not installed" not in str(problem)]
+    assert len(found) == 1 and said in found[0] and name in found[0], found
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-2", "single-gpu", "multi-gpu", "multi-node", "fsdp2"])
+@pytest.mark.parametrize("overrides", [[], ["lora=null"], ["lora.use_dora=true"]], ids=["lora", "full", "dora"])
+def test_what_works_is_let_through(name, overrides):
+    strategy.refuse_clashes(quickstart(*overrides), hardware(name), gpus=8)
+
+
+def test_a_machine_that_cannot_shard_is_refused(monkeypatch):
+    with pytest.raises(RecipeError, match="FSDP2 needs GPUs: without them accelerate trains plain data parallel"):
+        strategy.refuse_clashes(quickstart(), hardware("fsdp2"), gpus=0)
+    monkeypatch.setattr(strategy.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=r"DeepSpeed is not installed .*pip install deepspeed"):
+        strategy.refuse_clashes(quickstart(), hardware("zero2"), gpus=2)
+    with pytest.raises(RecipeError, match="start the other machines itself"):
+        strategy.refuse_clashes(
+            quickstart(), hardware("zero3", deepspeed_multinode_launcher="pdsh"), gpus=2, machines=2
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("distributed_type: MULTI_CPU\nnum_processes: 2", "starts one process under MULTI_CPU"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}", "FSDP1 is deprecated"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 1}", "stages that are known"),
+        ("distributed_type: MEGATRON_LM", "take one of accelerate_configs/"),
+        ("- a", "is no accelerate config"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        strategy.read_hardware(tmp_path / "mine.yaml")
+
+
+def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(RecipeError, match="left out of the shards"):
+        cli.launch_training(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), [])
+    assert not list(workplace.iterdir())
+
+
+def test_the_matrix_shows_every_config_and_every_reason(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    names, rows, reasons = strategy.matrix()
+    assert set(names) == {file.stem for file in CONFIGS.glob("*.yaml")}
+    for method, marks in rows:
+        refused = {hardware(name).kind for name, mark in zip(names, marks, strict=True) if mark == "-"}
+        assert refused == {
+            reason.split(":")[0].rpartition(" under ")[2] for reason in reasons if reason.startswith(f"{method} under ")
+        }
+        assert set(marks) <= {"tested", "on CPU", "tried", "upstream", "-"}
+    cli.strategies()
+    said = capsys.readouterr().out
+    assert all(f"- {reason}" in said for reason in reasons)
+
+
+SAME = [
+    "training.optim=sgd",
+    "training.learning_rate=0.1",
+    "lora.lora_dropout=0.0",
+    "training.load_best_model_at_end=false",
+]
+SAME += ["training.train_sampling_strategy=random", "training.activation_checkpointing=true", "tracking=null"]
+SHARDED = {
+    "lora": ["quantization=null"],
+    "nf4": ["quantization.bnb_4bit_quant_storage=float32"],
+    "full": ["quantization=null", "lora=null"],
+}
+
+
+def test_real_shards_train_what_one_process_trains(miniature, make_model, workplace):  # noqa: F811
+    """FSDP2 over two CPU processes with the settings of fsdp2.yaml: weights, losses, checkpoints."""
+    recipes = {name: miniature("quickstart", *FOUR_STEPS, *SAME, *method) for name, method in SHARDED.items()}
+    for name, recipe in recipes.items():
+        training.train(recipe, f"{name}-one")
+    jobs = {name: sharded_overrides(make_model(), *method) for name, method in SHARDED.items()}
+    said = launch_sharded(jobs, workplace)
+    for name in SHARDED:
+        one, two = open_run(f"{name}-one"), open_run(name)
+        assert losses(name) == pytest.approx(losses(f"{name}-one"), abs=1e-5), said
+        (file,) = (path.name for path in one.weights.glob("*.safetensors"))
+        trained = load_file(one.weights / file)
+        # Shards are saved with the tied head written out
+        gathered = {key: tensor for key, tensor in load_file(two.weights / file).items() if key in trained}
+        assert_same(gathered, trained, tolerance=1e-6)
+        assert (
+            two.last_checkpoint().name == "checkpoint-4"
+            and (two.last_checkpoint() / "pytorch_model_fsdp.bin").is_file()
+        )
+    assert "1 per device x 1 accumulated x 2 processes = 2 rows a step" in said
+
+
+def sharded_overrides(model, *method):
+    from test_train import MINIATURE
+
+    return [f"model.pretrained_model_name_or_path={model}", *MINIATURE, *FOUR_STEPS, *SAME, *method]
+
+
+def launch_sharded(jobs, folder):
+    """Start tests/sharded.py on two processes with fsdp2.yaml; gives what it printed."""
+    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text()) | {"use_cpu": True}
+    (folder / "fsdp2.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "fsdp2.yaml"]
+    command += ["--num_processes", "2", ROOT / "tests" / "sharded.py", json.dumps(jobs)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_folder_with_an_empty_adapter_holds_no_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    assert not weights_whole(tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    assert not weights_whole(tmp_path)
