@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from medibot import cpu
 from medibot.memory import casts, skeleton, text_config
 from medibot.recipe import Recipe
 
@@ -120,22 +121,22 @@ def traced(
 def head(
     gpu: bool,
     training: bool,
-    positions: int,
     supervised: int,
     config: PretrainedConfig,
     compute: torch.dtype,
     full: bool,
 ) -> int:
-    """Bytes that TRL's fused head and loss need on top, at their highest point.
+    """Bytes that the head and the loss need on top, at their highest point; they score the `supervised` positions alone.
 
-    On a GPU it takes the supervised positions alone and one tile of logits at a time; on a CPU it takes all positions,
-    and its torch operations hold eight float32 tiles and a boolean one at once in the backward pass, four and one in the
-    forward pass. `full`: the head is trained, too.
+    On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU `medibot.cpu`'s, two tiles in float32. Both
+    keep the hidden states of those positions and their gradient. `full`: the head is trained, too.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    scored = supervised if gpu else positions
-    width = min(TILE[1], vocabulary)
-    tile = min(TILE[0], scored) * width
-    logits = tile * compute.itemsize if gpu else (8 if training else 4) * 4 * tile + tile
-    states = scored * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))
-    return logits + states + ((4 * vocabulary + compute.itemsize * width) * hidden if full else 0)
+    if gpu:
+        width = min(TILE[1], vocabulary)
+        logits = min(TILE[0], supervised) * width * compute.itemsize
+        cast = width * hidden * compute.itemsize
+    else:
+        logits, cast = 2 * 4 * min(cpu.TILE, supervised) * vocabulary, 0
+    states = supervised * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))
+    return logits + states + (4 * vocabulary * hidden + cast if full else 0)

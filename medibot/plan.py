@@ -150,8 +150,7 @@ class Plan:
     def head(self, positions: int, training: bool) -> int:
         supervised = math.ceil(positions * self.supervised_share)
         full = training and self.recipe.lora is None
-        of = (self.device.gpu, training, positions, supervised, self.config, self.device.compute, full)
-        return activations.head(*of)
+        return activations.head(self.device.gpu, training, supervised, self.config, self.device.compute, full)
 
     def fits(self, rows: int | None = None, checkpointing: bool | None = None) -> bool:
         return self.memory(rows, checkpointing)["peak"] <= self.device.capacity
