@@ -205,7 +205,11 @@ def card_text(this: Run, recipe: Recipe, folder: Path) -> str:
         written=yaml.safe_dump(public(recipe.as_dict()), sort_keys=False, allow_unicode=True, width=120),
     )
     front = front_matter(this, recipe, folder, base, data, results)
-    return f"---\n{front.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    text = f"---\n{front.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    # Results name the file where it lay
+    return text.replace(recipe.data.path, data["name"]).replace(
+        recipe.model["pretrained_model_name_or_path"], base["name"]
+    )
 
 
 def front_matter(
