@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from jinja2 import Environment
 
 from medibot.data import SUFFIXES
@@ -253,7 +253,7 @@ def base_facts(recipe: Recipe, identity: dict[str, str]) -> dict[str, Any]:
     try:
         if "hub" in identity or file.is_file():
             data = ModelCard.load(path if "hub" in identity else file, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         print(f"warning: the base model's card cannot be read: {str(error).splitlines()[0]}")
     found = {f"licence{end}": data.get(f"license{end}") for end in ("", "_name", "_link")}
     return {"name": public(path), "hub": identity.get("hub")} | found
