@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from jinja2 import Environment
 
 from medibot.data import SUFFIXES
@@ -205,7 +205,11 @@ def card_text(this: Run, recipe: Recipe, folder: Path) -> str:
         written=yaml.safe_dump(public(recipe.as_dict()), sort_keys=False, allow_unicode=True, width=120),
     )
     front = front_matter(this, recipe, folder, base, data, results)
-    return f"---\n{front.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    text = f"---\n{front.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    # Results name the file where it lay
+    return text.replace(recipe.data.path, data["name"]).replace(
+        recipe.model["pretrained_model_name_or_path"], base["name"]
+    )
 
 
 def front_matter(
@@ -249,7 +253,7 @@ def base_facts(recipe: Recipe, identity: dict[str, str]) -> dict[str, Any]:
     try:
         if "hub" in identity or file.is_file():
             data = ModelCard.load(path if "hub" in identity else file, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         print(f"warning: the base model's card cannot be read: {str(error).splitlines()[0]}")
     found = {f"licence{end}": data.get(f"license{end}") for end in ("", "_name", "_link")}
     return {"name": public(path), "hub": identity.get("hub")} | found

@@ -87,8 +87,13 @@ def convert(weights: Path, file: Path) -> Path:
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """The tokenizer's part of the file's metadata."""
-    return {name: field.contents() for name, field in GGUFReader(file).fields.items() if name.startswith("tokenizer.")}
+    """The tokenizer's part of the file's metadata, without merges and token types."""
+    fields = GGUFReader(file).fields
+    return {
+        name: field.contents()
+        for name, field in fields.items()
+        if name.startswith("tokenizer.") and not name.endswith((".merges", ".token_type"))
+    }
 
 
 def adds_bos(fields: dict[str, Any]) -> bool:

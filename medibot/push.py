@@ -6,7 +6,7 @@ medibot push --run quickstart --repo me/medibot-quickstart --yes
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from medibot.recipe import Recipe, RecipeError, load_recipe
@@ -109,7 +109,7 @@ def send(folder: Path, files: list[Path], repo: str, public: bool, message: str)
         )
     except RepositoryNotFoundError as error:
         raise RecipeError.of("push", f"no access to {repo}", "log in: hf auth login") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise RecipeError.of(
             "push", f"the hub says: {' '.join(str(error).split())}", "log in: hf auth login"
         ) from error

@@ -93,8 +93,10 @@ class Hub(BaseHTTPRequestHandler):
     received: dict[str, bytes]
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.body()
         self.asked.append(self.path)
+        if self.path == "/api/validate-yaml":
+            return self.say({"errors": [], "warnings": []})
         if self.path == "/api/repos/create":
             self.created.append(json.loads(body))
             return self.say({"url": f"http://{self.headers['Host']}/me/mine"})
@@ -105,6 +107,16 @@ class Hub(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 self.received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         return self.say({"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/1", "commitOid": "1" * 40})
+
+    def body(self):
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def do_GET(self):
         self.asked.append(self.path)
@@ -146,7 +158,7 @@ def test_push_shows_what_would_go_out_and_sends_nothing(run, hub, capsys):
 
 def test_push_sends_the_folder_into_a_private_repository(run, hub, capsys):
     push("mine", "me/mine", yes=True)
-    assert hub.created[0]["private"] is True
+    assert hub.created[0]["visibility"] == "private"
     expected = {file.name for file in run.weights.iterdir()} - {"training_args.bin"}
     assert set(hub.received) == expected
     for name, content in hub.received.items():
@@ -156,7 +168,7 @@ def test_push_sends_the_folder_into_a_private_repository(run, hub, capsys):
 
 def test_public_is_only_what_was_asked_for(run, hub):
     push("mine", "me/mine", public=True, yes=True)
-    assert hub.created[0]["private"] is False and hub.received
+    assert hub.created[0]["visibility"] == "public" and hub.received
     hub.received.clear()
     hub.private = False
     with pytest.raises(RecipeError, match="me/mine is public"):
