@@ -208,7 +208,7 @@ METHODS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "DoRA": (None, {"use_dora": True}),
     "LoRA and whole modules": (None, {"modules_to_save": ["lm_head"]}),
     "QLoRA, 4-bit": (FOUR_BIT, {}),
-    "QLoRA, 4-bit in bfloat16": (FOUR_BIT | {"bnb_4bit_quant_storage": "bfloat16"}, {}),
+    "QLoRA, 4-bit, float storage": (FOUR_BIT | {"bnb_4bit_quant_storage": "bfloat16"}, {}),
     "QLoRA, 8-bit": ({"load_in_8bit": True}, {}),
     "full": (None, None),
 }
