@@ -448,13 +448,26 @@ def visible_gpus() -> int:
 
 
 def fail(code: int, message: str) -> NoReturn:
-    """Say why once on each machine, and leave the exit code where the launcher cannot lose it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Say why once on each machine, and leave the exit code where the launcher cannot lose it.
+
+    The first process to fail has the reason; what the others run into afterwards is only that it is gone.
+    """
+    if first_to_fail(code):
         print(message, file=sys.stderr, flush=True)
-        if "MEDIBOT_EXIT" in os.environ:
-            Path(os.environ["MEDIBOT_EXIT"]).write_text(str(code))
     # torchrun kills the other processes when one fails, and stopping is no failure
     sys.exit(0 if code == STOPPED and "MEDIBOT_EXIT" in os.environ else code)
+
+
+def first_to_fail(code: int) -> bool:
+    """Whether no other process of this machine has left an exit code; leaves `code` if so."""
+    if "MEDIBOT_EXIT" not in os.environ:
+        return True
+    try:
+        with Path(os.environ["MEDIBOT_EXIT"]).open("x") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    return True
 
 
 def main() -> None:

@@ -208,19 +208,27 @@ METHODS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "DoRA": (None, {"use_dora": True}),
     "LoRA and whole modules": (None, {"modules_to_save": ["lm_head"]}),
     "QLoRA, 4-bit": (FOUR_BIT, {}),
-    "QLoRA, 4-bit in bfloat16": (FOUR_BIT | {"bnb_4bit_quant_storage": "bfloat16"}, {}),
+    "QLoRA, 4-bit, float storage": (FOUR_BIT | {"bnb_4bit_quant_storage": "bfloat16"}, {}),
     "QLoRA, 8-bit": ({"load_in_8bit": True}, {}),
     "full": (None, None),
 }
+
+
+def evidence(mark: str, *methods: str) -> dict[str, str]:
+    return dict.fromkeys(methods, mark)
+
+
+TWO_PROCESSES = evidence("on CPU", "LoRA")
 EVIDENCE: dict[str, dict[str, str]] = {
-    "cpu": {},
-    "cpu-2": {},
+    "cpu": evidence("tested", "LoRA", "DoRA", "QLoRA, 4-bit", "QLoRA, 4-bit, float storage", "full")
+    | evidence("tried", "LoRA and whole modules", "QLoRA, 8-bit"),
+    "cpu-2": evidence("tested", "LoRA"),
     "single-gpu": {},
-    "multi-gpu": {},
-    "multi-node": {},
-    "fsdp2": {},
-    "zero2": {},
-    "zero3": {},
+    "multi-gpu": TWO_PROCESSES,
+    "multi-node": TWO_PROCESSES,
+    "fsdp2": evidence("on CPU", "LoRA", "QLoRA, 4-bit, float storage", "full") | evidence("tried", "DoRA"),
+    "zero2": evidence("tried", "LoRA"),
+    "zero3": evidence("tried", "LoRA"),
 }
 LEGEND = """\
 tested    a test of this repository trains it so

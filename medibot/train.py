@@ -435,11 +435,20 @@ def explained(this: Run, trainer: CountingTrainer, planned: Plan) -> Generator[N
             why = " ".join(str(error).split())
             what = f"cannot be written, {free / 1e9:.1f} GB free: {why} ({kept})"
             raise RecipeError.of(str(this.folder), what, "make room; the same command then goes on") from error
+        if PartialState().num_processes > 1 and peer_lost(error):
+            what = f"another process of this run ended, or cannot be reached ({kept})"
+            raise RecipeError.of("accelerate", what, "what it said stands above; the same command goes on") from error
         raise
 
 
 def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def peer_lost(error: Exception) -> bool:
+    """A collective that lost a process, as gloo and nccl say it."""
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return any(words in str(error) for words in said)
 
 
 def unwritable(error: Exception) -> bool:

@@ -1,7 +1,11 @@
-"""Mutated recipes and data files: what comes of them is a recipe, a data set, or one line; never a traceback."""
+"""Mutated recipes and data files: what comes of them is a recipe, a data set, or one line; never a traceback.
+
+MEDIBOT_FUZZ=long .venv/bin/python -m pytest tests/test_fuzz.py     # trains on all that loads, not on a sample of it
+"""
 
 import io
 import json
+import os
 import random
 import re
 
@@ -18,6 +22,7 @@ from medibot import train as training
 from medibot.recipe import RecipeError, load_recipe
 from medibot.run import open_run
 
+LONG = os.environ.get("MEDIBOT_FUZZ") == "long"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ROWS = [json.loads(line) for line in SAMPLE.read_text().splitlines()[:24]]
 SCALARS = [
@@ -144,6 +149,7 @@ def small(make_model, workplace):
     return make
 
 
+@pytest.mark.timeout(3600 if LONG else 600)
 def test_a_mutated_data_file_is_trained_on_or_said_in_a_line(small, workplace, capfd):
     outcomes = {"read": 0, "refused": 0, "trained": 0}
     for seed in range(240):
@@ -154,7 +160,7 @@ def test_a_mutated_data_file_is_trained_on_or_said_in_a_line(small, workplace, c
             recipe = small(file)
             preview.inspect_recipe(recipe, None, None)
             outcomes["read"] += 1
-            if outcomes["read"] % 6 == 0:
+            if LONG or outcomes["read"] % 6 == 0:
                 training.train(recipe, f"fuzzed-{seed}")
                 assert open_run(f"fuzzed-{seed}").record()["status"] == "finished"
                 outcomes["trained"] += 1
@@ -178,10 +184,11 @@ def test_a_cell_of_ten_megabytes_is_counted_and_left_out(small, workplace, capsy
     assert sum(dropped.values()) >= 1 and "What is long?" not in str(prepared.load("train")["prompt"])
 
 
+@pytest.mark.timeout(3600 if LONG else 600)
 def test_a_mutated_recipe_that_loads_also_inspects_and_trains(make_model, workplace, capfd):
     text = (ROOT / "recipes" / "quickstart.yaml").read_text()
     trained = 0
-    for seed in range(400):
+    for seed in range(600):
         draw = random.Random(seed)
         file = workplace / "mutated.yaml"
         file.write_text(mutated(text, draw), encoding="utf-8")
@@ -198,6 +205,6 @@ def test_a_mutated_recipe_that_loads_also_inspects_and_trains(make_model, workpl
             assert not open_run(name).weights.exists()
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}\n{file.read_text()}") from error
-        if trained >= 20:
+        if trained >= 20 and not LONG:
             break
     assert trained >= 20

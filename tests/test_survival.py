@@ -96,8 +96,9 @@ def test_signal_before_the_training_began_ends_it_and_leaves_nothing(launch):
     assert not open_run("early").folder.exists()
 
 
-def test_a_process_that_dies_takes_the_run_down(launch):
-    torn = launch("torn", "cpu-2")
+def test_a_process_that_dies_takes_the_run_down_and_the_run_goes_on(launch):
+    saves = ["training.save_strategy=steps", "training.save_steps=1", "training.max_steps=20"]
+    torn = launch("torn", "cpu-2", *saves)
     wait_for_steps("torn", 3)
     ranks = [
         p for p in descendants(torn) if "medibot" in p.cmdline() and "accelerate.commands.launch" not in p.cmdline()
@@ -107,8 +108,12 @@ def test_a_process_that_dies_takes_the_run_down(launch):
     killed = time.monotonic()
     said = torn.communicate(timeout=60)
     assert torn.returncode != 0 and time.monotonic() - killed < 30
-    assert "Signal 9 (SIGKILL)" in said[1]
+    assert "Signal 9 (SIGKILL)" in said[1] and "another process of this run ended" in said[1], said[1]
     assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
+    again = launch("torn", "cpu-2", *saves)
+    said = again.communicate(timeout=200)
+    assert again.returncode == 0 and "going on from" in said[0], said[1][-3000:]
+    assert len(losses("torn")) == 20
 
 
 SRUN = """#!/usr/bin/env bash
