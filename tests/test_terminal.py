@@ -163,7 +163,7 @@ def test_columns_hold_both_answers_whole():
     assert terminal.columns(["one two", "x"], 8) == "one two  | x"
 
 
-def read_until(descriptor: int, wanted: str, seconds: float = 90) -> str:
+def read_until(descriptor: int, wanted: str, seconds: float = 300) -> str:
     """What the program wrote up to `wanted`."""
     said, end = "", time.monotonic() + seconds
     while wanted not in said and time.monotonic() < end:
