@@ -32,9 +32,9 @@ def export_gguf(name: str) -> Path:
 
     A file whose tokens, template, stop tokens or answers differ is refused with a RecipeError and not kept.
     """
-    weights = merge(name)
     this = finished_run(name)
     require_converter()
+    weights = merge(name)
     recipe = load_recipe(str(this.recipe))
     model.quiet_upstream()
     with claimed(this, True):
@@ -132,9 +132,13 @@ def compared(
     dtype = whole.dtype
     del whole
     dequantize = GgufConfig(dequantize=True)
-    back = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=dequantize, dtype=dtype
-    ).eval()
+    try:
+        back = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=dequantize, dtype=dtype
+        ).eval()
+    except (ValueError, NotImplementedError) as error:
+        what = f"transformers cannot read the file back to compare it: {' '.join(str(error).split())}"
+        raise RecipeError.of("export-gguf", what, "convert by hand, and compare by hand") from error
     found = distance(expected, logits(back, sequences))
     if found["greedy_agreement"] < LEAST_AGREEMENT:
         what = f"the file answers like {weights} in {found['greedy_agreement']:.1%} of the tokens only"
