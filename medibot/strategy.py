@@ -109,11 +109,6 @@ def clashes(
         yield from fsdp_quantization_clashes(quantization or {}, model)
     elif hardware.kind == "ZeRO-3":
         yield from zero3_clashes(hardware.settings, training, lora)
-    if hardware.kind.startswith("ZeRO") and quantization and quantization.get("load_in_8bit"):
-        yield Finding("quantization.load_in_8bit", EIGHT_BIT, "load_in_4bit, or ACCELERATE=multi-gpu")
-
-
-EIGHT_BIT = "8-bit weights lose their scales when they are moved into shards"
 
 
 def ddp_clashes(training: Section) -> Iterator[Finding]:
@@ -144,7 +139,8 @@ def fsdp_clashes(settings: Section, training: Section, lora: Section | None) -> 
 def fsdp_quantization_clashes(quantization: Section, model: Section) -> Iterator[Finding]:
     if quantization.get("load_in_8bit"):
         # torch/nn/parameter.py: Int8Params.detach returns a plain tensor
-        yield Finding("quantization.load_in_8bit", EIGHT_BIT, "load_in_4bit, or ACCELERATE=multi-gpu")
+        what = "8-bit weights cannot be made shards: torch refuses bitsandbytes' Int8Params"
+        yield Finding("quantization.load_in_8bit", what, "load_in_4bit, or ACCELERATE=multi-gpu")
     storage, dtype = quantization.get("bnb_4bit_quant_storage") or "uint8", model.get("dtype", "auto")
     same = storage == dtype if dtype != "auto" else storage in ("bfloat16", "float16", "float32")
     if quantization.get("load_in_4bit") and not same:
@@ -222,13 +218,13 @@ TWO_PROCESSES = evidence("on CPU", "LoRA")
 EVIDENCE: dict[str, dict[str, str]] = {
     "cpu": evidence("tested", "LoRA", "DoRA", "QLoRA, 4-bit", "QLoRA, 4-bit, float storage", "full")
     | evidence("tried", "LoRA and whole modules", "QLoRA, 8-bit"),
-    "cpu-2": evidence("tested", "LoRA"),
+    "cpu-2": evidence("tested", "LoRA") | evidence("tried", "full"),
     "single-gpu": {},
-    "multi-gpu": TWO_PROCESSES,
+    "multi-gpu": TWO_PROCESSES | evidence("tried", "full"),
     "multi-node": TWO_PROCESSES,
     "fsdp2": evidence("on CPU", "LoRA", "QLoRA, 4-bit, float storage", "full") | evidence("tried", "DoRA"),
-    "zero2": evidence("tried", "LoRA"),
-    "zero3": evidence("tried", "LoRA"),
+    "zero2": evidence("tried", "LoRA", "QLoRA, 4-bit", "QLoRA, 8-bit", "full"),
+    "zero3": evidence("tried", "LoRA", "QLoRA, 4-bit"),
 }
 LEGEND = """\
 tested    a test of this repository trains it so

@@ -646,11 +646,12 @@ def global_batch_size(trainer: SFTTrainer) -> int:
 
 
 def parameter_counts(weights: PreTrainedModel) -> tuple[int, int]:
-    """(trainable, all) parameters; 4-bit weights count as the two values that each stored byte holds."""
+    """(trainable, all) parameters, shards elsewhere included; a byte of 4-bit weights holds two values."""
     counts = {True: 0, False: 0}
     for parameter in weights.parameters():
         packed = 2 * parameter.element_size() if parameter.__class__.__name__ == "Params4bit" else 1
-        counts[parameter.requires_grad] += parameter.numel() * packed
+        # DeepSpeed notes on what it has sharded how large that is in all
+        counts[parameter.requires_grad] += vars(parameter).get("ds_numel", parameter.numel()) * packed
     return counts[True], counts[True] + counts[False]
 
 
