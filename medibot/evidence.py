@@ -33,6 +33,8 @@ from medibot.run import Run, read_json
 FILE = "evidence.json"
 CAREFUL = "Nothing close in the training data: be careful with this answer."
 CLOSE = "Nearest in the training data (1.00: your question names all of its topic):"
+# "How is it treated?" asks about what was asked before; a question on something new must not borrow its sources
+POINTS_BACK = re.compile(r"\b(?:it|its|they|them|their|this|that|these|those)\b")
 # What a recipe may name a column for: `evaluation.evidence`
 COLUMNS = ("topic", "source", "document", "url")
 # Questions that the threshold is measured on, and how many are compared at once
@@ -115,8 +117,9 @@ class Evidence:
         return self.nearest(question, 1)[0].similarity >= self.threshold
 
     def about(self, questions: list[str]) -> str:
-        """What a conversation's last question is about: with the one before it where alone it names nothing close."""
-        return questions[-1] if self.close(questions[-1]) else " ".join(questions[-2:])
+        """What a conversation's last question is about: with the one before it where it points back and alone is not close."""
+        last = questions[-1]
+        return last if self.close(last) or not POINTS_BACK.search(last.lower()) else " ".join(questions[-2:])
 
     def lines(self, question: str, count: int = 3) -> list[str]:
         """What is shown under an answer: the close ones, or a warning and the nearest."""

@@ -111,6 +111,8 @@ def test_evidence_shows_five_and_which_are_close(chat, capsys):
     chat.take("/evidence")
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 5 and shown[0].startswith("close  1.00") and "topic: Gout; MediBot sample" in shown[0]
+    # What does not point back does not borrow the sources of what was asked before
+    assert not chat.evidence.close(chat.evidence.about(["What causes gout?", "Who sells bicycles?"]))
 
 
 def test_unknown_command_is_answered_with_help(chat, capsys):
