@@ -42,6 +42,7 @@ SHORT = [
     "training.logging_steps=1",
     "evaluation.questions=[]",
     "evaluation.by=null",
+    "evaluation.evidence=null",
     "tracking=null",
 ]
 
