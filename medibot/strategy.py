@@ -224,7 +224,7 @@ EVIDENCE: dict[str, dict[str, str]] = {
     "multi-node": TWO_PROCESSES,
     "fsdp2": evidence("on CPU", "LoRA", "QLoRA, 4-bit, float storage", "full") | evidence("tried", "DoRA"),
     "zero2": evidence("tried", "LoRA", "QLoRA, 4-bit", "QLoRA, 8-bit", "full"),
-    "zero3": evidence("tried", "LoRA", "QLoRA, 4-bit"),
+    "zero3": evidence("tried", "LoRA", "QLoRA, 4-bit", "full"),
 }
 LEGEND = """\
 tested    a test of this repository trains it so
