@@ -743,12 +743,15 @@ def test_page_stops_by_button_and_by_escape_and_frees_the_model(browser, server)
 
 @in_a_browser
 def test_page_says_where_to_call_before_any_answer(browser, server):
-    with opened(browser, server) as tab:
+    # So low that the notice would be below
+    with opened(browser, server, viewport={"width": 360, "height": 480}) as tab:
         tab.get_by_label("Your question").fill(EMERGENCY[0]["content"])
         with held(server):
             tab.keyboard.press("Enter")
             alarm = tab.get_by_role("alert")
             alarm.wait_for()
+            seen = alarm.bounding_box()
+            assert seen["y"] >= 0 and seen["y"] + seen["height"] < 481
             assert alarm.text_content() == care.EMERGENCY and said_by(tab, "base") == said_by(tab, "tuned") == ""
             above = "document.getElementById('emergency').getBoundingClientRect().bottom <= document.getElementById('answers').getBoundingClientRect().top"
             assert tab.evaluate(above)
