@@ -184,6 +184,7 @@ def chat(
     talk(run, Decoding(max_new_tokens, temperature))
 
 
+@app.command()
 def serve(
     run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")] = 8000,

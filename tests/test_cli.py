@@ -81,7 +81,7 @@ def test_one_cpu_process_is_started_as_accelerate_would_start_it(monkeypatch):
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     config = ROOT / "accelerate_configs" / "cpu.yaml"
-    assert cli.hardware(config) == cli.ONE_CPU_PROCESS
+    assert cli.read_hardware(config).settings == cli.ONE_CPU_PROCESS
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
     words = ["--config_file", str(config), "--num_cpu_threads_per_process", "1", "-m", "medibot", "train"]
