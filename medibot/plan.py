@@ -22,7 +22,7 @@ from medibot.schedule import UTILISATION, Schedule, flat, schedule, setting
 
 # Measured on CPUs, glibc 2.36 (benchmarks/plan.py): what a training's process grows by beside what is counted here, and
 # the share of what a layer allocates and frees that the heap cannot use again
-LATER, HOLES = 25_000_000, 0.42
+LATER, HOLES = 25_000_000, 0.22
 
 
 class Plan:
