@@ -6,6 +6,8 @@ import io
 import os
 import pty
 import re
+import select
+import signal
 import struct
 import subprocess
 import sys
@@ -165,10 +167,10 @@ def test_columns_hold_both_answers_whole():
     assert terminal.columns(["one two", "x"], 8) == "one two  | x"
 
 
-def read_until(descriptor: int, wanted: str, seconds: float = 300) -> str:
+def read_until(descriptor: int, wanted: str, seconds: float = 120) -> str:
     """What the program wrote up to `wanted`."""
     said, end = "", time.monotonic() + seconds
-    while wanted not in said and time.monotonic() < end:
+    while wanted not in said and select.select([descriptor], [], [], max(0, end - time.monotonic()))[0]:
         said += os.read(descriptor, 4096).decode(errors="replace")
     assert wanted in said, said[-2000:]
     return said
@@ -189,9 +191,15 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(speaker):  # noqa: F811
         "--temperature",
         "2",
     ]
+
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # Tests that run side by side ignore it, and what they start inherits that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     program = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "dumb"}, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )  # fmt: skip
     try:
         assert care.NOTICE.split(":")[0] in read_until(ours, "> ")
