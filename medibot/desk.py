@@ -13,7 +13,6 @@ from typing import Any
 import jinja2
 
 from medibot import evidence, wire
-from medibot.care import NOTICE
 from medibot.chat import Message, Reply, Speaker, require_conversation
 from medibot.evidence import Evidence
 from medibot.recipe import RecipeError
@@ -102,7 +101,7 @@ class Desk:
             )
             raise Refusal(400, what, "messages", "context_length_exceeded")
         emergency = self.speaker.notice(messages[-1]["content"])
-        return ids, {"notice": NOTICE, "emergency": emergency, "evidence": self.evidence_for(messages)}
+        return ids, {"notice": self.speaker.about, "emergency": emergency, "evidence": self.evidence_for(messages)}
 
     def evidence_for(self, messages: list[Message]) -> dict[str, Any] | None:
         """What the training data has that is close, or that nothing is; None for a run that kept no evidence."""

@@ -27,7 +27,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medibot import wire
-from medibot.care import NOTICE
 from medibot.chat import MODELS, Speaker
 from medibot.desk import Answer, Desk
 from medibot.recipe import RecipeError
@@ -61,7 +60,9 @@ def serve(name: str, port: int) -> None:
         # uvicorn stops at these, then sends itself the signal again for whoever handled it before
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
-        print(f"{NOTICE}\n{name}: {address} (page), {address}/v1 (OpenAI-style); Ctrl-C stops it", flush=True)
+        print(
+            f"{desk.speaker.about}\n{name}: {address} (page), {address}/v1 (OpenAI-style); Ctrl-C stops it", flush=True
+        )
         server.run([listener])
         desk.close()
     print("stopped", flush=True)
@@ -101,7 +102,7 @@ class Server(uvicorn.Server):
 def application(desk: Desk) -> ASGIApp:
     """The web application: page, health, models, chat completions."""
     run, base = desk.speaker.run.name, desk.speaker.recipe.model["pretrained_model_name_or_path"]
-    markup, policy = page(run, base, desk.speaker.recipe.evaluation.questions)
+    markup, policy = page(run, base, desk.speaker.about, desk.speaker.recipe.evaluation.questions)
     cards = wire.model_cards(base, run, desk.created)
 
     async def home(_: Request) -> Response:
@@ -109,7 +110,7 @@ def application(desk: Desk) -> ASGIApp:
 
     async def health(_: Request) -> Response:
         line = {"running": desk.line.running, "waiting": len(desk.line.waiting)}
-        return JSONResponse({"status": "ok", "run": run, "notice": NOTICE} | line)
+        return JSONResponse({"status": "ok", "run": run, "notice": desk.speaker.about} | line)
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": cards})
@@ -225,12 +226,12 @@ def guarded(app: ASGIApp) -> ASGIApp:
     return guard
 
 
-def page(run: str, base: str, questions: list[str]) -> tuple[str, str]:
+def page(run: str, base: str, notice: str, questions: list[str]) -> tuple[str, str]:
     """(markup, content security policy): the page loads nothing and runs no script but its own."""
     template = jinja2.Environment(autoescape=True).from_string(
         Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     )
-    markup = template.render(run=run, base=base, notice=NOTICE, questions=questions)
+    markup = template.render(run=run, base=base, notice=notice, questions=questions)
     style, script = (
         base64.b64encode(hashlib.sha256(found.encode()).digest()).decode()
         for found in re.findall(r"<(?:style|script)>(.*?)</", markup, re.DOTALL)
