@@ -571,7 +571,7 @@ def test_four_hundred_broken_requests_break_nothing(server, monkeypatch):
 
 def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):  # noqa: F811
     # -o: whatever make thinks of the environment's age, the tests already run in it
-    command = ["make", "-o", ".venv/.ready", "serve", "RUN=talker", "PORT=0"]
+    command = ["make", "--no-print-directory", "-o", ".venv/.ready", "serve", "RUN=talker", "PORT=0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
     for line in process.stdout:

@@ -203,8 +203,6 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(speaker):  # noqa: F811
     )  # fmt: skip
     try:
         assert care.NOTICE.split(":")[0] in read_until(ours, "> ")
-        os.write(ours, b"\x03")
-        read_until(ours, "/quit or Ctrl-D")
         os.write(ours, b"/both\n")
         read_until(ours, "base and tuned")
         os.write(ours, b"What is gout?\n")
@@ -220,3 +218,16 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(speaker):  # noqa: F811
         program.kill()
         os.close(ours)
         os.close(theirs)
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_end_and_ends_nothing(monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "What is gout?", EOFError])
+
+    def type_next(prompt: str) -> str:
+        if isinstance(found := next(typed), str):
+            return found
+        raise found
+
+    monkeypatch.setattr("builtins.input", type_next)
+    assert list(terminal.lines(interactive=True)) == ["What is gout?"]
+    assert "/quit or Ctrl-D" in capsys.readouterr().out
