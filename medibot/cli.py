@@ -351,7 +351,15 @@ def launch_training(recipe: str, overrides: list[str], own: list[str], accelerat
         if code.is_file():
             # The launcher turns every failure into 1
             return int(code.read_text())
-        return 128 + received[0] if received else 128 - finished if finished < 0 else finished
+        if received:
+            return 128 + received[0]
+        if finished:
+            # A process that was killed says nothing itself, and torchrun ends the others before they can
+            how = f"signal {-finished}" if finished < 0 else f"code {finished}"
+            print(
+                f"the training was ended ({how}): what stands above says why; the same command goes on", file=sys.stderr
+            )
+        return 128 - finished if finished < 0 else finished
 
 
 def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:

@@ -108,7 +108,10 @@ def test_a_process_that_dies_takes_the_run_down_and_the_run_goes_on(launch):
     killed = time.monotonic()
     said = torn.communicate(timeout=60)
     assert torn.returncode != 0 and time.monotonic() - killed < 30
-    assert "Signal 9 (SIGKILL)" in said[1] and "another process of this run ended" in said[1], said[1]
+    assert "Signal 9 (SIGKILL)" in said[1], said[1]
+    # Either the other process noticed first, or torchrun ended it
+    ended = ("another process of this run ended", "the training was ended (code 1): what stands above says why")
+    assert any(line in said[1] for line in ended), said[1]
     assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
     again = launch("torn", "cpu-2", *saves)
     said = again.communicate(timeout=200)
@@ -158,7 +161,9 @@ def test_the_slurm_script_trains_on_two_nodes_stops_at_the_signal_and_goes_on(la
     said = job.communicate(timeout=90)[0]
     assert job.returncode == 75, said
     assert (workplace / "requeued").read_text() == "requeue 7\n"
-    assert open_run("nodes").record()["status"] == "stopped" and "Traceback" not in said
+    # torchrun logs a traceback, and goes on, where the first machine leaves its last barrier before the second has heard
+    ours = [line for line in said.splitlines() if "torch/distributed/elastic/agent/server/api.py" not in line]
+    assert open_run("nodes").record()["status"] == "stopped" and not any("Traceback" in line for line in ours), said
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr[-3000:]
     assert_same(adapter("nodes"), adapter("whole"), tolerance=1e-5)
