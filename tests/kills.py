@@ -122,7 +122,7 @@ def main() -> None:
             "quantization=null",
             "lora.lora_dropout=0.1",
             "tracking=null",
-            f"training.max_steps={max(12, 4 * given.kills)}",
+            f"training.max_steps={40 + 4 * given.kills}",
             "training.max_length=2048",
             "training.per_device_train_batch_size=1",
             "training.gradient_accumulation_steps=2",
