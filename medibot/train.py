@@ -3,7 +3,6 @@
 accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train quickstart
 """
 
-import errno
 import math
 import os
 import resource
@@ -430,7 +429,7 @@ def explained(this: Run, trainer: CountingTrainer, planned: Plan) -> Generator[N
             what = f"out of memory at {rows} rows of up to {planned.longest} tokens ({kept})"
             remedy = f"the plan was {needed:.1f} of {planned.device.capacity / GB:.1f} GB: {planned.advice()}"
             raise RecipeError.of("training", what, remedy) from error
-        if unwritable(error):
+        if run.unwritable(error):
             free = shutil.disk_usage(this.folder).free
             why = " ".join(str(error).split())
             what = f"cannot be written, {free / 1e9:.1f} GB free: {why} ({kept})"
@@ -449,13 +448,6 @@ def peer_lost(error: Exception) -> bool:
     """A collective that lost a process, as gloo and nccl say it."""
     said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
     return any(words in str(error) for words in said)
-
-
-def unwritable(error: Exception) -> bool:
-    """A full or read-only disk, as Python, torch and safetensors say it."""
-    numbers = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-    said = ("PytorchStreamWriter", "No space left", "File too large", "Disk quota", "Read-only file system")
-    return getattr(error, "errno", None) in numbers or any(words in str(error) for words in said)
 
 
 def upload(inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:

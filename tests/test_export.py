@@ -3,6 +3,7 @@
 import filecmp
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from conftest import FAMILIES, ROOT
 from safetensors.torch import load_file, save_file
 from test_evaluate import OVERRIDES
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from medibot import export, gguf, model, train
 from medibot.card import card
@@ -112,6 +113,28 @@ def test_unfaithful_merge_is_refused_and_nothing_of_it_stays(merged, monkeypatch
     assert not list(merged.folder.glob(".merged-*"))
 
 
+def test_disk_that_fills_during_a_merge_is_said_in_a_line_and_nothing_of_it_stays(merged, monkeypatch):
+    monkeypatch.setattr(export, "is_merged", lambda *_: False)
+    before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(merged.folder.rglob("*"))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RecipeError, match=r"cannot be written, .* GB free: .*make room"),
+    ):
+        save = PreTrainedModel.save_pretrained
+
+        def full(self, folder, **kwargs):
+            # The limit that the system itself puts on a file's size, in force while weights are written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+            try:
+                return save(self, folder, **kwargs)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        export.merge("mine")
+    assert sorted(merged.folder.rglob("*")) == there
+
+
 def test_distance_tells_what_differs():
     trained_logits = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
     assert export.distance(trained_logits, trained_logits.clone()) == {
@@ -169,6 +192,24 @@ def fields(whole):
 def test_full_fine_tune_has_nothing_to_merge(whole, capsys):
     assert export.merge("whole") == whole.weights and not whole.merged.exists()
     assert "nothing to merge" in capsys.readouterr().out
+
+
+def test_disk_that_fills_during_the_conversion_is_said_in_a_line_and_nothing_of_it_stays(whole, monkeypatch):
+    monkeypatch.setattr(gguf, "CONVERTER", ROOT / gguf.CONVERTER)
+    before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(whole.folder.rglob("*"))
+    run_command = subprocess.run
+
+    def full(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            return run_command(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch, pytest.raises(RecipeError, match="File too large"):
+        patch.setattr(subprocess, "run", full)
+        gguf.export_gguf("whole")
+    assert sorted(whole.folder.rglob("*")) == there
 
 
 def test_gguf_file_holds_tokens_template_stops_and_answers(whole, fields):
