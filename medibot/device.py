@@ -12,7 +12,8 @@ import torch
 from medibot.recipe import RecipeError
 
 GB = 1e9
-# Memory in GB and dense bfloat16 (T4: float16) tensor TFLOPs with float32 accumulation, from NVIDIA's data sheets
+# Memory in GB and dense bfloat16 (T4: float16) tensor TFLOPs with float32 accumulation, from NVIDIA's data sheets (H100
+# and H200: the SXM modules)
 GPUS = {
     "T4": (16, 65.0),
     "L4": (24, 121.0),
@@ -22,6 +23,7 @@ GPUS = {
     "L40S": (48, 362.0),
     "A100 40GB": (40, 312.0),
     "A100 80GB": (80, 312.0),
+    "H100 PCIe": (80, 756.0),
     "H100": (80, 989.0),
     "H200": (141, 989.0),
 }

@@ -8,8 +8,8 @@ import re
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -423,28 +423,26 @@ def test_a_failing_model_is_an_error_of_the_server_and_of_that_answer_alone(serv
     assert server.create().choices[0].message.content and server.line() == (0, 0)
 
 
-def test_twenty_clients_at_once_are_all_answered(server, capsys):
-    def ask(number: int) -> tuple[str, float, float]:
-        began, first, text = time.monotonic(), None, ""
-        for chunk in server.create(MODELS[number % 2], stream=True, max_tokens=32):
-            if chunk.choices[0].delta.content and first is None:
-                first = time.monotonic() - began
-            text += chunk.choices[0].delta.content or ""
-        return text, first, time.monotonic() - began
+def test_twenty_clients_at_once_are_all_answered_alike(server):
+    def ask(number: int) -> str:
+        chunks = server.create(MODELS[number % 2], stream=True, max_tokens=32)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
     alone = [ask(0), ask(1)]
     with ThreadPoolExecutor(20) as pool:
-        found = list(pool.map(ask, range(20)))
-    assert [text for text, _, _ in found] == [alone[number % 2][0] for number in range(20)]
-    firsts, whole = sorted(first for _, first, _ in found), sorted(took for _, _, took in found)
-    with capsys.disabled():
-        print(
-            f"\n20 clients, 32 tokens each: first text after {statistics.median(firsts):.2f} s (at most {firsts[-1]:.2f} s), ",
-            end="",
-        )
-        print(
-            f"whole answer after {statistics.median(whole):.2f} s (at most {whole[-1]:.2f} s); alone {alone[0][2]:.2f} s"
-        )
+        assert list(pool.map(ask, range(20))) == [alone[number % 2] for number in range(20)]
+
+
+@pytest.mark.parametrize(("clients", "code"), [(20, 0), (RUNNING + WAITING + 20, 1)])
+def test_load_is_measured_by_a_script_that_counts_failures(server, clients, code):
+    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), "--url", f"{server.address}/v1"]
+    done = subprocess.run(
+        [*command, "--clients", str(clients), "--tokens", "60"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert re.search(r"first text +median +\d", done.stdout) and ("no failure" in done.stdout) == (code == 0)
+    if code:
+        assert "answers are being made and 16 wait" in done.stdout
 
 
 # --- Fuzzing ----------------------------------------------------------------------------------------------------------
