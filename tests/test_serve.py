@@ -587,7 +587,7 @@ def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):  #
     began = time.monotonic()
     with pytest.raises(openai.APIError, match="the server is stopping"):
         list(stream)
-    assert process.stdout.readline() == "stopped\n" and time.monotonic() - began < 10
+    assert process.stdout.readline() == "stopped\n" and time.monotonic() - began < 60
     more, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and more == ""
     assert len(lines) == 3 and care.NOTICE in lines[1]

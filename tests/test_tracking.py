@@ -38,7 +38,7 @@ def test_without_a_key_the_terminal_shows_every_run(trained, monkeypatch):  # no
     assert sorted(path.resolve() for path in folder.glob("*/*.wandb")) == sorted(path.resolve() for path in logs)
     assert len(logs) == 2
     shown = in_a_terminal(
-        "from medibot.tracking import dashboard; dashboard('mine')", seconds=20, until=["offline-run"]
+        "from medibot.tracking import dashboard; dashboard('mine')", seconds=60, until=["offline-run"]
     )
     for log in logs:
         assert log.parent.name[:20] in shown
