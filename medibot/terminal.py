@@ -13,10 +13,10 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.cells import set_cell_size
 
@@ -50,12 +50,23 @@ class Turn:
 class Chat:
     """One conversation; in `both` each model goes on from its own answers."""
 
-    def __init__(self, speaker: Speaker, decoding: Decoding, interactive: bool) -> None:
-        self.speaker, self.decoding, self.interactive = speaker, decoding, interactive
+    def __init__(self, speaker: Speaker, decoding: Decoding) -> None:
+        self.speaker, self.decoding = speaker, decoding
         self.evidence = Evidence.of(speaker.run)
         self.turns: list[Turn] = []
         self.who: tuple[str, ...] = ("tuned",)
         self.system: str | None = None
+        # What a Ctrl-C finds: the answers being made, or somebody who may be about to type
+        self.replies: dict[str, Reply] = {}
+        self.prompting = False
+
+    def interrupt(self, *_: Any) -> None:
+        """Ctrl-C, however often: interrupts the prompt, stops answers, and ends nothing else."""
+        if self.prompting:
+            self.prompting = False
+            raise KeyboardInterrupt
+        for reply in self.replies.values():
+            reply.cancel()
 
     def messages(self, which: str, question: str) -> list[Message]:
         """The conversation as `which` had it; where it did not answer, the other's answer stands."""
@@ -101,16 +112,15 @@ class Chat:
 
     def ask(self, question: str, decoding: Decoding) -> None:
         """Print the answers as they are made, with what stands before and below them; keep them."""
-        replies: dict[str, Reply] = {}
+        self.replies = {}
         try:
             for which in self.who:
-                replies[which] = self.speaker.reply(self.messages(which, question), which, decoding)
-            self.introduce(question, replies)
-            with stoppable(replies, self.interactive):
-                answers = self.show(replies)
+                self.replies[which] = self.speaker.reply(self.messages(which, question), which, decoding)
+            self.introduce(question, self.replies)
+            answers = self.show(self.replies)
         finally:
             # A thread that is still inside torch when Python ends would abort the process
-            for reply in replies.values():
+            for reply in self.replies.values():
                 reply.cancel()
                 reply.thread.join()
         kept = {which: text for which, text in answers.items() if text}
@@ -192,44 +202,38 @@ def chat(run_name: str, decoding: Decoding) -> None:
     say(speaker.about)
     if interactive:
         say(f"\nChatting with {run_name}; nothing is logged. /help says what else there is.")
-    conversation = Chat(speaker, decoding, interactive)
-    for line in lines(interactive):
-        if not conversation.take(line):
-            return
-
-
-def lines(interactive: bool) -> Iterator[str]:
-    """What is typed, with editing and this session's history, or the lines of a pipe."""
+    conversation = Chat(speaker, decoding)
     # Bytes that are no UTF-8 would end the chat
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    if not interactive:
-        yield from sys.stdin
-        return
+    # In a pipe Ctrl-C stops the program, as ever
+    before = signal.signal(signal.SIGINT, conversation.interrupt) if interactive else None
+    try:
+        for line in typed(conversation) if interactive else sys.stdin:
+            if not conversation.take(line):
+                return
+    finally:
+        if interactive:
+            signal.signal(signal.SIGINT, before)
+
+
+def typed(conversation: Chat) -> Iterator[str]:
+    """What is typed, with editing and this session's history."""
     import readline
 
     readline.set_auto_history(True)
     while True:
         try:
-            yield input("\n> ")
+            conversation.prompting = True
+            line = input("\n> ")
+            conversation.prompting = False
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print("\n/quit or Ctrl-D ends the chat")
-
-
-@contextmanager
-def stoppable(replies: dict[str, Reply], interactive: bool) -> Generator[None]:
-    """While an answer is made Ctrl-C stops it; in a pipe it stops the program, as ever."""
-    if not interactive:
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: [reply.cancel() for reply in replies.values()])
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        else:
+            yield line
 
 
 def side_by_side(replies: dict[str, Reply], width: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ from medibot.terminal import Chat, Turn
 @pytest.fixture
 def chat(speaker):  # noqa: F811
     """A fresh conversation; sampled, so that the random model does not fall silent."""
-    return Chat(speaker, Decoding(12, 1.0, seed=3), interactive=False)
+    return Chat(speaker, Decoding(12, 1.0, seed=3))
 
 
 def test_answer_stands_between_emergency_notice_and_evidence_and_is_kept(chat, capsys):
@@ -176,7 +176,8 @@ def read_until(descriptor: int, wanted: str, seconds: float = 120) -> str:
     return said
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_chat(speaker):  # noqa: F811
+@pytest.mark.parametrize("times", [1, 20])
+def test_ctrl_c_however_often_ends_an_answer_and_not_the_chat(speaker, times):  # noqa: F811
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     command = [
@@ -208,11 +209,14 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(speaker):  # noqa: F811
         os.write(ours, b"What is gout?\n")
         read_until(ours, "[tuned]")
         read_until(ours, " | ")
-        os.write(ours, b"\x03")
-        # Before the prompt is there the terminal would keep the Ctrl-D for itself
+        for _ in range(times):
+            # The last of them come while evidence is looked up and at the prompt
+            os.write(ours, b"\x03")
+            time.sleep(0.03)
+        # Before the prompt is there the terminal would keep a Ctrl-D for itself
         said = read_until(ours, "\r\n> ")
         assert said.count("[stopped]") == 2
-        os.write(ours, b"\x04")
+        os.write(ours, b"\x04" if times == 1 else b"/quit\n")
         assert program.wait(60) == 0
     finally:
         program.kill()
@@ -220,14 +224,24 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(speaker):  # noqa: F811
         os.close(theirs)
 
 
-def test_ctrl_c_at_the_prompt_says_how_to_end_and_ends_nothing(monkeypatch, capsys):
-    typed = iter([KeyboardInterrupt, "What is gout?", EOFError])
+def test_ctrl_c_at_the_prompt_says_how_to_end_and_ends_nothing(chat, monkeypatch, capsys):
+    events = iter([signal.SIGINT, "What is gout?", EOFError])
 
     def type_next(prompt: str) -> str:
-        if isinstance(found := next(typed), str):
-            return found
-        raise found
+        if isinstance(event := next(events), signal.Signals):
+            signal.raise_signal(event)
+        if event is EOFError:
+            raise event
+        return event
 
     monkeypatch.setattr("builtins.input", type_next)
-    assert list(terminal.lines(interactive=True)) == ["What is gout?"]
-    assert "/quit or Ctrl-D" in capsys.readouterr().out
+    before = signal.signal(signal.SIGINT, chat.interrupt)
+    try:
+        asked = []
+        for line in terminal.typed(chat):
+            # Between two prompts it finds nothing to stop
+            signal.raise_signal(signal.SIGINT)
+            asked.append(line)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == ["What is gout?"] and "/quit or Ctrl-D" in capsys.readouterr().out
