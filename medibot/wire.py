@@ -26,6 +26,8 @@ NEUTRAL: dict[str, Any] = {
     "response_format": {"type": "text"},
     "store": False,
 }
+# Labels of a request for its server's records, and this one keeps none: no answer depends on them
+LABELS = ("user", "safety_identifier", "metadata")
 
 
 class Refusal(Exception):
@@ -127,7 +129,7 @@ def read_request(body: bytes) -> Asked:
     if not isinstance(found, dict):
         raise Refusal(400, "the body is not a JSON object")
     # OpenAI's format: null is the same as nothing
-    found = {name: value for name, value in found.items() if value is not None}
+    found = {name: value for name, value in found.items() if value is not None and name not in LABELS}
     for name, value in NEUTRAL.items():
         if found.pop(name, value) != value:
             raise Refusal(

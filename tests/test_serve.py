@@ -181,7 +181,7 @@ def test_curl_asks_and_streams(server):
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        ({"user": "me"}, "user", "not supported"),
+        ({"service_tier": "flex"}, "service_tier", "not supported"),
         ({"temprature": 1}, "temprature", "not supported"),
         ({"stream_options": {"more": 1}}, "stream_options.more", "not supported"),
         ({"temperature": "1"}, "temperature", "valid number"),
@@ -212,7 +212,8 @@ def test_what_cannot_be_done_is_refused_by_name(server, more, param, said):
 def test_settings_that_change_nothing_are_taken(server):
     neutral = {"n": 1, "presence_penalty": 0, "logprobs": None, "tools": [], "response_format": {"type": "text"}}
     echoed = [*ASK, {"role": "assistant", "content": "Too little iron.", "refusal": None, "tool_calls": None}, *ASK]
-    assert server.request("POST", "/v1/chat/completions", body(**neutral, messages=echoed))[0] == 200
+    labels = {"user": "me", "metadata": {"app": "mine"}, "safety_identifier": "x"}
+    assert server.request("POST", "/v1/chat/completions", body(**neutral, **labels, messages=echoed))[0] == 200
 
 
 def test_a_conversation_too_long_is_refused_with_numbers(server):
