@@ -206,16 +206,21 @@ def test_ctrl_c_however_often_ends_an_answer_and_not_the_chat(speaker, times):  
         assert care.NOTICE.split(":")[0] in read_until(ours, "> ")
         os.write(ours, b"/both\n")
         read_until(ours, "base and tuned")
-        os.write(ours, b"What is gout?\n")
-        read_until(ours, "[tuned]")
-        read_until(ours, " | ")
-        for _ in range(times):
-            # The last of them come while evidence is looked up and at the prompt
-            os.write(ours, b"\x03")
-            time.sleep(0.03)
-        # Before the prompt is there the terminal would keep a Ctrl-D for itself
-        said = read_until(ours, "\r\n> ")
-        assert said.count("[stopped]") == 2
+        for _ in range(5):
+            os.write(ours, b"What is gout?\n")
+            read_until(ours, "[tuned]")
+            read_until(ours, " | ")
+            for _ in range(times):
+                # The last of them come while evidence is looked up and at the prompt
+                os.write(ours, b"\x03")
+                time.sleep(0.03)
+            # Before the prompt is there the terminal would keep a Ctrl-D for itself
+            said = read_until(ours, "\r\n> ")
+            if said.count("[stopped]") == 2:
+                break
+            # A random model's answer may have ended by itself just before
+            time.sleep(0.5)
+        assert said.count("[stopped]") == 2, said
         os.write(ours, b"\x04" if times == 1 else b"/quit\n")
         assert program.wait(60) == 0
     finally:
