@@ -355,10 +355,9 @@ def launch_training(recipe: str, overrides: list[str], own: list[str], accelerat
             return 128 + received[0]
         if finished:
             # A process that was killed says nothing itself, and torchrun ends the others before they can
-            how = f"signal {-finished}" if finished < 0 else f"code {finished}"
-            print(
-                f"the training was ended ({how}): what stands above says why; the same command goes on", file=sys.stderr
-            )
+            how = f"with code {finished}: what stands above says why" if finished > 0 else f"by signal {-finished}"
+            how += " (9 is often the system's, out of memory)" if finished == -signal.SIGKILL else ""
+            print(f"the training was ended {how}; the same command goes on", file=sys.stderr)
         return 128 - finished if finished < 0 else finished
 
 

@@ -220,21 +220,23 @@ def finished_or_gone(this: Run) -> Generator[None]:
     """Remove the folders that this run has half-written if what writes them ends early; a full disk is said in a line."""
     try:
         yield
-    except BaseException as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not unwritable(error):
+            raise
         free = shutil.disk_usage(this.folder).free
+        what = f"cannot be written, {free / 1e9:.1f} GB free: {' '.join(str(error).split())}"
+        raise RecipeError.of(str(this.folder), what, "make room; the same command then starts over") from error
+    finally:
         for folder in this.folder.glob(".*.partial"):
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError | SafetensorError) and unwritable(error):
-            what = f"cannot be written, {free / 1e9:.1f} GB free: {' '.join(str(error).split())}"
-            raise RecipeError.of(str(this.folder), what, "make room; the same command then starts over") from error
-        raise
 
 
 def unwritable(error: Exception) -> bool:
     """A full or read-only disk, as Python, torch and safetensors say it."""
     numbers = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
     said = ("PytorchStreamWriter", "No space left", "File too large", "Disk quota", "Read-only file system")
-    return getattr(error, "errno", None) in numbers or any(words in str(error) for words in said)
+    known = isinstance(error, OSError) and error.errno in numbers
+    return known or any(words in str(error) for words in said)
 
 
 def fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:

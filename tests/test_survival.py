@@ -110,13 +110,25 @@ def test_a_process_that_dies_takes_the_run_down_and_the_run_goes_on(launch):
     assert torn.returncode != 0 and time.monotonic() - killed < 30
     assert "Signal 9 (SIGKILL)" in said[1], said[1]
     # Either the other process noticed first, or torchrun ended it
-    ended = ("another process of this run ended", "the training was ended (code 1): what stands above says why")
+    ended = ("another process of this run ended", "the training was ended with code 1: what stands above says why")
     assert any(line in said[1] for line in ended), said[1]
     assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
     again = launch("torn", "cpu-2", *saves)
     said = again.communicate(timeout=200)
     assert again.returncode == 0 and "going on from" in said[0], said[1][-3000:]
     assert len(losses("torn")) == 20
+
+
+def test_a_single_process_that_is_killed_is_said_in_a_line(launch):
+    killed = launch("killed", "cpu")
+    wait_for_steps("killed", 2)
+    (process,) = psutil.Process(killed.pid).children()
+    process.kill()
+    said = killed.communicate(timeout=60)[1]
+    assert killed.returncode == 128 + signal.SIGKILL
+    assert (
+        "the training was ended by signal 9 (9 is often the system's, out of memory); the same command goes on" in said
+    )
 
 
 SRUN = """#!/usr/bin/env bash
