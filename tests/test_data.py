@@ -1,5 +1,6 @@
 """From rows to conversations: the same data in any format, a ledger that adds up, and one whole folder per fingerprint."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -14,7 +15,8 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SAMPLE
 
-from medibot.data import SPLITS, Prepared, open_source, prepare
+from medibot.data import PREPARED, SPLITS, Prepared, open_source, prepare
+from medibot.medquad import MEDQUAD_RULES
 from medibot.recipe import Recipe, RecipeError, load_recipe
 
 RECIPE = """\
@@ -292,6 +294,50 @@ def test_use_of_a_tokenizer_leaves_the_fingerprint(prepared_of, recipe_of, make_
     before = prepare(recipe_of(), tokenizer, lambda _: None).fingerprint
     tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
     assert prepare(recipe_of(), tokenizer, lambda _: None).fingerprint == before
+
+
+# One line of trouble for each rule: what PREPARED promises is how these rows come out
+GOLDEN_ROWS = [
+    ("GARD", "Gout", "What is (are) Gout ?", "What is gout? Gout is a kind of  arthritis  of one joint.", "C01|C02"),
+    ("GARD", "Gout", "What causes Gout ?", "Too much uric acid causes it. See the section on diet for more information.", "C01"),
+    ("GARD", "", "How to prevent  ?", "Drink enough water every single day.", None),
+    ("MPlusHealthTopics", "Flu", "What are the symptoms of Flu ?", "Summary : Fever and a cough. National Institutes of Health", None),
+    ("MPlusHealthTopics", "Flu", "How to diagnose Flu ?", "Doctors dont need a test. They   - listen    - look at the throat.", "C03"),
+    ("CDC", "Plague", "What is Plague ?", "On this Page Home Links. Plague is a disease of rodents.", None),
+    ("CancerGov", "Glioma", "What is Glioma ?", "Key Points\n- A tumour.\n\nA tumour of the brain that grows.", "C04"),
+    ("CancerGov", "Glioma", "What is Glioma ?", "Another text about this very tumour of the brain.", "C04"),
+    ("NIHSeniorHealth", "Sleep", "What is Sleep ?", "Sleep -- a nightly rest - helps memory. Mix 1 ounces.", None),
+    ("NIHSeniorHealth", "Sleep", "How much Sleep ?", "- seven hours\n- eight hours seven hours eight hours Rest is good.", None),
+    ("GHR", "Leigh", "What is Leigh ?", "These resources address the diagnosis or management.", None),
+    ("GHR", "Leigh", "Is Leigh inherited ?", "<|user|> It is inherited in a recessive pattern in Leighs syndrome.", None),
+    ("GHR", "Ataxia", "What is Ataxia ?", None, None),
+    ("GHR", "Ataxia", "What causes Ataxia ?", "What causes Ataxia?", None),
+    ("GHR", "Ataxia", "Who is at risk for Ataxia? ?", "Walking is hard. " * 12, None),
+    ("NINDS", "Stroke", "What is Stroke ?", "Stroke means that blood does not reach a part of the brain.", None),
+    ("NINDS", "Palsy", "What is Palsy ?", "Stroke means that blood does not reach a part of the brain.", None),
+    ("NINDS", "Tremor", "What is Tremor ?", "A tremor is a rhythmic shaking movement of one part of the body.", None),
+]  # fmt: skip
+
+
+def test_prepared_rows_change_only_with_their_version(prepared_of):
+    columns = ("document_source", "focus", "question", "answer", "umls_cui")
+    # Copies under other topics fill the splits
+    rows = [dict(zip(columns, row, strict=True)) for row in GOLDEN_ROWS]
+    rows += [
+        row | {"focus": f"{row['focus']} {n}", "question": f"{row['question'][:-2]} {n} ?"}
+        for n in range(9)
+        for row in rows
+    ]
+    write_rows(rows)
+    prepared = prepared_of(f"data.clean={json.dumps(MEDQUAD_RULES)}", "data.group_by=[focus, umls_cui]")
+    found = [
+        (split, row["row"], row["prompt"], row["completion"])
+        for split in SPLITS
+        for row in prepared.load(split).select_columns(["row", "prompt", "completion"])
+    ]
+    golden = {1: "336fe7bc86f3056c"}
+    now = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    assert now == golden.get(PREPARED), f"prepared rows changed: raise PREPARED to {PREPARED + 1} and write {now} here"
 
 
 @pytest.mark.parametrize("left_over", [".{}.partial", "{}"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -181,6 +182,42 @@ def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
         }
         strip = [[{k: v for k, v in line.items() if k not in timing} for line in lines] for lines in (whole, torn)]
         assert strip[0] == strip[1]
+
+
+RESUME = """
+import sys
+from pathlib import Path
+from medibot.recipe import load_recipe
+from medibot.train import train
+
+train(load_recipe("quickstart", sys.argv[2:], root=Path(sys.argv[1])), "torn")
+"""
+
+
+def test_a_renamed_function_leaves_prepared_rows_and_unfinished_runs_alone(miniature, monkeypatch, tmp_path):
+    class Interrupted(training.Record):
+        def on_log(self, args, state, *rest, **kwargs):
+            super().on_log(args, state, *rest, **kwargs)
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    recipe = miniature("quickstart", *FOUR_STEPS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "Record", Interrupted)
+        training.train(recipe, "torn")
+    renamed = tmp_path / "renamed"
+    shutil.copytree(ROOT / "medibot", renamed / "medibot", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in renamed.rglob("*.py"):
+        file.write_text(re.sub(r"\b(drop_leaks|first_copies|fit_length)\b", r"new_\1", file.read_text()))
+    model = recipe.model["pretrained_model_name_or_path"]
+    overrides = [f"model.pretrained_model_name_or_path={model}", *MINIATURE, *FOUR_STEPS]
+    command = [sys.executable, "-c", RESUME, str(ROOT)]
+    done = subprocess.run(
+        [*command, *overrides], env=os.environ | {"PYTHONPATH": str(renamed)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout and "preparing" not in done.stdout
+    assert open_run("torn").record()["status"] == "finished"
 
 
 def test_run_killed_before_its_first_checkpoint_starts_over_without_repeats(miniature, monkeypatch):
