@@ -12,8 +12,8 @@ from datasets import Dataset
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from medibot.errors import RecipeError
 from medibot.model import PROBE
-from medibot.recipe import RecipeError
 
 IGNORED = -100
 STYLES = {"masked": "dim", "trained": "bold green", "stop": "bold white on red"}

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from medibot import metrics, model, tracking
+from medibot.errors import RecipeError
 from medibot.evaluate import RESAMPLES, SEED, batch_size, loaders
-from medibot.recipe import RecipeError, load_recipe
+from medibot.recipe import load_recipe
 from medibot.run import Run, claimed, finished_run
 
 TASKS = Path("benchmarks/tasks")

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from medibot import care, model
+from medibot.errors import RecipeError
 from medibot.evidence import Evidence
-from medibot.recipe import RecipeError, load_recipe
+from medibot.recipe import load_recipe
 from medibot.run import Run, finished_run
 
 Message = dict[str, str]

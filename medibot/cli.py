@@ -16,8 +16,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from medibot.recipe import RecipeError, diff_recipes, list_recipes, load_recipe
-from medibot.run import Stopped
+from medibot.errors import RecipeError, Stopped
+from medibot.recipe import diff_recipes, list_recipes, load_recipe
 from medibot.strategy import CONFIGS, LEGEND, Hardware, matrix, read_hardware, refuse_clashes, shared_batch
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
@@ -299,7 +299,7 @@ def push(
 @app.command()
 def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
-    from medibot.recipe import write_schema
+    from medibot.recipe.schema import write_schema
 
     path = Path("recipes/recipe.schema.json")
     require_folder(path, "schema")

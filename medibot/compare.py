@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from medibot import metrics
+from medibot.errors import RecipeError
 from medibot.evaluate import RESAMPLES, SEED
 from medibot.page import comparison_page
-from medibot.recipe import ABSENT, RecipeError, flattened, load_recipe
+from medibot.recipe import ABSENT, flattened, load_recipe
 from medibot.run import Run, finished_run, outputs_folder, read_json, read_lines
 
 # What a token is differs from one tokenizer to another

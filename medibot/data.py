@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from medibot import cleaning, splitting
 from medibot.cleaning import LedgerLine, Row
+from medibot.errors import RecipeError
 from medibot.model import defuse, prompt_messages, role_markers, template_kwargs, tokenizer_fingerprint
-from medibot.recipe import Recipe, RecipeError
+from medibot.recipe import Recipe
 from medibot.splitting import sha256
 
 # The version of what cleaning, splitting and rendering do. Raise it by hand when prepared rows change: it makes cached

@@ -14,8 +14,8 @@ import jinja2
 
 from medibot import evidence, wire
 from medibot.chat import Message, Reply, Speaker, require_conversation
+from medibot.errors import RecipeError
 from medibot.evidence import Evidence
-from medibot.recipe import RecipeError
 from medibot.wire import Asked, Refusal, Writer
 
 # Answers made at once, and requests that may stand in line behind them

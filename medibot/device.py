@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from medibot.recipe import RecipeError
+from medibot.errors import RecipeError
 
 GB = 1e9
 # Memory in GB and dense bfloat16 (T4: float16) tensor TFLOPs with float32 accumulation, from NVIDIA's data sheets (H100

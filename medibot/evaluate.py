@@ -29,9 +29,10 @@ from trl import SFTConfig, SFTTrainer
 from medibot import metrics, model, tracking
 from medibot.audit import audit, gate
 from medibot.data import cache_folder, prepare
+from medibot.errors import RecipeError
 from medibot.medquad import folded
 from medibot.page import evaluation_page
-from medibot.recipe import Recipe, RecipeError, load_recipe
+from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, claimed, finished_run, read_json, read_lines
 from medibot.splitting import near_texts, sha256
 from medibot.train import COLUMNS, gather, method, stand_in

@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medibot import model, run
-from medibot.recipe import Recipe, RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, claimed, finished_or_gone, finished_run, read_json
 from medibot.train import gather
 

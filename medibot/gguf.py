@@ -14,9 +14,10 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
 from medibot import model, run
+from medibot.errors import RecipeError
 from medibot.export import distance, greedy, held_out, logits, merge
 from medibot.ollama import modelfile, pieces_of
-from medibot.recipe import Recipe, RecipeError, load_recipe
+from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, claimed, finished_or_gone, finished_run
 
 # In an environment of its own, which `make export-gguf` makes: it brings packages whose names clash with ours

@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from medibot.recipe import Recipe, RecipeError
+from medibot.errors import RecipeError
+from medibot.recipe import Recipe
 
 # What a chat template writes between angle or square brackets is a role or turn marker, whether or not it is a token of
 # its own: TinyLlama's <|user|> is plain text to its tokenizer and would still forge a turn.

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from medibot.recipe import RecipeError
+from medibot.errors import RecipeError
 
 Message = dict[str, str]
 # Contents that no template holds: what stands around them in a rendered chat is the template's own text

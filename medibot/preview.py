@@ -11,8 +11,9 @@ from rich.table import Table
 
 from medibot.audit import NAMES, Audit, audit, examples, gate, paint_html, paint_text, painted
 from medibot.device import named_device, this_device, written_layout
+from medibot.errors import RecipeError
 from medibot.plan import show as show_plan
-from medibot.recipe import Recipe, RecipeError
+from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder
 from medibot.train import Inputs, build_trainer, gather, make_plan, method, stand_in
 

@@ -9,7 +9,8 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from medibot.recipe import Recipe, RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, finished_run
 
 # Pickled arguments of the training: they hold this machine's paths, and loading them runs code

@@ -24,13 +24,11 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from medibot.recipe import ABSENT, Recipe, RecipeError, flattened, scalar
+from medibot.errors import RecipeError
+from medibot.recipe import ABSENT, Recipe, flattened
+from medibot.recipe.document import scalar
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
-
-
-class Stopped(Exception):
-    """A signal ended the training at a step boundary, and the checkpoint of that step is whole."""
 
 
 @dataclass(frozen=True)

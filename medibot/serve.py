@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from medibot import wire
 from medibot.chat import MODELS, Speaker
 from medibot.desk import Answer, Desk
-from medibot.recipe import RecipeError
+from medibot.errors import RecipeError
 from medibot.run import finished_run
 from medibot.wire import Refusal, Writer
 

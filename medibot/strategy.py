@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from medibot.recipe import Recipe, RecipeError
-from medibot.schema import Finding
+from medibot.errors import RecipeError
+from medibot.recipe import Recipe
+from medibot.recipe.schema import Finding
 
 CONFIGS = Path("accelerate_configs")
 # TrainingArguments' own defaults

@@ -15,8 +15,9 @@ import yaml
 
 from medibot import tracking
 from medibot.compare import compare
+from medibot.errors import RecipeError
 from medibot.evaluate import evaluate
-from medibot.recipe import RecipeError, load_recipe
+from medibot.recipe import load_recipe
 
 FOLDER = Path("recipes/sweeps")
 ARGUMENTS, RUN_ID = "${args_no_hyphens}", "$WANDB_RUN_ID"

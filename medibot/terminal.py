@@ -21,8 +21,8 @@ from typing import Any
 from rich.cells import set_cell_size
 
 from medibot.chat import MODELS, Decoding, Message, Reply, Speaker
+from medibot.errors import RecipeError
 from medibot.evidence import Evidence
-from medibot.recipe import RecipeError
 from medibot.run import finished_run
 
 HELP = """/base, /tuned, /both   who answers from here on: the base model, the tuned one, or both side by side

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from medibot.recipe import Recipe, RecipeError
+from medibot.errors import RecipeError
+from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder, read_json
 
 # What a dashboard can put on the x-axis

@@ -38,8 +38,9 @@ from medibot import cpu, evidence, model, run, tracking
 from medibot.audit import Audit, audit, gate
 from medibot.data import Prepared, prepare
 from medibot.device import GB, Device, Layout, layout_here, this_device
+from medibot.errors import RecipeError, Stopped
 from medibot.plan import Plan
-from medibot.recipe import Recipe, RecipeError
+from medibot.recipe import Recipe
 from medibot.run import Run
 from medibot.strategy import shared_batch, under_zero3
 
@@ -383,7 +384,7 @@ def stop(trainer: CountingTrainer, this: Run, record: "Record") -> None:
         if not any(line["step"] == step for line in run.read_lines(this.metrics)):
             this.append(this.metrics, record.progress(trainer.state))
         this.write("run.json", this.record() | {"status": "stopped", "step": step})
-    raise run.Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
+    raise Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
 
 
 class Signals:

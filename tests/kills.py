@@ -26,8 +26,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import CHATML, SAMPLE  # noqa: E402
 
 from medibot import train  # noqa: E402
-from medibot.recipe import load_recipe  # noqa: E402
-from medibot.run import Run, open_run, read_lines  # noqa: E402
+from medibot.recipe import load_recipe
+from medibot.run import (
+    Run,
+    open_run,
+    read_lines,  # noqa: E402
+)
+
+# noqa: E402
 
 TIMING = ("seconds", "runtime", "per_second", "peak_memory", "train_loss")
 

@@ -17,7 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from medibot import model
 from medibot.audit import IGNORED, Audit, audit, examples, gate, paint_html, paint_text, painted, spans
 from medibot.data import prepare
-from medibot.recipe import DataSection, EvaluationSection, Recipe, RecipeError
+from medibot.errors import RecipeError
+from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
 from medibot.train import Inputs, build_trainer, stand_in
 

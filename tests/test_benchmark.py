@@ -11,7 +11,8 @@ from test_evaluate import trained  # noqa: F401 - the fixture
 from transformers import AutoTokenizer
 
 from medibot import benchmark, cli, model
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 from medibot.run import read_json, read_lines
 
 # One row in the columns of each data set as published

@@ -8,7 +8,8 @@ from test_evaluate import OVERRIDES
 
 from medibot import chat, model, train
 from medibot.chat import Decoding, Speaker
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 from medibot.run import open_run
 
 ASK = [{"role": "user", "content": "What is anemia?"}]

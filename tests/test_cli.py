@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from medibot import care, cli
-from medibot.recipe import RecipeError
+from medibot.errors import RecipeError
 
 HEAVY = "torch transformers trl peft datasets wandb bitsandbytes accelerate"
 

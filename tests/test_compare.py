@@ -7,7 +7,7 @@ from test_evaluate import trained  # noqa: F401 - the fixture
 
 from medibot import evaluate as evaluation
 from medibot.compare import compare
-from medibot.recipe import RecipeError
+from medibot.errors import RecipeError
 from medibot.run import open_run, read_json
 
 

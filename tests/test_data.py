@@ -16,8 +16,9 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from medibot.data import PREPARED, SPLITS, Prepared, open_source, prepare
+from medibot.errors import RecipeError
 from medibot.medquad import MEDQUAD_RULES
-from medibot.recipe import Recipe, RecipeError, load_recipe
+from medibot.recipe import Recipe, load_recipe
 
 RECIPE = """\
 model:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medibot import evaluate as evaluation
 from medibot import model, tracking, train
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
 
 OVERRIDES = [

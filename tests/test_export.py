@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from medibot import export, gguf, model, train
 from medibot.card import card
+from medibot.errors import RecipeError
 from medibot.ollama import modelfile, pieces_of
-from medibot.recipe import RecipeError, load_recipe
+from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"

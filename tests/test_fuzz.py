@@ -19,7 +19,8 @@ from test_train import MINIATURE
 
 from medibot import preview
 from medibot import train as training
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 from medibot.run import open_run
 
 LONG = os.environ.get("MEDIBOT_FUZZ") == "long"

@@ -16,7 +16,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
 from medibot import model
-from medibot.recipe import DataSection, EvaluationSection, Recipe, RecipeError
+from medibot.errors import RecipeError
+from medibot.recipe import DataSection, EvaluationSection, Recipe
 
 KEY = "model.pretrained_model_name_or_path"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

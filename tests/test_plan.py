@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from medibot import activations, cli, memory, model
 from medibot import train as training
 from medibot.device import Device, Layout, named_device
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
 
 FLOAT = torch.float32

@@ -5,8 +5,9 @@ import re
 import pytest
 from conftest import ROOT, SAMPLE
 
+from medibot.errors import RecipeError
 from medibot.preview import inspect_recipe
-from medibot.recipe import RecipeError, load_recipe
+from medibot.recipe import load_recipe
 
 
 def recipe(model, *overrides: str):

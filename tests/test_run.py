@@ -10,7 +10,8 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 from medibot import run
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 
 
 def quickstart(*overrides: str):

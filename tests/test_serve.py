@@ -25,8 +25,8 @@ from test_chat import speaker  # noqa: F401 - the fixture
 from medibot import care, chat, serve, wire
 from medibot.chat import MODELS, Decoding
 from medibot.desk import RUNNING, WAITING, Desk, Line
+from medibot.errors import RecipeError
 from medibot.evidence import CAREFUL, CLOSE, Evidence
-from medibot.recipe import RecipeError
 
 ASK = [{"role": "user", "content": "What is anemia?"}]
 EMERGENCY = [{"role": "user", "content": "My dad has crushing chest pain right now and cannot breathe"}]

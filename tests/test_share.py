@@ -13,8 +13,9 @@ from test_evaluate import OVERRIDES
 
 from medibot import evaluate, train
 from medibot.card import card, public
+from medibot.errors import RecipeError
 from medibot.push import push
-from medibot.recipe import RecipeError, load_recipe
+from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 
 

@@ -13,7 +13,8 @@ from test_train import FOUR_STEPS, assert_same, losses, miniature  # noqa: F401 
 
 from medibot import cli, strategy
 from medibot import train as training
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 from medibot.run import open_run, weights_whole
 
 CONFIGS = ROOT / "accelerate_configs"

@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_train import FOUR_STEPS, MINIATURE, adapter, assert_same, losses, miniature  # noqa: F401 - the fixture
 
 from medibot import train as training
-from medibot.recipe import RecipeError
+from medibot.errors import RecipeError
 from medibot.run import open_run, read_json, read_lines
 
 

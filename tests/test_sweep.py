@@ -8,7 +8,8 @@ from conftest import ROOT
 from test_evaluate import OVERRIDES
 
 from medibot import cli, sweep
-from medibot.recipe import RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 
 FILES = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))

@@ -12,7 +12,7 @@ import pytest
 from test_evaluate import trained  # noqa: F401 - the fixture
 
 from medibot import tracking
-from medibot.recipe import RecipeError
+from medibot.errors import RecipeError
 from medibot.run import open_run
 
 

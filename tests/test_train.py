@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from medibot import tracking
 from medibot import train as training
-from medibot.recipe import Recipe, RecipeError, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import Recipe, load_recipe
 from medibot.run import claimed, open_run, read_json, read_lines
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -11,18 +11,23 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medibot import schema
-from medibot.recipe import (
-    ABSENT,
-    RecipeError,
-    diff_recipes,
+from medibot.errors import RecipeError
+from medibot.recipe import ABSENT, diff_recipes, list_recipes, load_recipe
+from medibot.recipe.refusals import ALIASES, REFUSED_VALUES, SECTION_ALIASES
+from medibot.recipe.schema import (
+    GENERATION_TYPES,
+    LORA_TYPES,
+    NULL_IS_A_VALUE,
+    QUANTIZATION_TYPES,
+    RENAMED,
+    SECTIONS,
+    TRAINING_TYPES,
     json_schema,
-    list_recipes,
-    load_recipe,
+    section_models,
     write_schema,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 GOOD = """\
 # yaml-language-server: $schema=recipe.schema.json
@@ -499,32 +504,32 @@ def test_sections_are_accepted_by_the_constructors_they_go_to(write, tmp_path):
 
 
 def test_every_refused_or_suggested_name_is_meant_for_a_place_that_exists():
-    models = schema.section_models()
-    for target in (*schema.RENAMED.values(), *schema.ALIASES.values()):
+    models = section_models()
+    for target in (*RENAMED.values(), *ALIASES.values()):
         section, _, name = target.partition(",")[0].partition(":")[0].partition(".")
         assert name in models[section].model_fields, target
-    assert set(schema.SECTION_ALIASES.values()) <= set(schema.SECTIONS)
-    for key, _, _ in schema.REFUSED_VALUES:
+    assert set(SECTION_ALIASES.values()) <= set(SECTIONS)
+    for key, _, _ in REFUSED_VALUES:
         section, name = key.split(".")
         assert name in models[section].model_fields, key
 
 
 def test_hand_written_types_are_for_settings_that_upstream_has():
-    models = schema.section_models()
-    for section, known in (("training", schema.TRAINING_TYPES), ("lora", schema.LORA_TYPES)):
+    models = section_models()
+    for section, known in (("training", TRAINING_TYPES), ("lora", LORA_TYPES)):
         assert set(known) <= set(models[section].model_fields)
-    assert set(schema.QUANTIZATION_TYPES) == set(models["quantization"].model_fields)
-    assert set(schema.GENERATION_TYPES) <= set(models["evaluation.generate"].model_fields)
+    assert set(QUANTIZATION_TYPES) == set(models["quantization"].model_fields)
+    assert set(GENERATION_TYPES) <= set(models["evaluation.generate"].model_fields)
 
 
 def test_null_differs_from_absent_only_where_an_override_keeps_it():
     nullable = {
         f"{section}.{name}"
-        for section, model in schema.section_models().items()
+        for section, model in section_models().items()
         for name, field in model.model_fields.items()
         if type(None) in typing.get_args(field.annotation) and field.default is not None and not field.is_required()
     }
-    assert nullable == schema.NULL_IS_A_VALUE
+    assert nullable == NULL_IS_A_VALUE
 
 
 @pytest.mark.parametrize(
@@ -650,9 +655,7 @@ def unordered(value):
 
 def test_json_schema_is_current():
     path = ROOT / "recipes" / "recipe.schema.json"
-    command = (
-        "python -c 'from pathlib import Path; from medibot.recipe import write_schema; write_schema(Path(\"%s\"))'"
-    )
+    command = "python -c 'from pathlib import Path; from medibot.recipe.schema import write_schema; write_schema(Path(\"%s\"))'"
     stale = "stale: run " + command % path.relative_to(ROOT)
     assert path.is_file() and unordered(json.loads(path.read_text(encoding="utf-8"))) == unordered(json_schema()), stale
 
@@ -661,7 +664,7 @@ def test_json_schema_is_closed_and_can_be_written(tmp_path):
     write_schema(tmp_path / "schema.json")
     written = json.loads((tmp_path / "schema.json").read_text())
     assert written["required"] == ["model", "data", "training"]
-    assert list(written["properties"]) and set(written["properties"]) == set(schema.SECTIONS)
+    assert list(written["properties"]) and set(written["properties"]) == set(SECTIONS)
     assert all(part["additionalProperties"] is False for part in [written, *written["$defs"].values()])
     training = written["$defs"]["TrainingSection"]["properties"]
     assert "output_dir" not in training
@@ -673,7 +676,8 @@ def test_what_needs_no_library_imports_none(tmp_path):
     (tmp_path / "recipes" / "broken.yaml").write_text("a: [1\n")
     program = """
 import sys
-from medibot.recipe import RecipeError, list_recipes, load_recipe
+from medibot.errors import RecipeError
+from medibot.recipe import list_recipes, load_recipe
 assert list_recipes() == [("broken", "")]
 for name in ("broken", "brokn"):
     try:
@@ -725,8 +729,8 @@ VALUE = st.recursive(
 @FUZZ
 @given(st.data())
 def test_any_value_of_a_known_setting_is_accepted_or_a_recipe_error(write, data):
-    models = schema.section_models()
-    section = data.draw(st.sampled_from(schema.SECTIONS))
+    models = section_models()
+    section = data.draw(st.sampled_from(SECTIONS))
     key = data.draw(st.sampled_from(sorted(models[section].model_fields)))
     override = f"{section}.{key}={json.dumps(data.draw(VALUE))}"
     try:

@@ -1,225 +1,24 @@
-"""A recipe: one YAML file, plus `section.key=value` overrides, read strictly into a checked, frozen `Recipe`.
+"""TODO."""
 
-    recipe = load_recipe("quickstart", ["training.learning_rate=1e-4", "quantization=null"])
-
-Every mistake of the file is reported at once, each with its line and column, as one `RecipeError`.
-"""
-
-import copy
-import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from medibot import schema
-from medibot.schema import DataSection, EvaluationSection, json_schema, write_schema
-
-__all__ = [
-    "ABSENT",
-    "DataSection",
-    "EvaluationSection",
-    "Place",
-    "Problem",
-    "Recipe",
-    "RecipeError",
-    "diff_recipes",
-    "json_schema",
-    "list_recipes",
-    "load_recipe",
-    "write_schema",
-]
+from medibot.errors import Place, Problem, RecipeError
+from medibot.recipe.refusals import is_secret
+from medibot.recipe.schema import NULL_IS_A_VALUE, SECTIONS
 
 MAX_BYTES = 1_000_000
+
+
 MAX_DEPTH = 20
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-class Place(NamedTuple):
-    """Where something was written: a file's line and column, or an override (its own text, line 0, its number)."""
-
-    file: str
-    line: int
-    column: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One mistake of an author: where, what, and what to write instead."""
-
-    file: str
-    line: int
-    column: int
-    key: str
-    what: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        text = ": ".join(part for part in (place, shortened(self.key), shortened(self.what)) if part)
-        text += f" ({self.remedy})" if self.remedy else ""
-        # a key may hold anything, and this goes to a terminal as one line
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def shortened(text: str, most: int = 600) -> str:
-    """`text`, or its beginning: a value that someone pasted must not fill the screen."""
-    return text if len(text) <= most else f"{text[: most - 30]}… ({len(text):,} characters)"
-
-
-class RecipeError(Exception):
-    """The author's mistakes, one a line; never a defect of MediBot."""
-
-    def __init__(self, problems: Sequence[Problem]):
-        self.problems = tuple(problems)
-        super().__init__(self.problems)
-
-    def __str__(self) -> str:
-        return "\n".join(str(problem) for problem in self.problems)
-
-    @classmethod
-    def of(cls, subject: str, what: str, remedy: str = "") -> "RecipeError":
-        """A mistake that stands at no place of a file: `data.path: no such file (…)`."""
-        return cls([Problem("", 0, 0, subject, what, remedy)])
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A checked recipe. Each section holds exactly what was written; None or defaults stand for an absent one."""
-
-    name: str
-    path: Path
-    model: dict[str, Any]
-    data: DataSection
-    training: dict[str, Any]
-    quantization: dict[str, Any] | None = None
-    lora: dict[str, Any] | None = None
-    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
-    tracking: dict[str, Any] | None = None
-    places: Mapping[str, Place] = field(default_factory=dict, repr=False, compare=False)
-    written: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
-
-    def error(self, key: str, what: str, remedy: str = "") -> RecipeError:
-        """A mistake at `key`, to be raised; an absent key is placed at the nearest thing around it."""
-        return RecipeError([Problem(*place_of(key, self.places, str(self.path)), key, what, remedy)])
-
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        """What the recipe says as plain values: equal for two recipes that say the same, whatever their order."""
-        return copy.deepcopy(dict(self.written))
-
-
-class Absent(Enum):
-    """Tells an absent key from one that is null."""
-
-    ABSENT = "absent"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-ABSENT = Absent.ABSENT
-
-
-def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
-    """Read and check the recipe of that name (in recipes/) or path, with `section.key=value` overrides applied."""
-    path = find_recipe(name, root)
-    document = read_document(read_text(path), str(path))
-    require_sections(document, str(path))
-    for number, override in enumerate(overrides, start=1):
-        apply_override(document, override, number)
-    seen = {problem.key for problem in document.problems}
-    problems = document.problems + [
-        Problem(*place_of(finding.key, document.places, str(path)), *finding)
-        for finding in schema.check(document.value)
-        if finding.key not in seen
-    ]
-    if problems:
-        raise RecipeError(sorted(problems, key=lambda problem: (problem.line == 0, problem.line, problem.column)))
-    return assemble(path, document)
-
-
-def require_sections(document: "Document", file: str) -> None:
-    """A recipe is a mapping; there is nothing else to check in a document that is none."""
-    if not isinstance(document.value, dict):
-        shape = f"must be a mapping, not {schema.described(document.value)}"
-        what = "holds nothing" if document.value is None else shape
-        raise RecipeError([Problem(file, 1, 1, "", what, "sections at the left margin: model, data, training, …")])
-
-
-def assemble(path: Path, document: "Document") -> Recipe:
-    """The Recipe of a document without problems."""
-    written = {
-        name: schema.as_written(name, document.value[name]) for name in schema.SECTIONS if name in document.value
-    }
-    sections: dict[str, Any] = {
-        **written,
-        "data": DataSection.model_validate(written["data"]),
-        "evaluation": EvaluationSection.model_validate(written.get("evaluation", {})),
-    }
-    return Recipe(name=path.stem, path=path, places=document.places, written=written, **sections)
-
-
-def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
-    """Name and purpose (the first comment line) of every recipe, sorted by name."""
-    folder = next((folder for folder in recipe_folders(root) if folder.is_dir()), None)
-    if folder is None:
-        return []
-    paths = sorted(path for pattern in ("*.yaml", "*.yml") for path in folder.glob(pattern))
-    return [(path.stem, purpose(path)) for path in paths]
-
-
-def purpose(path: Path) -> str:
-    """The first comment that speaks to a reader rather than to an editor."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        text = line.lstrip("#").strip()
-        if line.startswith("#") and text and not text.startswith("yaml-language-server"):
-            return text
-        if not line.startswith("#") and line.strip():
-            break
-    return ""
-
-
-def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """Dotted key, value in a, value in b of all that the two say differently; ABSENT where one says nothing."""
-    left, right = dict(flattened(a.as_dict())), dict(flattened(b.as_dict()))
-    keys = list(left) + [key for key in right if key not in left]
-    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys)
-    return [(key, x, y) for key, x, y in pairs if type(x) is not type(y) or x != y]
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings; an empty mapping is a value."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def recipe_folders(root: Path | None) -> list[Path]:
-    """Where recipes of a name are looked for."""
-    return [Path("recipes"), REPOSITORY / "recipes"] if root is None else [root / "recipes"]
-
-
-def find_recipe(name: str, root: Path | None) -> Path:
-    """The file of a recipe's name or path."""
-    if name.endswith((".yaml", ".yml")):
-        candidates = [Path(name)]
-    else:
-        candidates = [folder / f"{name}{end}" for folder in recipe_folders(root) for end in (".yaml", ".yml")]
-    for path in candidates:
-        if "\0" not in name and path.is_file():
-            return path
-    known = [known for known, _ in list_recipes(root)]
-    close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise RecipeError.of(name, "no such recipe", f"{hint}there are: {', '.join(known) or 'none'}")
 
 
 def read_text(path: Path) -> str:
@@ -242,6 +41,18 @@ def syntax_error(file: str, text: str, position: int, what: str, remedy: str = "
     """A mistake at a position of the text."""
     line = text.count("\n", 0, position) + 1
     return RecipeError([Problem(file, line, position - text.rfind("\n", 0, position), "", what, remedy)])
+
+
+class Absent(Enum):
+    """Tells an absent key from one that is null."""
+
+    ABSENT = "absent"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+ABSENT = Absent.ABSENT
 
 
 @dataclass
@@ -374,7 +185,11 @@ WORDS = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
+
+
 INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+
+
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -404,7 +219,7 @@ def plain_text(value: str) -> str:
 def apply_override(document: Document, override: str, number: int) -> None:
     """Write `section.key=value` into the document; null takes the key or the whole section away."""
     key, equals, written = (part.strip() for part in override.partition("="))
-    place = Place(f"{key}=…" if schema.is_secret(written) else override, 0, number)
+    place = Place(f"{key}=…" if is_secret(written) else override, 0, number)
     steps = key.split(".")
     if not equals or not all(steps):
         document.problems.append(Problem(*place, "", "is not an override", "write section.key=value"))
@@ -421,10 +236,10 @@ def apply_override(document: Document, override: str, number: int) -> None:
             return
     document.places = {old: at for old, at in document.places.items() if not within(old, key)}
     document.problems = [old for old in document.problems if old.line == 0 or not within(old.key, key)]
-    if value is not None or (written and key in schema.NULL_IS_A_VALUE):
+    if value is not None or (written and key in NULL_IS_A_VALUE):
         document.places[key] = place
         values[steps[-1]] = value
-    elif values.pop(steps[-1], ABSENT) is ABSENT and key not in schema.SECTIONS:
+    elif values.pop(steps[-1], ABSENT) is ABSENT and key not in SECTIONS:
         document.problems.append(Problem(*place, key, "is not in the recipe", "nothing to take away"))
 
 

@@ -1,0 +1,57 @@
+"""TODO."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where something was written: a file's line and column, or an override (its own text, line 0, its number)."""
+
+    file: str
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of an author: where, what, and what to write instead."""
+
+    file: str
+    line: int
+    column: int
+    key: str
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        text = ": ".join(part for part in (place, shortened(self.key), shortened(self.what)) if part)
+        text += f" ({self.remedy})" if self.remedy else ""
+        # a key may hold anything, and this goes to a terminal as one line
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int = 600) -> str:
+    """`text`, or its beginning: a value that someone pasted must not fill the screen."""
+    return text if len(text) <= most else f"{text[: most - 30]}… ({len(text):,} characters)"
+
+
+class RecipeError(Exception):
+    """The author's mistakes, one a line; never a defect of MediBot."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+    @classmethod
+    def of(cls, subject: str, what: str, remedy: str = "") -> "RecipeError":
+        """A mistake that stands at no place of a file: `data.path: no such file (…)`."""
+        return cls([Problem("", 0, 0, subject, what, remedy)])
+
+
+class Stopped(Exception):
+    """A signal ended the training at a step boundary, and the checkpoint of that step is whole."""

@@ -1,0 +1,153 @@
+"""A recipe: one YAML file, plus `section.key=value` overrides, read strictly into a checked, frozen `Recipe`.
+
+    recipe = load_recipe("quickstart", ["training.learning_rate=1e-4", "quantization=null"])
+
+Every mistake of the file is reported at once, each with its line and column, as one `RecipeError`.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medibot.errors import Place, Problem, RecipeError
+from medibot.recipe.document import ABSENT, Document, apply_override, place_of, read_document, read_text
+from medibot.recipe.refusals import check, described
+from medibot.recipe.schema import SECTIONS, DataSection, EvaluationSection, as_written
+
+__all__ = [
+    "ABSENT",
+    "DataSection",
+    "EvaluationSection",
+    "Place",
+    "Problem",
+    "Recipe",
+    "RecipeError",
+    "diff_recipes",
+    "list_recipes",
+    "load_recipe",
+]
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. Each section holds exactly what was written; None or defaults stand for an absent one."""
+
+    name: str
+    path: Path
+    model: dict[str, Any]
+    data: DataSection
+    training: dict[str, Any]
+    quantization: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    tracking: dict[str, Any] | None = None
+    places: Mapping[str, Place] = field(default_factory=dict, repr=False, compare=False)
+    written: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def error(self, key: str, what: str, remedy: str = "") -> RecipeError:
+        """A mistake at `key`, to be raised; an absent key is placed at the nearest thing around it."""
+        return RecipeError([Problem(*place_of(key, self.places, str(self.path)), key, what, remedy)])
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """What the recipe says as plain values: equal for two recipes that say the same, whatever their order."""
+        return copy.deepcopy(dict(self.written))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
+    """Read and check the recipe of that name (in recipes/) or path, with `section.key=value` overrides applied."""
+    path = find_recipe(name, root)
+    document = read_document(read_text(path), str(path))
+    require_sections(document, str(path))
+    for number, override in enumerate(overrides, start=1):
+        apply_override(document, override, number)
+    seen = {problem.key for problem in document.problems}
+    problems = document.problems + [
+        Problem(*place_of(finding.key, document.places, str(path)), *finding)
+        for finding in check(document.value)
+        if finding.key not in seen
+    ]
+    if problems:
+        raise RecipeError(sorted(problems, key=lambda problem: (problem.line == 0, problem.line, problem.column)))
+    return assemble(path, document)
+
+
+def require_sections(document: "Document", file: str) -> None:
+    """A recipe is a mapping; there is nothing else to check in a document that is none."""
+    if not isinstance(document.value, dict):
+        shape = f"must be a mapping, not {described(document.value)}"
+        what = "holds nothing" if document.value is None else shape
+        raise RecipeError([Problem(file, 1, 1, "", what, "sections at the left margin: model, data, training, …")])
+
+
+def assemble(path: Path, document: "Document") -> Recipe:
+    """The Recipe of a document without problems."""
+    written = {name: as_written(name, document.value[name]) for name in SECTIONS if name in document.value}
+    sections: dict[str, Any] = {
+        **written,
+        "data": DataSection.model_validate(written["data"]),
+        "evaluation": EvaluationSection.model_validate(written.get("evaluation", {})),
+    }
+    return Recipe(name=path.stem, path=path, places=document.places, written=written, **sections)
+
+
+def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
+    """Name and purpose (the first comment line) of every recipe, sorted by name."""
+    folder = next((folder for folder in recipe_folders(root) if folder.is_dir()), None)
+    if folder is None:
+        return []
+    paths = sorted(path for pattern in ("*.yaml", "*.yml") for path in folder.glob(pattern))
+    return [(path.stem, purpose(path)) for path in paths]
+
+
+def purpose(path: Path) -> str:
+    """The first comment that speaks to a reader rather than to an editor."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        text = line.lstrip("#").strip()
+        if line.startswith("#") and text and not text.startswith("yaml-language-server"):
+            return text
+        if not line.startswith("#") and line.strip():
+            break
+    return ""
+
+
+def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """Dotted key, value in a, value in b of all that the two say differently; ABSENT where one says nothing."""
+    left, right = dict(flattened(a.as_dict())), dict(flattened(b.as_dict()))
+    keys = list(left) + [key for key in right if key not in left]
+    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys)
+    return [(key, x, y) for key, x, y in pairs if type(x) is not type(y) or x != y]
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; an empty mapping is a value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def recipe_folders(root: Path | None) -> list[Path]:
+    """Where recipes of a name are looked for."""
+    return [Path("recipes"), REPOSITORY / "recipes"] if root is None else [root / "recipes"]
+
+
+def find_recipe(name: str, root: Path | None) -> Path:
+    """The file of a recipe's name or path."""
+    if name.endswith((".yaml", ".yml")):
+        candidates = [Path(name)]
+    else:
+        candidates = [folder / f"{name}{end}" for folder in recipe_folders(root) for end in (".yaml", ".yml")]
+    for path in candidates:
+        if "\0" not in name and path.is_file():
+            return path
+    known = [known for known, _ in list_recipes(root)]
+    close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise RecipeError.of(name, "no such recipe", f"{hint}there are: {', '.join(known) or 'none'}")

@@ -1,0 +1,405 @@
+"""TODO."""
+
+import inspect
+import json
+import types
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+
+SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
+
+
+REQUIRED = ("model", "data", "training")
+
+
+# Upstream's default is not null here, so null says something; everywhere else an override to null removes the key.
+NULL_IS_A_VALUE = {"training.max_length", "training.pad_to_multiple_of"}
+
+
+class Finding(NamedTuple):
+    """One mistake, by the dotted key it stands at."""
+
+    key: str
+    what: str
+    remedy: str = ""
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+Natural = Annotated[int, Field(ge=0)]
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+Share = Annotated[float, Field(ge=0, le=0.5)]
+
+
+def whole_or_ratio(value: float) -> float:
+    """Steps are a whole number, or a share of the run below 1."""
+    if value > 1 and value != int(value):
+        raise ValueError("must be a whole number, or below 1 for a share of the run")
+    return int(value) if value >= 1 else value
+
+
+Steps = Annotated[float, Field(gt=0), AfterValidator(whole_or_ratio)]
+
+
+Warmup = Annotated[float, Field(ge=0), AfterValidator(whole_or_ratio)]
+
+
+HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
+
+
+PISSA_STEPS = r"^pissa_niter_\d+$"
+
+
+LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
+
+
+LANGUAGE = r"^[a-z]{2,3}$"
+
+
+PATTERNS = {
+    HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])",
+    PISSA_STEPS: "pissa_niter_<steps>",
+    LANGUAGE: "a language as ISO 639 writes it, such as en",
+    LICENCE: "a licence as the hub writes it, such as cc-by-4.0",
+}
+
+
+class Section(BaseModel):
+    """Nothing is converted and nothing unknown passes: what the recipe says is what the constructor gets."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSection(Section):
+    """Keyword arguments of AutoModelForCausalLM.from_pretrained."""
+
+    pretrained_model_name_or_path: Text
+    """Hub id or local folder of the base model."""
+    revision: Text | None = None
+    """Commit, tag or branch on the hub; a commit makes the run repeatable."""
+    subfolder: Text | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Absent: the machine decides, and the resolved recipe says what it chose."""
+    attn_implementation: (
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
+        | Annotated[str, Field(pattern=HUB_KERNEL)]
+        | None
+    ) = None
+    trust_remote_code: bool = False
+    use_kernels: bool = False
+    local_files_only: bool = False
+    cache_dir: Text | None = None
+    variant: Text | None = None
+
+
+class DataSection(Section):
+    """Where the rows come from and how they become conversations."""
+
+    path: Text
+    """Hub id, or a local file or folder."""
+    name: Text | None = None
+    """Configuration of the hub data set."""
+    revision: Text | None = None
+    """Commit, tag or branch of the hub data set."""
+    split: Text = "train"
+    """The upstream split to read; MediBot makes its own train, validation and test out of it."""
+    prompt: Text
+    """Column that holds the question."""
+    completion: Text
+    """Column that holds the answer: the loss covers it and nothing else."""
+    system: Text | None = None
+    """System message put before every question; null for none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments for the model's chat template, such as enable_thinking: false for a reasoning model."""
+    clean: list[str | dict[str, Any]] = []
+    """Cleaning rules in order: a rule's name, or the name with its arguments."""
+    group_by: list[Text] = []
+    """Columns whose equal values must never fall into different splits."""
+    validation: Share = 0.05
+    """Share of the groups kept for choosing checkpoints."""
+    test: Share = 0.05
+    """Share of the groups that only `evaluate` opens."""
+    limit: Count | dict[Literal["train", "validation"], Count] | None = None
+    """Use at most so many rows, of the training split or of each one named."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a conversation longer than training.max_length."""
+    seed: Natural = 0
+    """Decides the order of the rows and which groups are held out."""
+    license: Annotated[str, Field(pattern=LICENCE)] | None = None
+    """The data's licence, as the hub writes it (cc-by-4.0); without one, nothing made of the data is pushed."""
+    language: Annotated[str, Field(pattern=LANGUAGE)] | None = None
+    """Language of questions and answers, for the model card."""
+    attribution: Text | None = None
+    """Who made the data and where it is from, in the words that its licence asks for."""
+
+
+class EvaluationSection(Section):
+    """What is asked during and after training."""
+
+    questions: list[Text] = []
+    """Fixed questions, answered at every evaluation."""
+    generate: dict[str, Any] = {}
+    """Settings of transformers.GenerationConfig; greedy unless do_sample is true."""
+    max_new_tokens: Count = 256
+    """The longest answer, in tokens."""
+    by: list[Text] = []
+    """Columns of the data whose values get figures of their own in an evaluation."""
+    evidence: dict[Literal["topic", "source", "document", "url"], Text] = {}
+    """Columns of the data that say what a training question is about and where it comes from, shown under answers."""
+    caveat: Text | None = None
+    """What people who read answers are told about the data, after the notice that this is no medical device."""
+    emergency_notice: bool = True
+    """Whether a question that describes an emergency is answered with where to call first."""
+
+
+class TrackingSection(Section):
+    """Keyword arguments of wandb.init that an author may choose."""
+
+    project: Text | None = None
+    entity: Text | None = None
+    group: Text | None = None
+    job_type: Text | None = None
+    name: Text | None = None
+    notes: Text | None = None
+    tags: list[Text] | None = None
+    mode: Literal["online", "offline", "disabled", "shared"] | None = None
+
+
+def each(names: str, value: Any) -> dict[str, Any]:
+    """The same value under several names."""
+    return dict.fromkeys(names.split(), value)
+
+
+TRAINING_TYPES: dict[str, Any] = {
+    **each("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout", Count),
+    **each(
+        "max_length save_total_limit dataset_num_proc eval_accumulation_steps torch_empty_cache_steps", Count | None
+    ),
+    **each("dataloader_prefetch_factor ddp_bucket_cap_mb", Count | None),
+    **each("weight_decay max_grad_norm eval_delay label_smoothing_factor", NotNegative),
+    **each("neftune_noise_alpha router_aux_loss_coef", NotNegative | None),
+    **each("adam_beta1 adam_beta2", BelowOne),
+    **each("adam_epsilon num_train_epochs", Positive),
+    **each("logging_steps save_steps", Steps),
+    **each("log_level log_level_replica", Literal["debug", "info", "warning", "error", "critical", "passive"]),
+    "learning_rate": Annotated[float, Field(gt=0, le=1)],
+    "max_steps": Literal[-1] | Count,
+    "warmup_steps": Warmup,
+    "eval_steps": Steps | None,
+    "debug": str,
+    "seed": Seed,
+    "data_seed": Seed | None,
+    "dataloader_num_workers": Natural,
+    "loss_type": Literal["nll", "dft"],
+    "packing_strategy": Literal["bfd", "bfd_split", "wrapped"],
+    "truncation_mode": Literal["keep_start", "keep_end"],
+    "train_sampling_strategy": Literal["random", "sequential", "group_by_length", "batch_rebalance"],
+    "pad_to_multiple_of": Count | Literal["auto"] | None,
+    "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
+}
+
+
+INITIALISATION = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga"]
+
+
+LORA_TYPES: dict[str, Any] = {
+    **each("r lora_alpha qalora_group_size", Count),
+    **each("rank_pattern alpha_pattern", dict[str, Count]),
+    "lora_dropout": BelowOne,
+    "target_modules": Text | Annotated[list[Text], Field(min_length=1)] | None,
+    "init_lora_weights": bool | INITIALISATION | Annotated[str, Field(pattern=PISSA_STEPS)],
+    "layers_to_transform": Natural | list[Natural] | None,
+    "layer_replication": list[list[Natural]] | None,  # strict mode wants real tuples, and YAML has none
+}
+
+
+QUANTIZATION_TYPES: dict[str, Any] = {
+    **each("load_in_8bit load_in_4bit bnb_4bit_use_double_quant", bool),
+    **each("llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight", bool),
+    "llm_int8_threshold": NotNegative,
+    "llm_int8_skip_modules": list[Text] | None,
+    "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "bnb_4bit_quant_type": Literal["fp4", "nf4"],
+    "bnb_4bit_quant_storage": Literal["uint8", "int8", "float16", "float32", "float64", "bfloat16"] | None,
+}
+
+
+GENERATION_TYPES: dict[str, Any] = {
+    **each("do_sample use_cache renormalize_logits remove_invalid_values", bool),
+    **each("temperature repetition_penalty", Positive),
+    **each("top_p typical_p", Annotated[float, Field(gt=0, le=1)]),
+    **each("top_k no_repeat_ngram_size min_new_tokens", Natural),
+    "min_p": Annotated[float, Field(ge=0, le=1)],
+    "num_beams": Count,
+    "length_penalty": float,
+    "early_stopping": bool | Literal["never"],
+    "stop_strings": str | list[str],
+}
+
+
+HARDWARE = "hardware stands in accelerate_configs/"
+
+
+THE_RUN = "the run decides it"
+
+
+REFUSED_NAMES = {
+    ("model", HARDWARE): "device_map max_memory offload_folder tp_plan",
+    ("model", "no secrets in recipes: `hf auth login`, or HF_TOKEN"): "token use_auth_token",
+    ("model", "it has a section of its own: quantization"): "quantization_config",
+    ("model", "always on: pickled weights can run code"): "use_safetensors",
+    ("lora", "always LoRA for CAUSAL_LM"): "task_type peft_type auto_mapping",
+    ("lora", "section model says it"): "base_model_name_or_path revision",
+    ("lora", THE_RUN): "inference_mode peft_version runtime_config",
+    ("lora", "MediBot trains one plain adapter"): "megatron_config megatron_core arrow_config use_bdlora",
+    ("lora", "it needs a pass over the data first, which nobody makes"): "eva_config corda_config lora_ga_config",
+    ("lora", "it crashes upstream on models with tied embeddings"): "trainable_token_indices",
+    ("training", f"{THE_RUN}: outputs/<run>/, RUN=name"): "output_dir run_name logging_dir",
+    ("training", "section tracking decides it"): (
+        "report_to project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    ),
+    ("training", "the machine decides it; the weights' own type is model.dtype"): (
+        "use_cpu no_cuda bf16 fp16 bf16_full_eval fp16_full_eval tf32"
+    ),
+    ("training", HARDWARE): "deepspeed fsdp fsdp_config accelerator_config parallelism_config ddp_backend local_rank",
+    ("training", "nothing leaves this machine while it trains"): (
+        "push_to_hub push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"
+        " hub_revision"
+    ),
+    ("training", "the same command resumes an unfinished run"): "resume_from_checkpoint",
+    ("training", "MediBot saves a whole checkpoint on a signal itself"): "enable_jit_checkpoint",
+    ("training", "the command decides it"): "do_train do_eval do_predict",
+    ("training", "it has a section of its own: model"): "model_init_kwargs trust_remote_code",
+    ("training", "skip_prepare_dataset would switch off the check of the loss mask"): "dataset_kwargs",
+    ("training", "rows are conversations: data.prompt and data.completion"): "dataset_text_field",
+    ("training", "the tokenizer's own tokens are used"): "eos_token pad_token",
+    ("training", "deprecated upstream: write model.use_kernels: true"): "use_liger_kernel liger_kernel_config",
+    ("tracking", THE_RUN): (
+        "dir id resume resume_from fork_from config config_include_keys config_exclude_keys reinit save_code force"
+        " settings allow_val_change monitor_gym sync_tensorboard tensorboard anonymous"
+    ),
+    ("evaluation.generate", "write evaluation.max_new_tokens"): "max_new_tokens max_length",
+    ("evaluation.generate", "the tokenizer decides it"): "eos_token_id pad_token_id bos_token_id",
+    ("evaluation.generate", "one plain answer is compared for each question"): (
+        "num_return_sequences return_dict_in_generate output_scores output_logits output_attentions"
+        " output_hidden_states"
+    ),
+}
+
+
+REFUSED = {f"{section}.{name}": reason for (section, reason), names in REFUSED_NAMES.items() for name in names.split()}
+
+
+RENAMED = {
+    "max_seq_length": "training.max_length",
+    "warmup_ratio": "training.warmup_steps, where a number below 1 is a ratio",
+    "evaluation_strategy": "training.eval_strategy",
+    "group_by_length": "training.train_sampling_strategy: group_by_length",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "training.activation_checkpointing_kwargs",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+    "torch_dtype": "model.dtype",
+    "use_flash_attention_2": "model.attn_implementation: flash_attention_2",
+}
+
+
+def narrowed(hint: Any) -> Any:
+    """A constructor's type hint as a recipe may fill it: enums by their values, no JSON strings, no config objects."""
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [narrowed(part) for part in get_args(hint)]
+        # `SchedulerType | str` and `dict | str` would let every typing error through
+        typed = any(get_origin(part) in (Literal, dict) or part is dict for part in parts)
+        return Union[tuple(part for part in parts if not (typed and part is str))]  # noqa: UP007
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return Literal[tuple(member.value for member in hint)]  # ty: ignore[invalid-type-form]
+    if isinstance(hint, type) and hint.__module__.split(".")[0] in ("peft", "trl", "transformers", "accelerate"):
+        return dict[str, Any]
+    return hint
+
+
+def constructor_section(name: str, constructor: Any, hints: dict[str, Any]) -> type[Section]:
+    """The section whose settings are the constructor's parameters, less those that a recipe may not decide."""
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(constructor).parameters.values():
+        key = parameter.name
+        if parameter.kind is parameter.VAR_KEYWORD or f"{name}.{key}" in REFUSED or key in RENAMED:
+            continue
+        default = parameter.default if isinstance(parameter.default, bool | int | float | str) else None
+        fields[key] = (hints.get(key, Any), default.value if isinstance(default, Enum) else default)
+    return create_model(
+        f"{name.capitalize()}Section",
+        __base__=Section,
+        __doc__=f"Keyword arguments of {constructor.__name__}.",
+        **fields,
+    )
+
+
+@cache
+def section_models() -> dict[str, type[Section]]:
+    """Every section's model; importing the libraries behind three of them takes seconds, so not at the top."""
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, GenerationConfig
+    from trl import SFTConfig
+
+    def hints(constructor: Any, ours: dict[str, Any]) -> dict[str, Any]:
+        return {name: narrowed(hint) for name, hint in get_type_hints(constructor).items()} | ours
+
+    generation = {
+        name: (GENERATION_TYPES.get(name, Any), None)
+        for name in vars(GenerationConfig())
+        if not name.startswith("_") and name != "transformers_version" and f"evaluation.generate.{name}" not in REFUSED
+    }
+    return {
+        "model": ModelSection,
+        "quantization": constructor_section("quantization", BitsAndBytesConfig, QUANTIZATION_TYPES),
+        "lora": constructor_section("lora", LoraConfig, hints(LoraConfig, LORA_TYPES)),
+        "data": DataSection,
+        "training": constructor_section("training", SFTConfig, hints(SFTConfig, TRAINING_TYPES)),
+        "evaluation": EvaluationSection,
+        "evaluation.generate": create_model("GenerationSettings", __base__=Section, **generation),  # ty: ignore[no-matching-overload]
+        "tracking": TrackingSection,
+    }
+
+
+def as_written(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A checked section in the constructor's order with its numbers made uniform (1 where a float is meant is 1.0)."""
+    return section_models()[name].model_validate(values).model_dump(exclude_unset=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe for editors, made from the same models that check it."""
+    models = section_models()
+    sections = {name: (models[name], ... if name in REQUIRED else Field(default_factory=dict)) for name in SECTIONS}
+    schema = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections).model_json_schema()  # ty: ignore[no-matching-overload]
+    generate = schema["$defs"]["EvaluationSection"]["properties"]["generate"]
+    generate |= models["evaluation.generate"].model_json_schema() | {"description": generate["description"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def write_schema(path: Path) -> None:
+    """Write the JSON Schema that the first line of every recipe names."""
+    path.write_text(json.dumps(json_schema(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
