@@ -20,8 +20,9 @@ from filelock import FileLock
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from medibot import cleaning, splitting
-from medibot.cleaning import LedgerLine, Row
+from medibot import splitting
+from medibot.cleaning import Row, clean
+from medibot.cleaning.ledger import LedgerLine, row_key
 from medibot.errors import RecipeError
 from medibot.model import defuse, prompt_messages, role_markers, template_kwargs, tokenizer_fingerprint
 from medibot.recipe import Recipe
@@ -96,7 +97,7 @@ def make(
     rows = map_columns(recipe, rows)
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("cleaning", total=len(data.clean))
-        rows, ledger = cleaning.clean(rows, data.clean, progress=lambda _: bar.advance(task))
+        rows, ledger = clean(rows, data.clean, progress=lambda _: bar.advance(task))
     require_text(recipe, rows, ledger)
     rows, line = defuse_rows(rows, role_markers(tokenizer))
     ledger.append(line)
@@ -362,7 +363,7 @@ def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[dict[str, list
     for name, most in limits.items():
         rows = chosen[name]
         first = sorted(rows, key=lambda row: sha256(f"{recipe.data.seed}:{row['prompt']}:{row['row']}"))[:most]
-        chosen[name] = sorted(first, key=cleaning.row_key)
+        chosen[name] = sorted(first, key=row_key)
         lines.append(LedgerLine(f"limit {name} to {most:,}", len(rows), len(rows) - len(first), 0, 0, len(first), []))
     return chosen, lines
 

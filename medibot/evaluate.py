@@ -28,9 +28,9 @@ from trl import SFTConfig, SFTTrainer
 
 from medibot import metrics, model, tracking
 from medibot.audit import audit, gate
+from medibot.cleaning.rules import fold
 from medibot.data import cache_folder, prepare
 from medibot.errors import RecipeError
-from medibot.medquad import folded
 from medibot.page import evaluation_page
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, claimed, finished_run, read_json, read_lines
@@ -159,9 +159,9 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
 
 def known_rows(rows: Dataset, train: Dataset) -> list[int]:
     """Which of `rows` have a question, or nearly an answer, of the training split."""
-    questions = {folded(question(row)) for row in train}
-    near = near_texts([folded(reference(row)) for row in rows], [folded(reference(row)) for row in train], 0.8)
-    return [row["row"] for row in rows if folded(question(row)) in questions or folded(reference(row)) in near]
+    questions = {fold(question(row)) for row in train}
+    near = near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
+    return [row["row"] for row in rows if fold(question(row)) in questions or fold(reference(row)) in near]
 
 
 def question(row: dict[str, Any]) -> str:

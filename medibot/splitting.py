@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from medibot.cleaning import LedgerLine, ledger_line, row_key
-from medibot.medquad import Row, folded
+from medibot.cleaning.ledger import LedgerLine, ledger_line, row_key
+from medibot.cleaning.rules import Row, fold
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
     for place, column in enumerate(columns):
         value = row.get(column)
         entries = value if isinstance(value, (list, tuple)) else [value]
-        values += [(place, folded(str(entry))) for entry in entries if entry is not None]
+        values += [(place, fold(str(entry))) for entry in entries if entry is not None]
     return [(place, text) for place, text in values if text]
 
 
@@ -108,13 +108,13 @@ def without_known_answers(rows: list[Row], earlier: list[Row], threshold: float)
 
 
 def first_answers(rows: list[Row]) -> list[Row]:
-    first = {folded(row["prompt"] or ""): row for row in reversed(rows)}
-    return [row for row in rows if first[folded(row["prompt"] or "")] is row]
+    first = {fold(row["prompt"] or ""): row for row in reversed(rows)}
+    return [row for row in rows if first[fold(row["prompt"] or "")] is row]
 
 
 def answers(rows: list[Row]) -> list[str]:
     """The answers, folded: what is equal here is an exact copy."""
-    return [folded(row["completion"] or "") for row in rows]
+    return [fold(row["completion"] or "") for row in rows]
 
 
 def near_texts(queries: Iterable[str], references: Iterable[str], threshold: float) -> set[str]:

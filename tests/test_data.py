@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SAMPLE
 
+from medibot.cleaning.medquad import MEDQUAD_RULES
 from medibot.data import PREPARED, SPLITS, Prepared, open_source, prepare
 from medibot.errors import RecipeError
-from medibot.medquad import MEDQUAD_RULES
 from medibot.recipe import Recipe, load_recipe
 
 RECIPE = """\

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medibot.cleaning import clean
-from medibot.medquad import MEDQUAD_RULES, folded
+from medibot.cleaning.medquad import MEDQUAD_RULES
+from medibot.cleaning.rules import fold
 from medibot.splitting import (
     Splits,
     drop_leaks,
@@ -162,8 +163,8 @@ def jaccard(one, two):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.text("abc ", min_size=1, max_size=40).map(folded), max_size=8),
-    st.lists(st.text("abc ", min_size=1, max_size=40).map(folded), max_size=8),
+    st.lists(st.text("abc ", min_size=1, max_size=40).map(fold), max_size=8),
+    st.lists(st.text("abc ", min_size=1, max_size=40).map(fold), max_size=8),
     st.sampled_from([0.2, 0.6, 0.7, 0.8, 1.0]),
 )
 def test_near_texts_are_those_of_brute_force_on_tiny_vocabularies(queries, references, threshold):

@@ -1,7 +1,8 @@
 import pytest
 
 from medibot.cleaning import RULES, clean, rule_problem
-from medibot.medquad import MEDQUAD_RULES, folded
+from medibot.cleaning.medquad import MEDQUAD_RULES
+from medibot.cleaning.rules import fold
 
 
 def row(completion, prompt="What is (are) Gout ?", index=0, **columns):
@@ -243,8 +244,8 @@ def test_only_concepts_of_few_topics_are_kept_for_grouping():
 
 
 def test_folding_ignores_case_form_punctuation_and_space():
-    assert folded("\uff33jögren\u2019s  Syndrome\n(SS)!") == folded("sjo\u0308gren's syndrome: ss")
-    assert folded("a b") != folded("ab")
+    assert fold("\uff33jögren\u2019s  Syndrome\n(SS)!") == fold("sjo\u0308gren's syndrome: ss")
+    assert fold("a b") != fold("ab")
 
 
 def test_the_recipe_list_is_made_of_known_rules():

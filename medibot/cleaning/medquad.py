@@ -6,28 +6,39 @@ order that recipes use.
 """
 
 import re
-import unicodedata
 from collections import defaultdict
 from typing import Any
 
-Row = dict[str, Any]
+from medibot.cleaning.rules import Row, fold, with_text
 
 QUESTION_OPENING = re.compile(
     r"(?:What|How|Is|Are|Can|Could|Do|Does|Why|Which|Who)\b(?:[^?.!\n]|[.!](?!\s)){,250}\?(?=\s)"
 )
+
+
 YES_OR_NO = re.compile(r"(?:Yes|No|Not necessarily|Maybe|Possibly)\b[.,;:!]")
+
+
 SYMPTOM_TABLE = re.compile(
     r"\s*The Human Phenotype Ontology provides the following list of signs and symptoms for .*?"
     r"(?:Sometimes, no information on frequency is available\.\s+"
     r"In these cases, the sign or symptom may be rare or common\.\s*|\Z)",
     re.S,
 )
+
+
 MISSING_TOPIC = re.compile(
     r"(?:What is \(are\)|What causes|How to (?:diagnose|prevent)|What to do for|Who is at risk for|Is\s+inherited"
     r"|What is the outlook for|What are the [\w ]+ (?:of|for|to)|How many people are affected by)[\s?]*"
 )
+
+
 KEY_POINTS = re.compile(r"(?:\A|\n)\s*Key Points[ \t]*\n[^\n]+\n(?=\s*\S)")
+
+
 SUMMARY_PREFIX = re.compile(r"\A\s*Summary\s*:\s*")
+
+
 AGENCY = re.compile(
     r"(?:^|\s{2,})(?:NIH: [^\n.]+|Genetics Home Reference"
     r"|(?:Dept\. of|Department of|United States|National|Centers? for|Agency for|Bureau of|Administration on)"
@@ -35,18 +46,30 @@ AGENCY = re.compile(
     r"|(?:Environmental Protection|Federal Emergency Management) Agency)\s*\Z"
 )
 
+
 SPACED_BULLET = re.compile(r"\s{2,}- +(?=\S)")
+
+
 SPACED_PARAGRAPH = re.compile(r"(?<=\S)[ \t\xa0]{4,}(?=[^\s-])")
+
+
 DAMAGED_QUANTITY = re.compile(
     r"\b1 (?:ounces|cups|pints|quarts|pounds|teaspoons|tablespoons|liters|inches)\b"  # "1 1/2" lost its half
     r"|\b(?:3[5-9]|4[0-2]|9\d|10\d)\.\d0 [CF]\b"  # the degree sign became a zero
 )
 
+
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))(?<!U\.S\.)(?<!Dr\.)(?<!vs\.)\s+")
+
+
 URL_END = re.compile(
     r"((?:https?://|\bwww\.)\S*[^\s.?!])\s+(?=[A-Z])"
 )  # an address often ends its sentence without a stop
+
+
 REFERENCE_ASIDE = re.compile(r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)")
+
+
 REFERENCE = re.compile(
     r"[(*]*(?:(?:Please |Also )?[Ss]ee (?:the|also|our|Drugs Approved|Pronunciation)\b.*"
     r"(?:PDQ|summar|section|information|Pronunciation|article|page|[Ww]eb ?site|link).*"
@@ -63,6 +86,7 @@ REFERENCE = re.compile(
     re.S,
 )
 
+
 # Words that are nothing else without their apostrophe; whether "its", "lets" or "doctors" lost one cannot be told.
 APOSTROPHES = (
     "don't doesn't didn't isn't aren't wasn't weren't won't can't couldn't shouldn't wouldn't hasn't haven't hadn't "
@@ -70,6 +94,8 @@ APOSTROPHES = (
     "Hodgkin's Addison's Cushing's Peyronie's Hirschsprung's Raynaud's Barrett's Gaucher's Tourette's Paget's "
     "Meniere's Leigh's Friedreich's Farber's Wallenberg's body's child's woman's women's children's man's baby's"
 )
+
+
 ACCENTS = (
     "Sjögren Sjögren's Ménière Ménière's Guillain-Barré Behçet Behçet's Sézary Waldenström Müllerian Ménétrier "
     "Ménétrier's Alström Björnstad Gräsbeck Schönlein Sträussler café-au-lait"
@@ -87,16 +113,25 @@ def lost_letters() -> dict[str, str]:
 
 
 LOST_LETTERS = lost_letters()
+
+
 LOST_LETTER_WORD = re.compile(r"(?<![\w'-])(?:" + "|".join(sorted(LOST_LETTERS, key=len, reverse=True)) + r")(?![\w'])")
+
 
 # The words of a topic that decide between "is" and "are", and the ends in "s" that are singular.
 TOPIC_HEAD = re.compile(r".+?(?= \(| (?:of|in|with|for|due|without)\b|: |\Z)", re.I)
+
+
 SINGULAR = re.compile(
     r"[^s]\Z|(?:ss|us|is|ans|ics|oides|etes|/aids|'s|herpes|rickets|measles|mumps|shingles|rabies|scabies|\bgas)\Z"
     r"|\APrevent ",
     re.I,
 )
+
+
 TOPIC_PREFIX = re.compile(r"(?<=\s)(?:What I need to know about|Causes of|Parasites -)\s+")
+
+
 # Template in the file -> a question as people ask it; \1 is the topic.
 QUESTIONS = {
     re.compile(r"What is \(are\) (.+)\?"): r"What is \1?",
@@ -106,16 +141,6 @@ QUESTIONS = {
     re.compile(r"Do you have information about (.+)\?"): r"What can you tell me about \1?",
     re.compile(r"[Ww]hat research (?:\(.+?\) )?is being done for (.+)\?"): r"What research is being done on \1?",
 }
-
-
-def folded(text: str) -> str:
-    """`text` without differences of case, Unicode form, punctuation and white space: equal when the words are equal."""
-    return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
-
-
-def revised(row: Row, column: str, text: str) -> Row:
-    """The row itself when `text` already stands in `column`, else a copy that holds it."""
-    return row if text == (row[column] or "") else {**row, column: text}
 
 
 def drop_link_lists(row: Row) -> Row | None:
@@ -143,24 +168,24 @@ def cut_repeated_question(row: Row) -> Row:
     # "Yes." answers the question that would be cut, not the row's own, unless that one is answered by yes or no too.
     if YES_OR_NO.match(rest) and not re.match(r"(?:Is|Are|Can|Do|Does)\b", row["prompt"] or ""):
         return row
-    return revised(row, "completion", rest)
+    return with_text(row, "completion", rest)
 
 
 def cut_symptom_table(row: Row) -> Row | None:
     """Cut the flattened table of the Human Phenotype Ontology, introduction and footer; drop a row left empty."""
     answer = row["completion"] or ""
     prose = SYMPTOM_TABLE.sub(" ", answer).strip()
-    return row if not SYMPTOM_TABLE.search(answer) else revised(row, "completion", prose) if prose else None
+    return row if not SYMPTOM_TABLE.search(answer) else with_text(row, "completion", prose) if prose else None
 
 
 def cut_summary_prefix(row: Row) -> Row:
     """Cut "Summary :" at the start (MedlinePlus health topics)."""
-    return revised(row, "completion", SUMMARY_PREFIX.sub("", row["completion"] or ""))
+    return with_text(row, "completion", SUMMARY_PREFIX.sub("", row["completion"] or ""))
 
 
 def cut_key_points(row: Row) -> Row:
     """Cut the "Key Points" list, whose entries stand again as the headings below it (CancerGov)."""
-    return revised(row, "completion", KEY_POINTS.sub("\n", row["completion"] or "").lstrip())
+    return with_text(row, "completion", KEY_POINTS.sub("\n", row["completion"] or "").lstrip())
 
 
 def split_squashed_bullets(row: Row) -> Row:
@@ -169,14 +194,14 @@ def split_squashed_bullets(row: Row) -> Row:
     answer = SPACED_BULLET.sub("\n- ", answer)
     if row.get("document_source") == "NIHSeniorHealth":  # its dashes are written "--", so that this is a bullet
         answer = re.sub(r"(?<!\d)[^\S\n]+-[^\S\n]+(?=\S)", "\n- ", answer)
-    return revised(row, "completion", SPACED_PARAGRAPH.sub("\n\n", answer))
+    return with_text(row, "completion", SPACED_PARAGRAPH.sub("\n\n", answer))
 
 
 def cut_agency_credit(row: Row) -> Row:
     """Cut the name of the agency after the last sentence (MedlinePlus health topics)."""
     if row.get("document_source") != "MPlusHealthTopics":
         return row
-    return revised(row, "completion", AGENCY.sub("", row["completion"] or ""))
+    return with_text(row, "completion", AGENCY.sub("", row["completion"] or ""))
 
 
 def cut_list_copies(row: Row) -> Row:
@@ -190,7 +215,7 @@ def cut_list_copies(row: Row) -> Row:
         last, rest = end_of_list(items, line[2:])
         lines += [f"- {last}", "", rest] if rest else [f"- {last}"]
         items = [] if last != line[2:] else [*items, last]
-    return revised(row, "completion", "\n".join(lines).rstrip())
+    return with_text(row, "completion", "\n".join(lines).rstrip())
 
 
 def end_of_list(items: list[str], line: str) -> tuple[str, str]:
@@ -213,7 +238,7 @@ def cut_link_sentences(row: Row) -> Row:
         kept, in_link_list = without_references(line)
         lines += [kept] if kept or not line else []
     text = "\n".join(lines)
-    return row if text == row["completion"] else revised(row, "completion", re.sub(r"\n{3,}", "\n\n", text).strip())
+    return row if text == row["completion"] else with_text(row, "completion", re.sub(r"\n{3,}", "\n\n", text).strip())
 
 
 def without_references(line: str) -> tuple[str, bool]:
@@ -237,7 +262,7 @@ def is_reference(sentence: str) -> bool:
 def restore_letters(row: Row) -> Row:
     """Restore apostrophes and accents that were deleted, from a closed list of words that cannot be anything else."""
     for column in ("prompt", "completion"):
-        row = revised(row, column, LOST_LETTER_WORD.sub(lambda word: LOST_LETTERS[word[0]], row[column] or ""))
+        row = with_text(row, column, LOST_LETTER_WORD.sub(lambda word: LOST_LETTERS[word[0]], row[column] or ""))
     return row
 
 
@@ -258,7 +283,7 @@ def ask_naturally(row: Row) -> Row:
             if natural == r"What is \1?" and head and not SINGULAR.search(head[0]):
                 natural = r"What are \1?"
             question = match.expand(natural)
-    return revised(row, "prompt", question[0].upper() + question[1:])
+    return with_text(row, "prompt", question[0].upper() + question[1:])
 
 
 def keep_specific_cuis(rows: list[Row], max_topics: int = 5) -> list[Row]:
@@ -270,7 +295,7 @@ def keep_specific_cuis(rows: list[Row], max_topics: int = 5) -> list[Row]:
     topics = defaultdict(set)
     for row in rows:
         for cui in (row.get("umls_cui") or "").split("|"):
-            topics[cui].add(folded(row.get("question_focus") or ""))
+            topics[cui].add(fold(row.get("question_focus") or ""))
     return [
         {**row, "umls_cui": [cui for cui in row["umls_cui"].split("|") if cui and len(topics[cui]) <= max_topics]}
         if row.get("umls_cui")
@@ -295,7 +320,10 @@ ROW_RULES = (
     drop_damaged_quantities,
     ask_naturally,
 )
+
+
 TABLE_RULES = (keep_specific_cuis,)
+
 
 MEDQUAD_RULES: list[str | dict[str, dict[str, Any]]] = [
     "medquad.keep_specific_cuis",

@@ -1,0 +1,115 @@
+"""TODO."""
+
+import functools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def fold(text: str) -> str:
+    """`text` without differences of case, Unicode form, punctuation and white space: equal when the words are equal."""
+    return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def with_text(row: Row, column: str, text: str) -> Row:
+    """The row itself when `text` already stands in `column`, else a copy that holds it."""
+    return row if text == (row[column] or "") else {**row, column: text}
+
+
+TableRule = Callable[..., list[Row]]
+
+
+def drop_unanswered(row: Row) -> Row | None:
+    """Drop rows without an answer: missing, blank, or the word that some exports write for a missing value."""
+    return None if (row["completion"] or "").strip().lower() in ("", "null", "none", "nan") else row
+
+
+def drop_unasked(row: Row) -> Row | None:
+    """Drop rows without a question."""
+    return row if fold(row["prompt"] or "") else None
+
+
+def normalise_whitespace(row: Row) -> Row:
+    """One space between words, no space at the ends of lines, at most one blank line; the question on a single line."""
+    answer = re.sub(r"[^\S\n]+", " ", (row["completion"] or "").replace("\r\n", "\n"))
+    answer = re.sub(r"\n{3,}", "\n\n", re.sub(r" *\n *", "\n", answer)).strip()
+    return with_text(with_text(row, "completion", answer), "prompt", " ".join((row["prompt"] or "").split()))
+
+
+def drop_echoes(row: Row) -> Row | None:
+    """Drop answers that only repeat the question, in its own words or as one other question."""
+    answer = (row["completion"] or "").strip()
+    echo = re.fullmatch(r"[^?.!]+\?", answer) or (answer and fold(answer) == fold(row["prompt"] or ""))
+    return None if echo else row
+
+
+def drop_short(row: Row, min_words: int = 5) -> Row | None:
+    """Drop answers of fewer than `min_words` words."""
+    return row if len((row["completion"] or "").split()) >= min_words else None
+
+
+def drop_longer_than(row: Row, max_words: int) -> Row | None:
+    """Drop answers of more than `max_words` words, which a short context would cut in the middle of a sentence."""
+    return row if len((row["completion"] or "").split()) <= max_words else None
+
+
+def drop_repetitive(row: Row, window: int = 8, share: float = 0.25) -> Row | None:
+    """Drop answers of whose runs of `window` words a part of at least `share` stood there before."""
+    words = fold(row["completion"] or "").split()
+    windows = list(zip(*(words[start:] for start in range(window)), strict=False))
+    repeats = len(windows) - len(set(windows))
+    return None if repeats and repeats >= share * len(windows) else row
+
+
+def drop_duplicates(rows: list[Row]) -> list[Row]:
+    """Keep the first row of each pair of question and answer, compared by their words."""
+    return first_copies(rows, lambda row: (fold(row["prompt"] or ""), fold(row["completion"] or "")), copies=1)
+
+
+def drop_repeated_questions(rows: list[Row], per: str | None = None) -> list[Row]:
+    """Keep the first row of each question; with `per`, of each question in each value of that column."""
+    return first_copies(rows, lambda row: (fold(row["prompt"] or ""), row.get(per) if per else None), copies=1)
+
+
+def limit_repeated_answers(rows: list[Row], copies: int = 3) -> list[Row]:
+    """Keep the first `copies` rows of each answer, so that boilerplate is not learnt hundreds of times."""
+    return first_copies(rows, lambda row: fold(row["completion"] or ""), copies)
+
+
+def first_copies(rows: list[Row], identity: Callable[[Row], Any], copies: int) -> list[Row]:
+    """The first `copies` rows of each identity, in their order."""
+    seen: Counter[Any] = Counter()
+    kept = []
+    for row in rows:
+        key = identity(row)
+        seen[key] += 1
+        kept += [row] if seen[key] <= copies else []
+    return kept
+
+
+def over_rows(rule: Callable[..., Row | None]) -> TableRule:
+    """Lift a rule on one row to a rule on the whole list; None drops the row."""
+
+    @functools.wraps(rule)
+    def lifted(rows: list[Row], **settings: Any) -> list[Row]:
+        return [kept for row in rows if (kept := rule(row, **settings)) is not None]
+
+    return lifted
+
+
+ROW_RULES = (
+    drop_unanswered,
+    drop_unasked,
+    normalise_whitespace,
+    drop_echoes,
+    drop_short,
+    drop_longer_than,
+    drop_repetitive,
+)
+
+
+TABLE_RULES = (drop_duplicates, drop_repeated_questions, limit_repeated_answers)
