@@ -24,8 +24,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from medibot import evaluate, model, train
+from medibot import evaluate, train
 from medibot.data import open_source
+from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
 from medibot.run import finished_run, open_run, read_json, read_lines
 from medibot.splitting import sha256
@@ -92,7 +93,7 @@ def fit(inputs: train.Inputs, texts: list[str], steps: int):
     rows = [{key: value[place] for key, value in columns.items()} for place in range(len(texts))]
     rows = [row | {"labels": row["input_ids"].clone()} for row in rows]
     torch.manual_seed(0)
-    weights = get_peft_model(model.load_base(inputs.recipe, inputs.precision.dtype), LoraConfig(**inputs.recipe.lora))
+    weights = get_peft_model(load_base(inputs.recipe, inputs.precision.dtype), LoraConfig(**inputs.recipe.lora))
     weights.enable_input_require_grads()
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from medibot.errors import RecipeError
-from medibot.model import PROBE
+from medibot.model.template import SAMPLE_CHAT
 
 IGNORED = -100
 STYLES = {"masked": "dim", "trained": "bold green", "stop": "bold white on red"}
@@ -70,7 +70,7 @@ def audit(
     made_from = {hash(tuple(chat_ids(tokenizer, row))): place for place, row in enumerate(conversations)}
     skeletons: dict[tuple[str, ...], Counter[int]] = {}
     controls = control_ids(tokenizer)
-    bos = template_ids(tokenizer, PROBE)[0] == tokenizer.bos_token_id
+    bos = template_ids(tokenizer, SAMPLE_CHAT)[0] == tokenizer.bos_token_id
     for index, (ids, labels) in enumerate(spans(dataset)):
         report.rows_out += 1
         report.tokens += len(ids)

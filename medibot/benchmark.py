@@ -10,9 +10,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from medibot import metrics, model, tracking
+from medibot import metrics, tracking
 from medibot.errors import RecipeError
 from medibot.evaluate import RESAMPLES, SEED, batch_size, loaders
+from medibot.model.loading import silence_upstream
+from medibot.model.precision import choose_precision
 from medibot.recipe import load_recipe
 from medibot.run import Run, claimed, finished_run
 
@@ -41,9 +43,9 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> dict[str
     this = finished_run(name)
     recipe = load_recipe(str(this.recipe))
     with claimed(this, True):
-        model.quiet_upstream()
+        silence_upstream()
         tokenizer = AutoTokenizer.from_pretrained(this.weights)
-        precision = model.precision(recipe.model.get("dtype"))
+        precision = choose_precision(recipe.model.get("dtype"))
         answered: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for which, load in loaders(recipe, this, precision.dtype).items():
             with load() as weights:

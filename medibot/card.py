@@ -13,10 +13,10 @@ from huggingface_hub.errors import HTTPError
 from jinja2 import Environment
 
 from medibot.data import SUFFIXES
+from medibot.model.loading import method_name
 from medibot.page import document_page
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, finished_run, read_json
-from medibot.train import method
 
 LIBRARY = {"model": "peft", "merged": "transformers", "gguf": "gguf"}
 
@@ -187,7 +187,7 @@ def card_text(this: Run, recipe: Recipe, folder: Path) -> str:
     text = CARD.render(
         run=this.name,
         kind=folder.name,
-        method=method(recipe),
+        method=method_name(recipe),
         recipe=recipe,
         base=base,
         identity=record["parts"]["base"],

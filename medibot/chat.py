@@ -25,9 +25,13 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from medibot import care, model
+from medibot import care
 from medibot.errors import RecipeError
 from medibot.evidence import Evidence
+from medibot.model.loading import load_base, load_tuned, silence_upstream
+from medibot.model.precision import choose_precision
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import escape_markers, role_markers
 from medibot.recipe import load_recipe
 from medibot.run import Run, finished_run
 
@@ -77,21 +81,21 @@ class Speaker:
     """A finished run, loaded once, that any number of threads may ask."""
 
     def __init__(self, this: Run) -> None:
-        model.quiet_upstream()
+        silence_upstream()
         self.run, self.recipe = this, load_recipe(str(this.recipe))
         # The run's own copy of tokenizer and template, so that use cannot differ from training
         self.tokenizer = AutoTokenizer.from_pretrained(this.weights)
         self.config = GenerationConfig.from_pretrained(this.weights)
-        self.dtype = model.precision(self.recipe.model.get("dtype")).dtype
+        self.dtype = choose_precision(self.recipe.model.get("dtype")).dtype
         self.weights: dict[str, PreTrainedModel | PeftModel] = {}
-        self.weights["tuned"] = model.load_tuned(self.recipe, this.weights, self.dtype)
+        self.weights["tuned"] = load_tuned(self.recipe, this.weights, self.dtype)
         # An adapter's base is the same weights with the adapter off
         tuned = self.weights["tuned"]
         self.weights["base"] = (
-            tuned if isinstance(tuned, PeftModel) else model.load_base(self.recipe, self.dtype).to(tuned.device).eval()
+            tuned if isinstance(tuned, PeftModel) else load_base(self.recipe, self.dtype).to(tuned.device).eval()
         )
         self.window: int = tuned.config.max_position_embeddings
-        self.markers = model.role_markers(self.tokenizer)
+        self.markers = role_markers(self.tokenizer)
         self.turns = Turns()
 
     @property
@@ -108,9 +112,10 @@ class Speaker:
         if messages[0]["role"] != "system" and self.recipe.data.system:
             messages = [{"role": "system", "content": self.recipe.data.system}, *messages]
         safe = [
-            {"role": message["role"], "content": model.defuse(message["content"], self.markers)} for message in messages
+            {"role": message["role"], "content": escape_markers(message["content"], self.markers)}
+            for message in messages
         ]
-        kwargs = model.template_kwargs(self.recipe)
+        kwargs = template_kwargs(self.recipe)
         found = self.tokenizer.apply_chat_template(
             safe, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
         )

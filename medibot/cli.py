@@ -309,7 +309,7 @@ def schema() -> None:
 @app.command("convert-gguf")
 def convert_gguf(file: Path, folder: Path) -> None:
     """Turn a GGUF file into a model folder that recipes can name."""
-    from medibot.model import convert_gguf as convert
+    from medibot.model.loading import convert_gguf as convert
 
     convert(file, folder)
 

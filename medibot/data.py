@@ -24,7 +24,8 @@ from medibot import splitting
 from medibot.cleaning import Row, clean
 from medibot.cleaning.ledger import LedgerLine, row_key
 from medibot.errors import RecipeError
-from medibot.model import defuse, prompt_messages, role_markers, template_kwargs, tokenizer_fingerprint
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import escape_markers, make_prompt, role_markers, tokenizer_fingerprint
 from medibot.recipe import Recipe
 from medibot.splitting import sha256
 
@@ -310,7 +311,7 @@ def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> N
 
 def defuse_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
     """Rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
-    after = [row | {key: defuse(row[key], markers) for key in ("prompt", "completion")} for row in rows]
+    after = [row | {key: escape_markers(row[key], markers) for key in ("prompt", "completion")} for row in rows]
     changed = [(old, new) for old, new in zip(rows, after, strict=True) if old != new]
     examples = [
         {"row": old["row"], "before": old["completion"], "after": new["completion"]} for old, new in changed[:3]
@@ -377,7 +378,7 @@ def require_rows(recipe: Recipe, chosen: dict[str, list[Row]]) -> None:
 
 
 def prompt_of(recipe: Recipe, row: Row) -> list[dict[str, str]]:
-    return prompt_messages(row["prompt"], recipe.data.system, ())
+    return make_prompt(row["prompt"], recipe.data.system, ())
 
 
 def completion_of(row: Row) -> list[dict[str, str]]:

@@ -26,16 +26,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from medibot import metrics, model, tracking
+from medibot import metrics, tracking
 from medibot.audit import audit, gate
 from medibot.cleaning.rules import fold
 from medibot.data import cache_folder, prepare
 from medibot.errors import RecipeError
+from medibot.model.generation import generate_answers
+from medibot.model.loading import hash_file, identify_base, load_base, make_tiny_model, method_name
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import tokenizer_fingerprint
 from medibot.page import evaluation_page
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, claimed, finished_run, read_json, read_lines
 from medibot.splitting import near_texts, sha256
-from medibot.train import COLUMNS, gather, method, stand_in
+from medibot.train import COLUMNS, gather
 
 # A file that someone hands over is taken as it is: what cannot be asked or compared is left out, and counted
 AS_IT_IS = [
@@ -153,7 +157,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
         switches = {"report_to": "none", "bf16": False, "max_length": None, "disable_tqdm": True}
         args = SFTConfig(folder, use_cpu=True, activation_checkpointing=False, **switches)
         chosen = rows.select_columns(COLUMNS)
-        trainer = SFTTrainer(stand_in(tokenizer), args=args, train_dataset=chosen, processing_class=tokenizer)
+        trainer = SFTTrainer(make_tiny_model(tokenizer), args=args, train_dataset=chosen, processing_class=tokenizer)
         return trainer.train_dataset
 
 
@@ -181,21 +185,21 @@ def loaders(
     """How to get each model, base first; an adapter's base is the same load with the adapter off."""
 
     @cache
-    def load_tuned() -> PreTrainedModel | PeftModel:
-        return model.load_tuned(recipe, this.weights, dtype)
+    def load_once() -> PreTrainedModel | PeftModel:
+        return load_tuned(recipe, this.weights, dtype)
 
     @contextlib.contextmanager
     def base() -> Generator[PreTrainedModel]:
         if recipe.lora:
-            with load_tuned().disable_adapter():
-                yield load_tuned()
+            with load_once().disable_adapter():
+                yield load_once()
         else:
-            yield model.load_base(recipe, dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            yield load_base(recipe, dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval()
             gc.collect()
 
     @contextlib.contextmanager
     def tuned() -> Generator[PreTrainedModel]:
-        yield load_tuned()
+        yield load_once()
 
     return {"base": base, "tuned": tuned}
 
@@ -213,15 +217,15 @@ def score_key(
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     parts = [
         questions.fingerprint,
-        model.tokenizer_fingerprint(tokenizer),
-        model.template_kwargs(recipe),
+        tokenizer_fingerprint(tokenizer),
+        template_kwargs(recipe),
         config.to_dict(),
-        model.base_identity(recipe),
+        identify_base(recipe),
         recipe.quantization,
         precision,
         batch_size(recipe),
         [importlib.metadata.version(name) for name in packages],
-        {f.name: model.file_sha256(f) for f in sorted(this.weights.glob("*.safetensors"))} if which == "tuned" else {},
+        {f.name: hash_file(f) for f in sorted(this.weights.glob("*.safetensors"))} if which == "tuned" else {},
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -252,7 +256,7 @@ def scored(
         if len(left) < len(work):
             print(f"{which}: {len(work) - len(left)} of {len(work)} batches are known already")
         if left:
-            template = model.template_kwargs(recipe)
+            template = template_kwargs(recipe)
             columns = (which, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with load() as weights, Progress(*columns, disable=not sys.stdout.isatty()) as bar:
                 for batch in bar.track(left):
@@ -261,7 +265,7 @@ def scored(
                         scores = likelihood(weights, questions.tokens.select(places).to_list())
                     else:
                         prompts = [questions.rows[place]["prompt"] for place in places]
-                        given = model.answer(weights, tokenizer, prompts, config, template, len(prompts))
+                        given = generate_answers(weights, tokenizer, prompts, config, template, len(prompts))
                         scores = [
                             {"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in given
                         ]
@@ -364,14 +368,14 @@ def summarise(
         "run": this.name,
         "verdict": verdict(this.name, compared, len(lines), groups(lines)),
         "model": recipe.model["pretrained_model_name_or_path"],
-        "method": method(recipe),
+        "method": method_name(recipe),
         "data": questions.described,
         "rows": len(lines),
         "of": questions.of,
         "groups": groups(lines),
         "fingerprint": sha256(json.dumps([questions.fingerprint, decoding], sort_keys=True)),
-        "base": model.base_identity(recipe),
-        "tokenizer": model.tokenizer_fingerprint(AutoTokenizer.from_pretrained(this.weights)),
+        "base": identify_base(recipe),
+        "tokenizer": tokenizer_fingerprint(AutoTokenizer.from_pretrained(this.weights)),
         "decoding": decoding,
         "precision": precision,
         "seed": SEED,

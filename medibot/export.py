@@ -14,8 +14,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from medibot import model, run
+from medibot import run
 from medibot.errors import RecipeError
+from medibot.model.loading import hash_file, load_base, load_tuned, silence_upstream
+from medibot.model.precision import choose_precision
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import make_prompt, role_markers
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, claimed, finished_or_gone, finished_run, read_json
 from medibot.train import gather
@@ -52,13 +56,13 @@ def merge(name: str) -> Path:
     if recipe.lora is None:
         print(f"{name} is a full fine-tune: nothing to merge, its weights in {this.weights} are whole")
         return this.weights
-    model.quiet_upstream()
+    silence_upstream()
     with claimed(this, True), finished_or_gone(this):
-        adapter = {"adapter": model.file_sha256(this.weights / "adapter_model.safetensors")}
+        adapter = {"adapter": hash_file(this.weights / "adapter_model.safetensors")}
         if is_merged(this, adapter):
             print(f"{name} is merged already: {this.merged}")
             return this.merged
-        dtype = model.precision(recipe.model.get("dtype")).dtype
+        dtype = choose_precision(recipe.model.get("dtype")).dtype
         tokenizer = AutoTokenizer.from_pretrained(this.weights)
         probe = ask(this, recipe, tokenizer, dtype)
         best, measured = nearest(this, recipe, probe, dtype)
@@ -94,9 +98,9 @@ def candidate(this: Run, mode: str) -> Path:
 def ask(this: Run, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Probe:
     """What the trained model, quantized base and adapter as in training, answers to held-out questions."""
     asked, prompts = held_out(recipe, tokenizer)
-    trained = model.load_tuned(recipe, this.weights, dtype)
+    trained = load_tuned(recipe, this.weights, dtype)
     config = GenerationConfig.from_pretrained(this.weights)
-    sequences = greedy(trained, tokenizer, prompts, config, model.template_kwargs(recipe))
+    sequences = greedy(trained, tokenizer, prompts, config, template_kwargs(recipe))
     probe = Probe(asked, sequences, logits(trained, sequences))
     del trained
     gc.collect()
@@ -116,12 +120,12 @@ def held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, l
     if rows is not None:
         chosen = rows.select(range(min(QUESTIONS, len(rows))))
         return "validation split", [row["prompt"] for row in chosen]
-    markers = model.role_markers(tokenizer)
+    markers = role_markers(tokenizer)
     questions = recipe.evaluation.questions
     if not questions:
         remedy = "bring back the data, or write evaluation.questions in the run's recipe.yaml"
         raise RecipeError.of("merge", "no validation split and no fixed question to prove a merge on", remedy)
-    return "fixed questions", [model.prompt_messages(text, recipe.data.system, markers) for text in questions]
+    return "fixed questions", [make_prompt(text, recipe.data.system, markers) for text in questions]
 
 
 @torch.inference_mode()
@@ -198,9 +202,9 @@ def merged_weights(recipe: Recipe, this: Run, dtype: torch.dtype, mode: str) -> 
     left of them, which is what the adapter was trained on.
     """
     if mode == "base":
-        base = model.load_base(dataclasses.replace(recipe, quantization=None), dtype)
+        base = load_base(dataclasses.replace(recipe, quantization=None), dtype)
     else:
-        base = model.load_base(recipe, dtype, device="cpu").dequantize(dtype)
+        base = load_base(recipe, dtype, device="cpu").dequantize(dtype)
     return PeftModel.from_pretrained(base, this.weights).merge_and_unload(safe_merge=True)
 
 

@@ -13,9 +13,12 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
-from medibot import model, run
+from medibot import run
 from medibot.errors import RecipeError
 from medibot.export import distance, greedy, held_out, logits, merge
+from medibot.model.loading import silence_upstream
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import end_of_turn_token
 from medibot.ollama import modelfile, pieces_of
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, claimed, finished_or_gone, finished_run
@@ -37,7 +40,7 @@ def export_gguf(name: str) -> Path:
     require_converter()
     weights = merge(name)
     recipe = load_recipe(str(this.recipe))
-    model.quiet_upstream()
+    silence_upstream()
     with claimed(this, True), finished_or_gone(this):
         partial = this.folder / ".gguf.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,7 +114,7 @@ def require_same_words(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         raise RecipeError.of("export-gguf", "the file's chat template is not the run's", "report the model")
     kinds = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
     ends: set[int] = {fields[kind] for kind in kinds if kind in fields}
-    end = model.end_of_turn(tokenizer)
+    end = end_of_turn_token(tokenizer)
     if not ends & set(config.eos_token_id) or (end is not None and end not in ends):
         known = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))
         what = f"answers end in {tokenizer.convert_ids_to_tokens(end)!r}, and the file stops at {known or 'nothing'}"
@@ -124,7 +127,7 @@ def compared(
     """How the file, read back by transformers, answers next to the folder; refuses fewer equal tokens than allowed."""
     asked, prompts = held_out(recipe, tokenizer)
     whole = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).eval()
-    sequences = greedy(whole, tokenizer, prompts, config, model.template_kwargs(recipe))
+    sequences = greedy(whole, tokenizer, prompts, config, template_kwargs(recipe))
     expected = logits(whole, sequences)
     dtype = whole.dtype
     del whole

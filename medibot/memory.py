@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
-from medibot import model
+from medibot.model.loading import call_loader, model_path
+from medibot.model.precision import make_lora_config, make_quantization_config
 from medibot.recipe import Recipe
 
 # bitsandbytes quantizes 64 weights with one constant, and with double quantization 256 constants with one more
@@ -46,7 +47,7 @@ class Parameters:
 
 
 def text_config(recipe: Recipe) -> PretrainedConfig:
-    return model.loading(recipe, "config", AutoConfig.from_pretrained)
+    return call_loader(recipe, "config", AutoConfig.from_pretrained)
 
 
 def skeleton(recipe: Recipe, dtype: torch.dtype, layers: int | None = None, quantized: bool = True) -> torch.nn.Module:
@@ -67,7 +68,7 @@ def skeleton(recipe: Recipe, dtype: torch.dtype, layers: int | None = None, quan
         whole = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="eager" if eager else "sdpa", trust_remote_code=trusted
         )
-    bits = model.quantization_config(recipe, dtype)
+    bits = make_quantization_config(recipe, dtype)
     if bits is not None and quantized:
         kept = HfQuantizer.get_modules_to_not_convert(whole, bits.llm_int8_skip_modules, whole._keep_in_fp32_modules)
         whole = replace_with_bnb_linear(whole, kept, bits)
@@ -77,7 +78,7 @@ def skeleton(recipe: Recipe, dtype: torch.dtype, layers: int | None = None, quan
 
 
 def with_adapters(recipe: Recipe, whole: torch.nn.Module, cut: bool) -> torch.nn.Module:
-    lora: Any = model.lora_config(recipe)
+    lora: Any = make_lora_config(recipe)
     # An initialisation by the weights needs their values; shapes do not depend on it
     lora.init_lora_weights = True
     if cut:
@@ -150,7 +151,7 @@ def state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> int:
 
 def stored(recipe: Recipe) -> dict[str, int] | None:
     """Bytes of the model's safetensors files by dtype, read from their headers; None where they are not here yet."""
-    files = sorted(Path(model.model_path(recipe), recipe.model.get("subfolder", "")).glob("*.safetensors"))
+    files = sorted(Path(model_path(recipe), recipe.model.get("subfolder", "")).glob("*.safetensors"))
     sizes: dict[str, int] = {}
     for file in files:
         with file.open("rb") as stream:

@@ -12,10 +12,11 @@ from rich.table import Table
 from medibot.audit import NAMES, Audit, audit, examples, gate, paint_html, paint_text, painted
 from medibot.device import named_device, this_device, written_layout
 from medibot.errors import RecipeError
+from medibot.model.loading import make_tiny_model, method_name
 from medibot.plan import show as show_plan
 from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder
-from medibot.train import Inputs, build_trainer, gather, make_plan, method, stand_in
+from medibot.train import Inputs, build_trainer, gather, make_plan
 
 PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>
@@ -46,7 +47,9 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
     """Print ledger, leak report, loss-mask report and painted rows; raise RecipeError where training would refuse."""
     inputs = gather(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(inputs, Run(Path(folder) / "inspect"), lambda: stand_in(inputs.tokenizer), lora=False)
+        trainer = build_trainer(
+            inputs, Run(Path(folder) / "inspect"), lambda: make_tiny_model(inputs.tokenizer), lora=False
+        )
     dataset, stops = trainer.train_dataset, inputs.generation.eos_token_id
     pairs = [("train", dataset), ("validation", trainer.eval_dataset)]
     limit = trainer.args.max_length
@@ -75,7 +78,7 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
 def show(inputs: Inputs, tables: list[Any], pieces: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
     console.print(
-        f"{inputs.recipe.name}: {method(inputs.recipe)} of {inputs.recipe.model['pretrained_model_name_or_path']}"
+        f"{inputs.recipe.name}: {method_name(inputs.recipe)} of {inputs.recipe.model['pretrained_model_name_or_path']}"
     )
     console.print(f"precision here: {inputs.precision.name} ({inputs.precision.reason})")
     names = [repr(inputs.tokenizer.decode([token])) for token in inputs.generation.eos_token_id]

@@ -21,24 +21,21 @@ from accelerate import PartialState
 from datasets import disable_progress_bars
 from peft import NoMatchingPeftModuleError
 from safetensors import SafetensorError
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from medibot import cpu, evidence, model, run, tracking
+from medibot import cpu, evidence, run, tracking
 from medibot.audit import Audit, audit, gate
 from medibot.data import Prepared, prepare
 from medibot.device import GB, Device, Layout, layout_here, this_device
 from medibot.errors import RecipeError, Stopped
+from medibot.model.generation import generate_answers, load_generation_config
+from medibot.model.loading import identify_base, load_base, method_name, silence_upstream, weights_dtype
+from medibot.model.precision import Precision, choose_precision, make_lora_config
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import load_tokenizer, make_prompt, role_markers
 from medibot.plan import Plan
 from medibot.recipe import Recipe
 from medibot.run import Run
@@ -54,20 +51,20 @@ class Inputs:
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     generation: GenerationConfig
-    precision: model.Precision
+    precision: Precision
     prepared: Prepared
 
 
 def gather(recipe: Recipe) -> Inputs:
     """Tokenizer, precision and conversations of a recipe; refuses what cannot train, loads no weights."""
-    model.quiet_upstream()
+    silence_upstream()
     disable_progress_bars()
-    tokenizer = model.load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe)
     return Inputs(
         recipe,
         tokenizer,
-        model.generation_config(recipe, tokenizer),
-        model.precision(recipe.model.get("dtype")),
+        load_generation_config(recipe, tokenizer),
+        choose_precision(recipe.model.get("dtype")),
         prepare(recipe, tokenizer),
     )
 
@@ -80,7 +77,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
     state = launched_world()
     this = run.open_run(name)
     inputs = gather(recipe)
-    base = model.base_identity(recipe)
+    base = identify_base(recipe)
     key, parts = run.fingerprint(recipe, inputs.prepared.fingerprint, base, state.num_processes)
     run.refuse_changed(this, parts)
     if this.record().get("status") == "finished":
@@ -120,9 +117,6 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
             save(trainer, inputs, this, mirror, planned)
     if state.is_main_process:
         farewell(this, inputs)
-
-
-# --- assembling -------------------------------------------------------------------------------------------------------
 
 
 def launched_world() -> PartialState:
@@ -231,7 +225,7 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
             train_dataset=datasets["train"],
             eval_dataset=datasets.get("validation"),
             processing_class=inputs.tokenizer,
-            peft_config=model.lora_config(inputs.recipe) if lora else None,
+            peft_config=make_lora_config(inputs.recipe) if lora else None,
         )
     except NoMatchingPeftModuleError as error:
         what = " ".join(str(error).split())
@@ -274,13 +268,7 @@ def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
 
 
 def load_weights(inputs: Inputs) -> PreTrainedModel:
-    return model.load_base(inputs.recipe, weights_dtype(inputs.recipe, inputs.precision.dtype))
-
-
-def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
-    """What the base weights are held in: float32 master weights for full fine-tuning, else what is computed in."""
-    full = recipe.lora is None and "dtype" not in recipe.model
-    return torch.float32 if full else compute
+    return load_base(inputs.recipe, weights_dtype(inputs.recipe, inputs.precision.dtype))
 
 
 def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
@@ -288,12 +276,6 @@ def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
     held = weights_dtype(inputs.recipe, device.compute)
     training = inputs.recipe.training | per_process(inputs.recipe, layout.processes)
     return Plan(replace(inputs.recipe, training=training), inputs.tokenizer, inputs.prepared, held, device, layout)
-
-
-def stand_in(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The smallest model there is: with it the trainer prepares its dataset and no weights are loaded."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
 
 
 def check(trainer: SFTTrainer, inputs: Inputs) -> list[Audit]:
@@ -480,9 +462,6 @@ def cost(trainer: CountingTrainer, this: Run) -> dict[str, float]:
     }
 
 
-# --- while it trains --------------------------------------------------------------------------------------------------
-
-
 class Record(TrainerCallback):
     """The local record (metrics.jsonl, answers.jsonl), its mirror, and the stop on a loss that is no loss."""
 
@@ -590,17 +569,14 @@ class Record(TrainerCallback):
         if not questions or any(row["global_step"] == step for row in run.read_lines(file)):
             return
         system, tokenizer = self.inputs.recipe.data.system, self.inputs.tokenizer
-        markers = model.role_markers(tokenizer)
-        prompts = [model.prompt_messages(question, system, markers) for question in questions]
-        template = model.template_kwargs(self.inputs.recipe)
-        answers = model.answer(weights, tokenizer, prompts, self.inputs.generation, template)
+        markers = role_markers(tokenizer)
+        prompts = [make_prompt(question, system, markers) for question in questions]
+        template = template_kwargs(self.inputs.recipe)
+        answers = generate_answers(weights, tokenizer, prompts, self.inputs.generation, template)
         for question, got in zip(questions, answers, strict=True):
             if PartialState().is_main_process:
                 self.this.append(file, {"global_step": step, "question": question, "answer": got.pop("text"), **got})
         self.mirror.answers(run.read_lines(file))
-
-
-# --- said to the person who waits -------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -613,7 +589,7 @@ def describe(trainer: SFTTrainer, inputs: Inputs, planned: Plan) -> None:
     trainable, total = parameter_counts(trainer.model)
     args = trainer.args
     each, ways = args.per_device_train_batch_size, PartialState().num_processes
-    say(f"model      {inputs.recipe.model['pretrained_model_name_or_path']}, {method(inputs.recipe)}")
+    say(f"model      {inputs.recipe.model['pretrained_model_name_or_path']}, {method_name(inputs.recipe)}")
     say(f"precision  {inputs.precision.name}: {inputs.precision.reason}")
     say(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     accumulated = args.gradient_accumulation_steps
@@ -622,15 +598,6 @@ def describe(trainer: SFTTrainer, inputs: Inputs, planned: Plan) -> None:
     )
     needed, there = planned.memory()["peak"] / GB, planned.device.capacity / GB
     say(f"memory     {needed:.1f} GB planned for {planned.rows} rows of {planned.longest} tokens, {there:.1f} GB here")
-
-
-def method(recipe: Recipe) -> str:
-    """The fine-tuning method in its usual name."""
-    if recipe.lora is None:
-        return "full fine-tuning"
-    lora = "DoRA" if recipe.lora.get("use_dora") else "rsLoRA" if recipe.lora.get("use_rslora") else "LoRA"
-    bits = recipe.quantization or {}
-    return lora + (" on 4-bit weights" if bits.get("load_in_4bit") else " on 8-bit weights" if bits else "")
 
 
 def global_batch_size(trainer: SFTTrainer) -> int:

@@ -7,14 +7,15 @@ import re
 import sys
 from pathlib import Path
 
-from medibot import evidence, model
+from medibot import evidence
 from medibot.data import prepare
+from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 
 
 def main(data: str) -> None:
     recipe = load_recipe("medquad-smollm2-135m", [f"data.path={data}", "data.limit=null", "training.max_length=1024"])
-    record = evidence.gather(recipe, prepare(recipe, model.load_tokenizer(recipe)))
+    record = evidence.gather(recipe, prepare(recipe, load_tokenizer(recipe)))
     print(f"threshold {record['threshold']}, {len(record['rows']):,} training questions; {record['measured']}")
     found = evidence.Evidence(record)
     text = (Path(__file__).parent / "asked.txt").read_text(encoding="utf-8")

@@ -25,12 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import CHATML, SAMPLE  # noqa: E402
 
-from medibot import train  # noqa: E402
+from medibot import train
 from medibot.recipe import load_recipe
 from medibot.run import (
     Run,
     open_run,
-    read_lines,  # noqa: E402
+    read_lines,  # noqa: E402  # noqa: E402
 )
 
 # noqa: E402

@@ -19,8 +19,8 @@ from accelerate.utils import DistributedType
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 state.PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
-from medibot import train  # noqa: E402
-from medibot.recipe import load_recipe  # noqa: E402
+from medibot import train
+from medibot.recipe import load_recipe  # noqa: E402  # noqa: E402
 
 dist.init_process_group("gloo")
 for name, overrides in json.loads(sys.argv[1]).items():

@@ -14,13 +14,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from medibot import model
 from medibot.audit import IGNORED, Audit, audit, examples, gate, paint_html, paint_text, painted, spans
 from medibot.data import prepare
 from medibot.errors import RecipeError
+from medibot.model.generation import load_generation_config
+from medibot.model.loading import make_tiny_model
+from medibot.model.precision import choose_precision
+from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
-from medibot.train import Inputs, build_trainer, stand_in
+from medibot.train import Inputs, build_trainer
 
 SYSTEM = "You answer health questions in plain words."
 QWEN = (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>", "<tool_call>", "</tool_call>"])
@@ -85,7 +88,7 @@ class Case:
         recipe = self.inputs.recipe
         inputs = replace(self.inputs, recipe=replace(recipe, training=recipe.training | training))
         run = Run(recipe.path.parent / "outputs" / "again")
-        return Case(inputs, build_trainer(inputs, run, lambda: stand_in(self.tokenizer), lora=False))
+        return Case(inputs, build_trainer(inputs, run, lambda: make_tiny_model(self.tokenizer), lora=False))
 
     def tampered(self, row: int, change: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> Dataset:
         """The trainer's dataset with `change` applied to one row's input ids and labels."""
@@ -117,7 +120,8 @@ def make_case(workplace: Path) -> Callable[..., Case]:
     ) -> Case:
         inputs = make_inputs(workplace, tokenizer, rows, system, template or {}, training)
         return Case(
-            inputs, build_trainer(inputs, Run(workplace / "outputs" / "r"), lambda: stand_in(tokenizer), lora=False)
+            inputs,
+            build_trainer(inputs, Run(workplace / "outputs" / "r"), lambda: make_tiny_model(tokenizer), lora=False),
         )
 
     return make
@@ -132,7 +136,7 @@ def make_inputs(
     training: dict[str, Any],
 ) -> Inputs:
     tokenizer.save_pretrained(folder / "model")
-    config = stand_in(tokenizer).config
+    config = make_tiny_model(tokenizer).config
     config.eos_token_id = tokenizer.eos_token_id
     config.save_pretrained(folder / "model")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -153,9 +157,9 @@ def make_inputs(
         evaluation=EvaluationSection(max_new_tokens=8),
         written={"data": {"system": system, "template": template}},
     )
-    loaded = model.load_tokenizer(recipe)
-    generation = model.generation_config(recipe, loaded)
-    return Inputs(recipe, loaded, generation, model.precision(), prepare(recipe, loaded, lambda _: None))
+    loaded = load_tokenizer(recipe)
+    generation = load_generation_config(recipe, loaded)
+    return Inputs(recipe, loaded, generation, choose_precision(), prepare(recipe, loaded, lambda _: None))
 
 
 @pytest.fixture(scope="session")
@@ -475,7 +479,7 @@ def test_control_tokens_are_found_where_upstream_is_not_asked_to_read_them_as_te
 ) -> None:
     case = make_case(make_tokenizer("qwen"), [TYPED_ROWS[0], CLEAN_ROW])
     forged = SFTTrainer(
-        model=stand_in(case.tokenizer),
+        model=make_tiny_model(case.tokenizer),
         args=SFTConfig(output_dir=str(case.inputs.recipe.path.parent), use_cpu=True, bf16=False, report_to="none"),
         train_dataset=case.conversations.select_columns(["prompt", "completion"]),
         processing_class=case.tokenizer,

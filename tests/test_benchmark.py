@@ -10,8 +10,9 @@ from conftest import ROOT
 from test_evaluate import trained  # noqa: F401 - the fixture
 from transformers import AutoTokenizer
 
-from medibot import benchmark, cli, model
+from medibot import benchmark, cli
 from medibot.errors import RecipeError
+from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
 from medibot.run import read_json, read_lines
 
@@ -78,7 +79,7 @@ def test_scores_are_those_of_base_and_tuned_weights_behind_the_chat_template(at_
     lines = read_lines(this.folder / "benchmark" / "rows.jsonl")
     recipe = load_recipe(str(this.recipe))
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
-    weights = model.load_tuned(recipe, this.weights, torch.float32)
+    weights = load_tuned(recipe, this.weights, torch.float32)
     questions = [json.loads(line) for line in (benchmark.TASKS / "sample.jsonl").read_text().splitlines()]
     assert len(lines) == len(questions) == found["all"]["rows"]
     for line, question in zip(lines, questions, strict=True):

@@ -6,9 +6,11 @@ import pytest
 from conftest import ROOT
 from test_evaluate import OVERRIDES
 
-from medibot import chat, model, train
+from medibot import chat, train
 from medibot.chat import Decoding, Speaker
 from medibot.errors import RecipeError
+from medibot.model.generation import generate_answers
+from medibot.model.tokenizer import make_prompt
 from medibot.recipe import load_recipe
 from medibot.run import open_run
 
@@ -36,7 +38,7 @@ def text_of(speaker, which, decoding=SHORT, messages=ASK):
 
 
 def test_reply_is_what_evaluation_would_get(speaker):
-    prompts = [model.prompt_messages(ASK[0]["content"], speaker.recipe.data.system, speaker.markers)]
+    prompts = [make_prompt(ASK[0]["content"], speaker.recipe.data.system, speaker.markers)]
     config = chat.generation(speaker.config, Decoding(12))
     for which in chat.MODELS:
         reply = speaker.reply(ASK, which, Decoding(12))
@@ -44,9 +46,9 @@ def test_reply_is_what_evaluation_would_get(speaker):
         with_adapter = speaker.weights["tuned"]
         if which == "base":
             with with_adapter.disable_adapter():
-                expected = next(model.answer(with_adapter, speaker.tokenizer, prompts, config, {}))
+                expected = next(generate_answers(with_adapter, speaker.tokenizer, prompts, config, {}))
         else:
-            expected = next(model.answer(with_adapter, speaker.tokenizer, prompts, config, {}))
+            expected = next(generate_answers(with_adapter, speaker.tokenizer, prompts, config, {}))
         assert text.strip() == expected["text"] and (reply.finish_reason == "stop") == expected["stopped"]
         assert reply.completion_tokens == expected["tokens"] + expected["stopped"]
     assert text_of(speaker, "base") != text_of(speaker, "tuned")

@@ -259,7 +259,7 @@ CHANGES = {
 
 
 def fingerprint(recipe: Recipe) -> str:
-    from medibot.model import load_tokenizer
+    from medibot.model.tokenizer import load_tokenizer
 
     return prepare(recipe, load_tokenizer(recipe), lambda _: None).fingerprint
 
@@ -366,7 +366,7 @@ def test_refused_data_leaves_nothing_in_the_cache(prepared_of, workplace):
 PREPARE = """
 import json, sys
 from medibot.data import prepare
-from medibot.model import load_tokenizer
+from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 
 recipe = load_recipe("mine.yaml")

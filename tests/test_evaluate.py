@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medibot import evaluate as evaluation
-from medibot import model, tracking, train
+from medibot import tracking, train
 from medibot.errors import RecipeError
+from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
 
@@ -70,7 +71,7 @@ def test_likelihood_is_upstreams_loss_and_independent_of_the_batch(trained):
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     rows = train.gather(recipe).prepared.load("test")
     tokens = evaluation.tokenized(tokenizer, rows).to_list()
-    weights = model.load_tuned(recipe, this.weights, torch.float32)
+    weights = load_tuned(recipe, this.weights, torch.float32)
     together = evaluation.likelihood(weights, tokens)
     alone = [evaluation.likelihood(weights, [row])[0] for row in tokens]
     for row, one, many in zip(tokens, alone, together, strict=True):

@@ -17,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import OVERRIDES
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from medibot import export, gguf, model, train
+from medibot import export, gguf, train
 from medibot.card import card
 from medibot.errors import RecipeError
+from medibot.model.generation import generate_answers
+from medibot.model.loading import load_tuned
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import make_prompt
 from medibot.ollama import modelfile, pieces_of
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
@@ -85,10 +89,10 @@ def test_the_cards_own_lines_answer_in_plain_transformers_without_medibot(merged
     assert done.returncode == 0, done.stderr
     recipe = load_recipe(str(merged.recipe))
     tokenizer = AutoTokenizer.from_pretrained(merged.weights)
-    weights = model.load_tuned(recipe, merged.weights, torch.float32)
-    prompts = [model.prompt_messages("What is anemia?", recipe.data.system, ())]
+    weights = load_tuned(recipe, merged.weights, torch.float32)
+    prompts = [make_prompt("What is anemia?", recipe.data.system, ())]
     config = GenerationConfig.from_pretrained(merged.weights)
-    expected = next(model.answer(weights, tokenizer, prompts, config, model.template_kwargs(recipe)))["text"]
+    expected = next(generate_answers(weights, tokenizer, prompts, config, template_kwargs(recipe)))["text"]
     assert done.stdout.strip() == expected != ""
 
 

@@ -11,10 +11,12 @@ from conftest import ROOT, SAMPLE
 from peft import get_peft_model
 from typer.testing import CliRunner
 
-from medibot import activations, cli, memory, model
+from medibot import activations, cli, memory
 from medibot import train as training
 from medibot.device import Device, Layout, named_device
 from medibot.errors import RecipeError
+from medibot.model.loading import load_base
+from medibot.model.precision import make_lora_config
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
 
@@ -53,8 +55,8 @@ def plan(recipe):
 
 
 def loaded(recipe):
-    base = model.load_base(recipe, FLOAT)
-    return base if recipe.lora is None else get_peft_model(base, model.lora_config(recipe))
+    base = load_base(recipe, FLOAT)
+    return base if recipe.lora is None else get_peft_model(base, make_lora_config(recipe))
 
 
 def constants(weight) -> list[torch.Tensor]:

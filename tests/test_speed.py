@@ -9,9 +9,9 @@ from conftest import ROOT, SAMPLE
 from test_train import miniature  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-from medibot import model
 from medibot import train as training
 from medibot.data import prepare
+from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 from medibot.run import open_run
 
@@ -38,7 +38,7 @@ def test_copies_of_the_data_are_no_duplicates(workplace, make_model):
     rows = pyarrow.parquet.read_table(workplace / "x3.parquet").num_rows
     own = [f"data.path={workplace / 'x3.parquet'}", f"model.pretrained_model_name_or_path={make_model()}"]
     recipe = load_recipe(str(ROOT / "recipes" / "quickstart.yaml"), [*own, "data.too_long=drop"])
-    prepared = prepare(recipe, model.load_tokenizer(recipe), progress=lambda _: None)
+    prepared = prepare(recipe, load_tokenizer(recipe), progress=lambda _: None)
     assert prepared.ledger[0]["rows_in"] == rows
     kept = sum(prepared.split["rows"].values())
     assert kept > 0.7 * rows

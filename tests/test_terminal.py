@@ -18,8 +18,9 @@ import pytest
 from conftest import FAMILIES, STOPS
 from test_chat import speaker  # noqa: F401 - the fixture
 
-from medibot import care, data, model, terminal
+from medibot import care, data, terminal
 from medibot.chat import Decoding
+from medibot.model.tokenizer import role_markers
 from medibot.terminal import Chat, Turn
 
 
@@ -128,7 +129,7 @@ def test_unknown_command_is_answered_with_help(chat, capsys):
 def test_roles_cannot_be_forged_in_a_chat(chat, make_tokenizer, family):
     tokenizer, markers = make_tokenizer(family), ("<|user|>", "<|system|>", "<|assistant|>")
     forged = copy.copy(chat.speaker)
-    forged.tokenizer, forged.markers = tokenizer, model.role_markers(tokenizer)
+    forged.tokenizer, forged.markers = tokenizer, role_markers(tokenizer)
     forged.recipe = copy.copy(forged.recipe)
     object.__setattr__(forged.recipe, "data", forged.recipe.data.model_copy(update={"system": None}))
     chat.speaker = forged

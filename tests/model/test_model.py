@@ -15,8 +15,19 @@ from conftest import FAMILIES, ROOT, STOPS
 from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
-from medibot import model
 from medibot.errors import RecipeError
+from medibot.model import loading
+from medibot.model.generation import generate_answers, load_generation_config
+from medibot.model.loading import identify_base, load_base, load_tuned, source_kwargs
+from medibot.model.precision import choose_precision, make_lora_config, make_quantization_config
+from medibot.model.tokenizer import (
+    end_of_turn_token,
+    escape_markers,
+    load_tokenizer,
+    make_prompt,
+    role_markers,
+    tokenizer_fingerprint,
+)
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 
 KEY = "model.pretrained_model_name_or_path"
@@ -69,15 +80,15 @@ def edit_json(file: Path, **changes: Any) -> None:
 def test_precision_of_a_cpu_is_bfloat16_with_amx_and_float32_without() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     amx = cpuinfo.is_file() and {"amx_tile", "amx_bf16"} <= set(cpuinfo.read_text().split())
-    found = model.precision()
+    found = choose_precision()
     assert found.dtype == (torch.bfloat16 if amx else torch.float32)
     assert found.training == {"use_cpu": True, "bf16": amx, "fp16": False}
-    assert model.precision("auto") == found
+    assert choose_precision("auto") == found
 
 
 @pytest.mark.parametrize("written", ["float32", "bfloat16", "float16"])
 def test_a_written_dtype_wins(written: str) -> None:
-    found = model.precision(written)
+    found = choose_precision(written)
     assert found.name == written
     assert found.dtype is getattr(torch, written)
     assert (found.training["bf16"], found.training["fp16"]) == (written == "bfloat16", written == "float16")
@@ -90,9 +101,9 @@ def test_a_written_dtype_wins(written: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_stops_where_the_template_ends_a_turn(family: str, make_model: Callable) -> None:
     recipe = recipe_of(make_model(family), generate={"repetition_penalty": 1.3})
-    tokenizer = model.load_tokenizer(recipe)
-    end = model.end_of_turn(tokenizer)
-    config = model.generation_config(recipe, tokenizer)
+    tokenizer = load_tokenizer(recipe)
+    end = end_of_turn_token(tokenizer)
+    config = load_generation_config(recipe, tokenizer)
     assert tokenizer.decode([end]) == STOPS[family]
     assert set(config.eos_token_id) == {end, tokenizer.eos_token_id}
     assert config.pad_token_id == tokenizer.pad_token_id is not None
@@ -104,13 +115,13 @@ def test_generation_stops_where_the_template_ends_a_turn(family: str, make_model
 def test_the_end_of_turn_is_the_token_behind_the_answer_where_a_template_writes_two(make_tokenizer: Callable) -> None:
     tokenizer = make_tokenizer("qwen")
     tokenizer.chat_template += "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
-    assert tokenizer.decode([model.end_of_turn(tokenizer)]) == "<|im_end|>"
+    assert tokenizer.decode([end_of_turn_token(tokenizer)]) == "<|im_end|>"
 
 
 def test_a_template_that_closes_with_plain_text_has_no_end_of_turn(make_tokenizer: Callable) -> None:
     tokenizer = make_tokenizer("qwen")
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|over|>")
-    assert model.end_of_turn(tokenizer) is None
+    assert end_of_turn_token(tokenizer) is None
 
 
 def test_stop_tokens_that_the_model_names_itself_are_kept_and_sampling_can_be_asked_for(copied: Callable) -> None:
@@ -118,10 +129,10 @@ def test_stop_tokens_that_the_model_names_itself_are_kept_and_sampling_can_be_as
     tokenizer = AutoTokenizer.from_pretrained(folder)
     named = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
     GenerationConfig(eos_token_id=[named], do_sample=True, temperature=0.6, top_p=0.9).save_pretrained(folder)
-    config = model.generation_config(recipe_of(folder), tokenizer)
+    config = load_generation_config(recipe_of(folder), tokenizer)
     assert set(config.eos_token_id) == {named, tokenizer.eos_token_id}
     assert (config.do_sample, config.temperature) == (False, None)
-    sampled = model.generation_config(recipe_of(folder, generate={"do_sample": True, "temperature": 0.2}), tokenizer)
+    sampled = load_generation_config(recipe_of(folder, generate={"do_sample": True, "temperature": 0.2}), tokenizer)
     assert (sampled.do_sample, sampled.temperature) == (True, 0.2)
 
 
@@ -129,54 +140,54 @@ def test_a_model_without_generation_config_stops_too(copied: Callable) -> None:
     folder = copied("gemma")
     (folder / "generation_config.json").unlink()
     recipe = recipe_of(folder)
-    tokenizer = model.load_tokenizer(recipe)
-    names = tokenizer.convert_ids_to_tokens(model.generation_config(recipe, tokenizer).eos_token_id)
+    tokenizer = load_tokenizer(recipe)
+    names = tokenizer.convert_ids_to_tokens(load_generation_config(recipe, tokenizer).eos_token_id)
     assert set(names) == {"<eos>", "<end_of_turn>"}
 
 
 def test_role_markers_are_those_that_are_no_tokens(make_tokenizer: Callable) -> None:
-    assert set(model.role_markers(make_tokenizer("tinyllama"))) == {"<|system|>", "<|assistant|>", "<|user|>"}
+    assert set(role_markers(make_tokenizer("tinyllama"))) == {"<|system|>", "<|assistant|>", "<|user|>"}
     for family in ("smollm2", "llama3", "qwen", "gemma", "mistral"):
-        assert model.role_markers(make_tokenizer(family)) == ()
+        assert role_markers(make_tokenizer(family)) == ()
 
 
 def test_defused_text_holds_no_marker() -> None:
     markers = ("<|assistant|>", "<|user|>")
-    assert model.defuse("a <|user|> b", markers) == "a < |user|> b"
-    assert model.defuse("<|us<|user|>er|><|user|>", markers) == "<|us< |user|>er|>< |user|>"
-    assert model.defuse("2 < 3 <|end|>", markers) == "2 < 3 <|end|>"
-    assert model.prompt_messages("<|user|>?", "Be kind.", markers) == [
+    assert escape_markers("a <|user|> b", markers) == "a < |user|> b"
+    assert escape_markers("<|us<|user|>er|><|user|>", markers) == "<|us< |user|>er|>< |user|>"
+    assert escape_markers("2 < 3 <|end|>", markers) == "2 < 3 <|end|>"
+    assert make_prompt("<|user|>?", "Be kind.", markers) == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "< |user|>?"},
     ]
-    assert model.prompt_messages("why?", None, ()) == [{"role": "user", "content": "why?"}]
+    assert make_prompt("why?", None, ()) == [{"role": "user", "content": "why?"}]
 
 
 def test_a_fingerprint_does_not_change_with_use_and_does_with_the_template(make_model: Callable) -> None:
     tokenizer = AutoTokenizer.from_pretrained(make_model("qwen"))
-    before = model.tokenizer_fingerprint(tokenizer)
+    before = tokenizer_fingerprint(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer("a <|im_end|>", split_special_tokens=True)
     chat = [{"role": "user", "content": "What is <|im_end|>?"}]
     tokenizer.apply_chat_template(chat, tokenize=True, **AS_TEXT)
     # The last call's padding and length stay in the tokenizer's backend
     tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=16)
-    assert model.tokenizer_fingerprint(tokenizer) == before
+    assert tokenizer_fingerprint(tokenizer) == before
     tokenizer.chat_template += " "
-    assert model.tokenizer_fingerprint(tokenizer) != before
+    assert tokenizer_fingerprint(tokenizer) != before
 
 
 def test_a_fingerprint_is_the_same_in_another_process(make_model: Callable) -> None:
     folder = make_model("llama3")
     code = (
-        "import sys; from transformers import AutoTokenizer; from medibot.model import tokenizer_fingerprint;"
+        "import sys; from transformers import AutoTokenizer; from medibot.model.tokenizer import tokenizer_fingerprint;"
         "print(tokenizer_fingerprint(AutoTokenizer.from_pretrained(sys.argv[1])))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     other = subprocess.run(
         [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, check=True
     )
-    assert other.stdout.split()[-1] == model.tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
+    assert other.stdout.split()[-1] == tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
 
 
 # --- the author's mistakes --------------------------------------------------------------------------------------------
@@ -184,29 +195,29 @@ def test_a_fingerprint_is_the_same_in_another_process(make_model: Callable) -> N
 
 @pytest.mark.usefixtures("workplace")
 def test_a_missing_folder_is_refused_with_what_makes_it() -> None:
-    assert "make model" in refusal(lambda: model.load_tokenizer(recipe_of("models/none")))
-    assert "'./none'" in refusal(lambda: model.load_base(recipe_of("./none"), torch.float32))
-    assert "org/name" in refusal(lambda: model.base_identity(recipe_of("none")))
-    assert "hub" in refusal(lambda: model.load_tokenizer(recipe_of("nobody/none")))
+    assert "make model" in refusal(lambda: load_tokenizer(recipe_of("models/none")))
+    assert "'./none'" in refusal(lambda: load_base(recipe_of("./none"), torch.float32))
+    assert "org/name" in refusal(lambda: identify_base(recipe_of("none")))
+    assert "hub" in refusal(lambda: load_tokenizer(recipe_of("nobody/none")))
 
 
 def test_a_tokenizer_without_template_is_refused_unless_a_file_is_named(copied: Callable, tmp_path: Path) -> None:
     folder = copied()
     (folder / "chat_template.jinja").unlink()
-    assert "training.chat_template_path" in refusal(lambda: model.load_tokenizer(recipe_of(folder)))
+    assert "training.chat_template_path" in refusal(lambda: load_tokenizer(recipe_of(folder)))
     file = tmp_path / "own.jinja"
     file.write_text(FAMILIES["qwen"][0])
     training = {"chat_template_path": str(file)}
-    assert model.load_tokenizer(recipe_of(folder, training=training)).chat_template == FAMILIES["qwen"][0]
+    assert load_tokenizer(recipe_of(folder, training=training)).chat_template == FAMILIES["qwen"][0]
     with pytest.raises(RecipeError) as refused:
-        model.load_tokenizer(recipe_of(folder, training={"chat_template_path": "none.jinja"}))
+        load_tokenizer(recipe_of(folder, training={"chat_template_path": "none.jinja"}))
     assert refused.value.problems[0].key == "training.chat_template_path"
 
 
 def test_a_tokenizer_without_end_token_is_refused(copied: Callable) -> None:
     folder = copied()
     edit_json(folder / "tokenizer_config.json", eos_token=None)
-    assert "no end token" in refusal(lambda: model.load_tokenizer(recipe_of(folder)))
+    assert "no end token" in refusal(lambda: load_tokenizer(recipe_of(folder)))
 
 
 def test_weights_that_are_not_safetensors_are_refused(copied: Callable) -> None:
@@ -214,7 +225,7 @@ def test_weights_that_are_not_safetensors_are_refused(copied: Callable) -> None:
     weights = LlamaForCausalLM.from_pretrained(folder).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    words = refusal(lambda: model.load_base(recipe_of(folder), torch.float32))
+    words = refusal(lambda: load_base(recipe_of(folder), torch.float32))
     assert "no safetensors weights" in words
     assert "convert" in words
 
@@ -235,10 +246,10 @@ def test_code_in_a_model_folder_runs_only_if_the_recipe_says_so(
     )
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit_json(folder / "config.json", model_type="own", auto_map=code)
-    assert model.source(recipe_of(folder))["trust_remote_code"] is False
-    assert "trust_remote_code" in refusal(lambda: model.load_base(recipe_of(folder), torch.float32))
+    assert source_kwargs(recipe_of(folder))["trust_remote_code"] is False
+    assert "trust_remote_code" in refusal(lambda: load_base(recipe_of(folder), torch.float32))
     assert not ran.exists()
-    loaded = model.load_base(recipe_of(folder, model={"trust_remote_code": True}), torch.float32)
+    loaded = load_base(recipe_of(folder, model={"trust_remote_code": True}), torch.float32)
     assert type(loaded).__name__ == "OwnModel"
     assert ran.exists()
 
@@ -246,14 +257,14 @@ def test_code_in_a_model_folder_runs_only_if_the_recipe_says_so(
 def test_the_base_is_identified_by_every_byte_of_its_files(copied: Callable) -> None:
     folder = copied()
     recipe = recipe_of(folder)
-    before = model.base_identity(recipe)
+    before = identify_base(recipe)
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= set(before)
-    assert model.base_identity(recipe) == before
+    assert identify_base(recipe) == before
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    after = model.base_identity(recipe)
+    after = identify_base(recipe)
     assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
 
 
@@ -261,18 +272,18 @@ def test_the_base_is_identified_by_every_byte_of_its_files(copied: Callable) -> 
 
 
 def test_quantized_weights_compute_in_the_machines_dtype_unless_the_recipe_says_otherwise() -> None:
-    assert model.quantization_config(recipe_of("m"), torch.bfloat16) is None
-    config = model.quantization_config(recipe_of("m", quantization=NF4), torch.bfloat16)
+    assert make_quantization_config(recipe_of("m"), torch.bfloat16) is None
+    config = make_quantization_config(recipe_of("m", quantization=NF4), torch.bfloat16)
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
     written = NF4 | {"bnb_4bit_compute_dtype": "float32"}
-    config = model.quantization_config(recipe_of("m", quantization=written), torch.bfloat16)
+    config = make_quantization_config(recipe_of("m", quantization=written), torch.bfloat16)
     assert config.bnb_4bit_compute_dtype == torch.float32
 
 
 def with_adapters(recipe: Recipe, weights: PreTrainedModel) -> PeftModel:
     torch.manual_seed(1)
-    tuned = get_peft_model(weights, model.lora_config(recipe))
+    tuned = get_peft_model(weights, make_lora_config(recipe))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
@@ -305,7 +316,7 @@ def qlora(make_model: Callable) -> Recipe:
 def test_4bit_layers_are_loaded_and_train(qlora: Recipe) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    weights = model.load_base(qlora, torch.float32)
+    weights = load_base(qlora, torch.float32)
     layers = [module for module in weights.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 2 * len(LINEAR)
     assert all(isinstance(layer.weight, Params4bit) and layer.weight.dtype == torch.uint8 for layer in layers)
@@ -325,7 +336,7 @@ def test_4bit_layers_are_loaded_and_train(qlora: Recipe) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_adapter_still_learns_the_same_after_an_evaluation(dtype: torch.dtype, qlora: Recipe) -> None:
-    tuned = with_adapters(qlora, model.load_base(qlora, dtype))
+    tuned = with_adapters(qlora, load_base(qlora, dtype))
     assert silent_adapters(tuned) == []
     before = {name: p.grad.clone() for name, p in tuned.named_parameters() if p.requires_grad}
     evaluate(tuned)
@@ -342,9 +353,9 @@ def test_without_that_care_bitsandbytes_packs_the_weights_and_adapters_fall_sile
 
     if torch.cuda.is_available() or not has_avx512bf16():
         pytest.skip("bitsandbytes packs only on a CPU with AVX512-BF16")
-    monkeypatch.setattr(model, "keep_4bit_trainable", lambda _: None)
+    monkeypatch.setattr(loading, "keep_4bit_trainable", lambda _: None)
     # Fresh adapters, so that no gradient can go round a packed layer by way of its adapter: lora_B is zero
-    tuned = get_peft_model(model.load_base(qlora, torch.bfloat16), model.lora_config(qlora))
+    tuned = get_peft_model(load_base(qlora, torch.bfloat16), make_lora_config(qlora))
     assert not [name for name in silent_adapters(tuned) if "lora_B" in name]
     evaluate(tuned)
     assert [name for name in silent_adapters(tuned) if "lora_B" in name]
@@ -364,7 +375,7 @@ def test_only_the_adapters_of_the_named_layers_train(
 ) -> None:
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **options}
     recipe = recipe_of(make_model(), lora=lora)
-    tuned = get_peft_model(model.load_base(recipe, torch.float32), model.lora_config(recipe))
+    tuned = get_peft_model(load_base(recipe, torch.float32), make_lora_config(recipe))
     trainable = {name for name, p in tuned.named_parameters() if p.requires_grad}
     expected = {
         f"base_model.model.model.layers.{layer}.self_attn.{module}.{part}.default" + (".weight")
@@ -379,16 +390,16 @@ def test_only_the_adapters_of_the_named_layers_train(
 
 def test_without_lora_every_parameter_trains(make_model: Callable) -> None:
     recipe = recipe_of(make_model())
-    assert model.lora_config(recipe) is None
-    weights = model.load_base(recipe, torch.float32)
+    assert make_lora_config(recipe) is None
+    weights = load_base(recipe, torch.float32)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in weights.parameters())
 
 
 def test_an_adapter_is_loaded_over_its_base(make_model: Callable, tmp_path: Path) -> None:
     recipe = recipe_of(make_model(), lora={"r": 4, "target_modules": "all-linear"})
-    tuned = with_adapters(recipe, model.load_base(recipe, torch.float32)).eval()
+    tuned = with_adapters(recipe, load_base(recipe, torch.float32)).eval()
     tuned.save_pretrained(tmp_path / "weights")
-    loaded = model.load_tuned(recipe, tmp_path / "weights", torch.float32)
+    loaded = load_tuned(recipe, tmp_path / "weights", torch.float32)
     ids = torch.arange(3, 20).unsqueeze(0).to(loaded.device)
     assert not loaded.training
     with torch.no_grad():
@@ -407,8 +418,8 @@ PROMPTS = [
 
 def loaded(make_model: Callable, family: str, **generate: Any) -> tuple[PreTrainedModel, Any, GenerationConfig]:
     recipe = recipe_of(make_model(family), generate=generate)
-    tokenizer = model.load_tokenizer(recipe)
-    return model.load_base(recipe, torch.float32), tokenizer, model.generation_config(recipe, tokenizer)
+    tokenizer = load_tokenizer(recipe)
+    return load_base(recipe, torch.float32), tokenizer, load_generation_config(recipe, tokenizer)
 
 
 def say_always(weights: PreTrainedModel, token: int) -> None:
@@ -426,9 +437,9 @@ def test_a_batch_of_prompts_is_answered_as_one_by_one(make_model: Callable) -> N
         # As they come, random weights say the same to everything
         for parameter in weights.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)
-    together = list(model.answer(weights, tokenizer, PROMPTS, config, AS_TEXT))
-    alone = [next(model.answer(weights, tokenizer, [prompt], config, AS_TEXT)) for prompt in PROMPTS]
-    in_pairs = list(model.answer(weights, tokenizer, PROMPTS, config, AS_TEXT, batch_size=2))
+    together = list(generate_answers(weights, tokenizer, PROMPTS, config, AS_TEXT))
+    alone = [next(generate_answers(weights, tokenizer, [prompt], config, AS_TEXT)) for prompt in PROMPTS]
+    in_pairs = list(generate_answers(weights, tokenizer, PROMPTS, config, AS_TEXT, batch_size=2))
     assert together == alone == in_pairs
     assert len({got["text"] for got in together}) == len(PROMPTS)
 
@@ -437,30 +448,30 @@ def test_the_mode_of_the_model_is_given_back(make_model: Callable) -> None:
     weights, tokenizer, config = loaded(make_model, "smollm2")
     for mode in (True, False):
         weights.train(mode)
-        answers = model.answer(weights, tokenizer, PROMPTS, config, AS_TEXT, batch_size=1)
+        answers = generate_answers(weights, tokenizer, PROMPTS, config, AS_TEXT, batch_size=1)
         next(answers)
         assert not weights.training
         answers.close()
         assert weights.training is mode
-        list(model.answer(weights, tokenizer, PROMPTS[:1], config, AS_TEXT))
+        list(generate_answers(weights, tokenizer, PROMPTS[:1], config, AS_TEXT))
         assert weights.training is mode
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_stops_at_the_end_of_turn(family: str, make_model: Callable) -> None:
     weights, tokenizer, config = loaded(make_model, family)
-    say_always(weights, model.end_of_turn(tokenizer))
+    say_always(weights, end_of_turn_token(tokenizer))
     assert (
-        list(model.answer(weights, tokenizer, PROMPTS[:2], config, AS_TEXT))
+        list(generate_answers(weights, tokenizer, PROMPTS[:2], config, AS_TEXT))
         == [{"text": "", "tokens": 0, "stopped": True}] * 2
     )
     say_always(weights, tokenizer.encode("A")[0])
-    (got,) = model.answer(weights, tokenizer, PROMPTS[:1], config, AS_TEXT)
+    (got,) = generate_answers(weights, tokenizer, PROMPTS[:1], config, AS_TEXT)
     assert got == {"text": "A" * 12, "tokens": 12, "stopped": False}
 
 
 def test_a_stop_string_of_the_recipe_ends_an_answer(make_model: Callable) -> None:
     weights, tokenizer, config = loaded(make_model, "qwen", stop_strings=["AAA"])
     say_always(weights, tokenizer.encode("A")[0])
-    (got,) = model.answer(weights, tokenizer, PROMPTS[:1], config, AS_TEXT)
+    (got,) = generate_answers(weights, tokenizer, PROMPTS[:1], config, AS_TEXT)
     assert got["text"] == "AAA"

@@ -1,0 +1,69 @@
+"""TODO."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from medibot.model.loading import call_loader, model_path, source_kwargs
+from medibot.model.tokenizer import end_of_turn_token
+from medibot.recipe import Recipe
+
+
+def load_generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's generation config, stopping at the template's end of turn too, padding as the tokenizer does.
+
+    Adapters are saved without one upstream, and several chat models name only the end of text: both never stop.
+    """
+    try:
+        config = GenerationConfig.from_pretrained(model_path(recipe), **source_kwargs(recipe))
+    except OSError:
+        config = GenerationConfig.from_model_config(call_loader(recipe, "config", AutoConfig.from_pretrained))
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = {token for token in (*known, tokenizer.eos_token_id, end_of_turn_token(tokenizer)) if token is not None}
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    config.update(**sampling)
+    config.update(eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, **recipe.evaluation.generate)
+    config.update(max_new_tokens=recipe.evaluation.max_new_tokens, max_length=None)
+    return config
+
+
+# Not inference_mode: FSDP2 keeps the buffers that it gathers weights in, and training could not write into them
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    config: GenerationConfig,
+    template: dict[str, Any],
+    batch_size: int = 8,
+) -> Iterator[dict[str, Any]]:
+    """Answer each prompt (a list of chat messages): yields `text`, `tokens`, and `stopped` (ended by itself).
+
+    Prompts go through the chat template as in training (`template`: see template_kwargs), left-padded in batches.
+    """
+    was_training = model.training
+    stops = set(config.eos_token_id)
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = tokenizer.apply_chat_template(
+                list(prompts[start : start + batch_size]),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                padding=True,
+                tokenizer_kwargs={"padding_side": "left"},
+                **template,
+            ).to(model.device)
+            output = model.generate(**batch, generation_config=config, tokenizer=tokenizer)
+            for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+                ends = [place for place, token in enumerate(ids) if token in stops]
+                kept = ids[: ends[0]] if ends else ids
+                text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+                yield {"text": text, "tokens": len(kept), "stopped": bool(ends)}
+    finally:
+        model.train(was_training)

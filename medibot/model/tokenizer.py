@@ -1,0 +1,83 @@
+"""TODO."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from medibot.model.loading import call_loader
+from medibot.model.template import SAMPLE_CHAT, read_template, require_working_template
+from medibot.recipe import Recipe
+
+# What a chat template writes between angle or square brackets is a role or turn marker, whether or not it is a token of
+# its own: TinyLlama's <|user|> is plain text to its tokenizer and would still forge a turn.
+MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with its own chat template (or the file that `training.chat_template_path` names)."""
+    tokenizer = call_loader(recipe, "tokenizer", AutoTokenizer.from_pretrained)
+    template = recipe.training.get("chat_template_path")
+    if template:
+        tokenizer.chat_template = read_template(recipe, Path(template))
+    if not tokenizer.chat_template:
+        raise recipe.error(
+            "model.pretrained_model_name_or_path",
+            "the tokenizer has no chat template",
+            "take a chat model, or name a .jinja file in training.chat_template_path",
+        )
+    require_working_template(recipe, tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise recipe.error("model.pretrained_model_name_or_path", "the tokenizer has no end token", "take a chat model")
+    if tokenizer.pad_token is None:
+        # Labels are padded by position and attention is masked, so sharing the end token costs nothing
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over the tokenizer's own serialisation and its chat template."""
+    # Padding and truncation are call-time state that transformers leaves in the backend
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    text = json.dumps([state, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def role_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The chat template's role and turn markers that are plain text to the tokenizer, longest first.
+
+    Markers that are tokens need no care here: upstream's `sanitize_control_tokens` reads them in a message as text.
+    """
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return tuple(sorted(set(MARKER.findall(tokenizer.chat_template)) - tokens, key=len, reverse=True))
+
+
+def escape_markers(text: str, markers: Sequence[str]) -> str:
+    """`text` with a space behind the first character of each plain-text marker, so that it cannot open a turn."""
+    for marker in markers:
+        text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+    return text
+
+
+def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the token with which the chat template closes an assistant's turn; None if it closes with plain text.
+
+    Where it writes several, as Phi-3 does, it is the one right behind the answer.
+    """
+    end = None
+    for token in reversed(tokenizer.apply_chat_template(SAMPLE_CHAT, tokenize=True, return_dict=True)["input_ids"]):
+        if not tokenizer.decode([token]).strip():
+            continue
+        if token not in tokenizer.added_tokens_decoder:
+            break
+        end = token
+    return end
+
+
+def make_prompt(question: str, system: str | None, markers: Sequence[str]) -> list[dict[str, str]]:
+    """The prompt of one question, exactly as training rows have it."""
+    user = [{"role": "user", "content": escape_markers(question, markers)}]
+    return ([{"role": "system", "content": system}] if system else []) + user
