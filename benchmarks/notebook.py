@@ -28,7 +28,7 @@ from medibot import evaluate, train
 from medibot.data import open_source
 from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
-from medibot.run import finished_run, open_run, read_json, read_lines
+from medibot.run import find_finished_run, open_run, read_json, read_lines
 from medibot.splitting import sha256
 
 WIDTH, BATCH = 1000, 4
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="so many steps, whatever they take; default: the run's seconds")
     parser.add_argument("--test-rows", type=int, default=100, help="rows behind the figure that is printed at the end")
     given = parser.parse_args()
-    like = finished_run(given.run)
+    like = find_finished_run(given.run)
     recipe = load_recipe(str(like.recipe))
     inputs = train.gather(recipe)
     cost, seen = like.record()["summary"]["cost"], read_lines(like.metrics)[-1]["num_examples_seen"]

@@ -16,7 +16,7 @@ from medibot.evaluate import RESAMPLES, SEED, batch_size, loaders
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.recipe import load_recipe
-from medibot.run import Run, claimed, finished_run
+from medibot.run import Run, find_finished_run, locked
 
 TASKS = Path("benchmarks/tasks")
 MEDICAL = (
@@ -40,9 +40,9 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> dict[str
     """
     tasks = list(dict.fromkeys(tasks or MEDICAL))
     managers = task_managers(tasks)
-    this = finished_run(name)
+    this = find_finished_run(name)
     recipe = load_recipe(str(this.recipe))
-    with claimed(this, True):
+    with locked(this, True):
         silence_upstream()
         tokenizer = AutoTokenizer.from_pretrained(this.weights)
         precision = choose_precision(recipe.model.get("dtype"))

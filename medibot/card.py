@@ -16,7 +16,7 @@ from medibot.data import SUFFIXES
 from medibot.model.loading import method_name
 from medibot.page import document_page
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, finished_run, read_json
+from medibot.run import Run, find_finished_run, read_json
 
 LIBRARY = {"model": "peft", "merged": "transformers", "gguf": "gguf"}
 
@@ -155,7 +155,7 @@ Versions: Python {{ environment.python }}{% for name, version in environment.ver
 
 def card(name: str, html: Path | None = None) -> list[Path]:
     """Write README.md into each shareable folder of the run `name` (model/, merged/, gguf/), and a page; returns them."""
-    this = finished_run(name)
+    this = find_finished_run(name)
     recipe = load_recipe(str(this.recipe))
     written = []
     for folder in filter(Path.is_dir, (this.weights, this.merged, this.gguf)):

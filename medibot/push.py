@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from medibot.errors import RecipeError
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, finished_run
+from medibot.run import Run, find_finished_run
 
 # Pickled arguments of the training: they hold this machine's paths, and loading them runs code
 KEPT_BACK = ("training_args.bin",)
@@ -23,7 +23,7 @@ def push(name: str, repo: str, what: str = "", public: bool = False, yes: bool =
     `what` is merged, model or gguf; merged by default where it is there. Refuses with a RecipeError: no card, data or a
     base of no known licence, a public repository that was not asked for.
     """
-    this = finished_run(name)
+    this = find_finished_run(name)
     recipe = load_recipe(str(this.recipe))
     require_target(repo)
     folder = chosen(this, what)

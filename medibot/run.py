@@ -82,7 +82,7 @@ class Run:
         text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
         partial = self.folder / f".{name}.partial"
         partial.write_text(text + "\n" if text else "", encoding="utf-8")
-        to_disk(partial)
+        sync_to_disk(partial)
         partial.replace(self.folder / name)
 
     def append(self, file: Path, line: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Run:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; None if there is none."""
-        return max(filter(whole, self.all_checkpoints()), key=checkpoint_step, default=None)
+        return max(filter(is_whole, self.all_checkpoints()), key=checkpoint_step, default=None)
 
     def all_checkpoints(self) -> list[Path]:
         found = self.checkpoints.glob("checkpoint-*")
@@ -104,7 +104,10 @@ class Run:
 
     def set_torn_aside(self) -> list[str]:
         """Move checkpoints that were never finished, or are damaged, to checkpoints/torn/; returns their names."""
-        torn = [*self.writing.glob("checkpoint-*"), *(folder for folder in self.all_checkpoints() if not whole(folder))]
+        torn = [
+            *self.writing.glob("checkpoint-*"),
+            *(folder for folder in self.all_checkpoints() if not is_whole(folder)),
+        ]
         for folder in torn:
             aside = self.checkpoints / "torn" / folder.name
             shutil.rmtree(aside, ignore_errors=True)
@@ -117,18 +120,18 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
     """Whether everything that a checkpoint needs is there and none of its files ends early."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         # DeepSpeed's lie in a folder below
         saved = (file for kind in ("*.pt", "*.pth", "*.bin") for file in checkpoint.rglob(kind))
-        return weights_whole(checkpoint) and all(zipfile.is_zipfile(file) for file in saved)
+        return has_whole_weights(checkpoint) and all(zipfile.is_zipfile(file) for file in saved)
     except (OSError, ValueError):
         return False
 
 
-def weights_whole(folder: Path) -> bool:
+def has_whole_weights(folder: Path) -> bool:
     """Whether a folder holds weights: at least one safetensors file, none that ends early, none without a tensor."""
     files = list(folder.glob("*.safetensors"))
     try:
@@ -141,7 +144,7 @@ def weights_whole(folder: Path) -> bool:
     return bool(files)
 
 
-def to_disk(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Wait until a file, or all of a folder, is on the disk and not only in memory."""
     for part in [*path.rglob("*"), path]:
         descriptor = os.open(part, os.O_RDONLY)
@@ -162,7 +165,7 @@ def open_run(name: str) -> Run:
     return Run(outputs_folder() / name)
 
 
-def finished_run(name: str) -> Run:
+def find_finished_run(name: str) -> Run:
     """The trained run called `name`, or a RecipeError that says which runs there are."""
     run = open_run(name)
     record = run.record()
@@ -188,7 +191,7 @@ def require_writable(run: Run) -> None:
 
 
 @contextmanager
-def claimed(run: Run, main_process: bool) -> Generator[None]:
+def locked(run: Run, main_process: bool) -> Generator[None]:
     """Hold the outputs folder for one training: a second one at the same time is refused."""
     if not main_process:
         yield
@@ -214,12 +217,12 @@ def claimed(run: Run, main_process: bool) -> Generator[None]:
 
 
 @contextmanager
-def finished_or_gone(this: Run) -> Generator[None]:
+def removed_on_failure(this: Run) -> Generator[None]:
     """Remove the folders that this run has half-written if what writes them ends early; a full disk is said in a line."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not unwritable(error):
+        if not is_disk_error(error):
             raise
         free = shutil.disk_usage(this.folder).free
         what = f"cannot be written, {free / 1e9:.1f} GB free: {' '.join(str(error).split())}"
@@ -229,7 +232,7 @@ def finished_or_gone(this: Run) -> Generator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def unwritable(error: Exception) -> bool:
+def is_disk_error(error: Exception) -> bool:
     """A full or read-only disk, as Python, torch and safetensors say it."""
     numbers = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
     said = ("PytorchStreamWriter", "No space left", "File too large", "Disk quota", "Read-only file system")
@@ -237,7 +240,7 @@ def unwritable(error: Exception) -> bool:
     return known or any(words in str(error) for words in said)
 
 
-def fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:
+def run_fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:
     """(sha256, its parts): everything that decides the weights. Tracking and evaluation do not."""
     sections = {key: value for key, value in recipe.as_dict().items() if key not in {"tracking", "evaluation", "data"}}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name not in {"wandb", "medibot"}}
@@ -271,7 +274,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def rewind(run: Run, step: int) -> dict[str, float]:
+def rewind_record(run: Run, step: int) -> dict[str, float]:
     """Forget what was recorded after `step`, which a resume will do again; the highest of each number up to there."""
     highest: dict[str, float] = {}
     for file, key in ((run.metrics, "step"), (run.folder / "answers.jsonl", "global_step")):
@@ -285,7 +288,7 @@ def rewind(run: Run, step: int) -> dict[str, float]:
     return highest
 
 
-def environment(device: str) -> dict[str, Any]:
+def describe_environment(device: str) -> dict[str, Any]:
     """Versions, commit, hardware and command: what a reader needs to run it again."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -293,15 +296,15 @@ def environment(device: str) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "versions": versions,
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted": bool(git("status", "--porcelain")),
+        "commit": git_output("rev-parse", "HEAD"),
+        "uncommitted": bool(git_output("status", "--porcelain")),
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
         "device": device,
     }
 
 
-def git(*args: str) -> str | None:
+def git_output(*args: str) -> str | None:
     try:
         here = Path(__file__).parent
         return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
@@ -324,7 +327,7 @@ def represent_text(dumper: RecipeDumper, text: str) -> yaml.Node:
 RecipeDumper.add_representer(str, represent_text)
 
 
-def resolved_yaml(recipe: Recipe, resolved: dict[str, Any]) -> str:
+def dump_resolved_recipe(recipe: Recipe, resolved: dict[str, Any]) -> str:
     """The recipe as it ran: overrides applied, and what the machine decided as a comment."""
     decided = "".join(f"# {line}\n" for line in yaml.safe_dump(resolved, sort_keys=False).splitlines())
     body = yaml.dump(recipe.as_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)

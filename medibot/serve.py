@@ -30,7 +30,7 @@ from medibot import wire
 from medibot.chat import MODELS, Speaker
 from medibot.desk import Answer, Desk
 from medibot.errors import RecipeError
-from medibot.run import finished_run
+from medibot.run import find_finished_run
 from medibot.wire import Refusal, Writer
 
 # Bytes of a body, seconds that it may take to arrive, connections at once
@@ -49,7 +49,7 @@ PRIVATE = {
 
 def serve(name: str, port: int) -> None:
     """Answer on 127.0.0.1:`port` until a signal; returns within seconds of it, answers being made included."""
-    this = finished_run(name)
+    this = find_finished_run(name)
     with listening(port) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # Until it serves, Ctrl-C just ends it, without Python's traceback

@@ -23,7 +23,7 @@ from rich.cells import set_cell_size
 from medibot.chat import MODELS, Decoding, Message, Reply, Speaker
 from medibot.errors import RecipeError
 from medibot.evidence import Evidence
-from medibot.run import finished_run
+from medibot.run import find_finished_run
 
 HELP = """/base, /tuned, /both   who answers from here on: the base model, the tuned one, or both side by side
 /system TEXT           another system message; without TEXT the run's own again
@@ -198,7 +198,7 @@ class Chat:
 def chat(run_name: str, decoding: Decoding) -> None:
     """Talk with a finished run until /quit or the end of the input."""
     interactive = sys.stdin.isatty()
-    speaker = Speaker(finished_run(run_name))
+    speaker = Speaker(find_finished_run(run_name))
     say(speaker.about)
     if interactive:
         say(f"\nChatting with {run_name}; nothing is logged. /help says what else there is.")

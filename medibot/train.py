@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from medibot import cpu, evidence, run, tracking
+from medibot import cpu, evidence, tracking
 from medibot.audit import Audit, audit, gate
 from medibot.data import Prepared, prepare
 from medibot.device import GB, Device, Layout, layout_here, this_device
@@ -38,7 +38,23 @@ from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import load_tokenizer, make_prompt, role_markers
 from medibot.plan import Plan
 from medibot.recipe import Recipe
-from medibot.run import Run
+from medibot.run import (
+    Run,
+    checkpoint_step,
+    describe_environment,
+    dump_resolved_recipe,
+    has_whole_weights,
+    is_disk_error,
+    locked,
+    open_run,
+    read_json,
+    read_lines,
+    refuse_changed,
+    require_writable,
+    rewind_record,
+    run_fingerprint,
+    sync_to_disk,
+)
 from medibot.strategy import shared_batch, under_zero3
 
 COLUMNS = ["prompt", "completion", "chat_template_kwargs"]
@@ -75,15 +91,15 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
     What by the plan cannot fit this device is refused before the weights are loaded, unless `anyway`.
     """
     state = launched_world()
-    this = run.open_run(name)
+    this = open_run(name)
     inputs = gather(recipe)
     base = identify_base(recipe)
-    key, parts = run.fingerprint(recipe, inputs.prepared.fingerprint, base, state.num_processes)
-    run.refuse_changed(this, parts)
+    key, parts = run_fingerprint(recipe, inputs.prepared.fingerprint, base, state.num_processes)
+    refuse_changed(this, parts)
     if this.record().get("status") == "finished":
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
         return
-    run.require_writable(this)
+    require_writable(this)
     planned = make_plan(inputs, this_device(inputs.precision.dtype), layout_here(state.num_processes))
     if state.is_main_process and not anyway:
         planned.require_fit()
@@ -97,7 +113,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
             shutil.rmtree(this.folder, ignore_errors=True)
         raise
     describe(trainer, inputs, planned)
-    with run.claimed(this, state.is_main_process):
+    with locked(this, state.is_main_process):
         checkpoint = begin(this, inputs, key, parts, reports, trainer)
         if state.is_main_process:
             this.write("plan.json", planned.as_dict())
@@ -194,9 +210,9 @@ class CountingTrainer(SFTTrainer):
         # On a shared disk the first to come renames for all; without one, each machine its own
         if self.accelerator.is_local_main_process:
             with suppress(FileNotFoundError):
-                run.to_disk(made)
+                sync_to_disk(made)
                 made.rename(final)
-                run.to_disk(this.checkpoints)
+                sync_to_disk(this.checkpoints)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             # By number, not by time: clocks jump
@@ -302,7 +318,7 @@ def begin(
         print(f"{name} was never finished or is damaged: set aside in {this.checkpoints}/torn")
     if checkpoint:
         print(f"going on from {checkpoint}")
-    environment = run.environment(device_name())
+    environment = describe_environment(device_name())
     trainable, total = parameter_counts(trainer.model)
     decided = {
         "dtype": inputs.precision.name,
@@ -314,7 +330,7 @@ def begin(
         "parameters": total,
     }
     this.folder.mkdir(parents=True, exist_ok=True)
-    this.write("recipe.yaml", run.resolved_yaml(inputs.recipe, decided))
+    this.write("recipe.yaml", dump_resolved_recipe(inputs.recipe, decided))
     this.write("ledger.json", {"ledger": inputs.prepared.ledger, "leaks": inputs.prepared.leaks})
     this.write("split.json", inputs.prepared.split | {"data": inputs.prepared.fingerprint})
     this.write("audit.json", [report.as_dict() for report in reports])
@@ -330,11 +346,11 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     trainer.save_model(str(partial))
     if not PartialState().is_main_process:
         return
-    if not run.weights_whole(partial):
+    if not has_whole_weights(partial):
         remedy = "see `make strategies`; the last checkpoint is kept"
         raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
     inputs.generation.save_pretrained(partial)
-    run.to_disk(partial)
+    sync_to_disk(partial)
     shutil.rmtree(this.weights, ignore_errors=True)
     partial.rename(this.weights)
     summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
@@ -360,10 +376,10 @@ def stop(trainer: CountingTrainer, this: Run, record: "Record") -> None:
     step = trainer.state.global_step
     last = this.last_checkpoint()
     PartialState().wait_for_everyone()
-    if last is None or run.checkpoint_step(last) != step:
+    if last is None or checkpoint_step(last) != step:
         trainer._save_checkpoint(trainer.model, None)
     if PartialState().is_main_process:
-        if not any(line["step"] == step for line in run.read_lines(this.metrics)):
+        if not any(line["step"] == step for line in read_lines(this.metrics)):
             this.append(this.metrics, record.progress(trainer.state))
         this.write("run.json", this.record() | {"status": "stopped", "step": step})
     raise Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
@@ -412,7 +428,7 @@ def explained(this: Run, trainer: CountingTrainer, planned: Plan) -> Generator[N
             what = f"out of memory at {rows} rows of up to {planned.longest} tokens ({kept})"
             remedy = f"the plan was {needed:.1f} of {planned.device.capacity / GB:.1f} GB: {planned.advice()}"
             raise RecipeError.of("training", what, remedy) from error
-        if run.unwritable(error):
+        if is_disk_error(error):
             free = shutil.disk_usage(this.folder).free
             why = " ".join(str(error).split())
             what = f"cannot be written, {free / 1e9:.1f} GB free: {why} ({kept})"
@@ -449,7 +465,7 @@ def upload(inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
 
 def cost(trainer: CountingTrainer, this: Run) -> dict[str, float]:
     """What the training took; `training_seconds` is the steps alone, without evaluations, answers and saving."""
-    last = run.read_lines(this.metrics)[-1]
+    last = read_lines(this.metrics)[-1]
     tokens = trainer.num_supervised_tokens_seen
     return {
         "seconds": last["seconds"],
@@ -478,7 +494,7 @@ class Record(TrainerCallback):
         self.checkpoint, self.signals, self.stopped = checkpoint, signals, False
         # Without a checkpoint everything is done again, the start included
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        before = run.rewind(this, step) if PartialState().is_main_process else {}
+        before = rewind_record(this, step) if PartialState().is_main_process else {}
         self.started = time.monotonic() - before.get("seconds", 0.0)
         self.training_seconds = before.get("training_seconds", 0.0)
         self.peak_memory = int(before.get("peak_memory_bytes", 0))
@@ -526,7 +542,7 @@ class Record(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         window = self.checkpoint / "window.json" if self.checkpoint else None
         if window and window.is_file():
-            kept = run.read_json(window)
+            kept = read_json(window)
             self.trainer._tr_loss += kept["loss"]
             self.trainer._globalstep_last_logged = kept["since"]
             self.trainer._metrics["train"].update(kept["metrics"])
@@ -566,7 +582,7 @@ class Record(TrainerCallback):
         """The recipe's fixed questions, once for each step; every process answers, since shards answer only together."""
         questions = self.inputs.recipe.evaluation.questions
         file = self.this.folder / "answers.jsonl"
-        if not questions or any(row["global_step"] == step for row in run.read_lines(file)):
+        if not questions or any(row["global_step"] == step for row in read_lines(file)):
             return
         system, tokenizer = self.inputs.recipe.data.system, self.inputs.tokenizer
         markers = role_markers(tokenizer)
@@ -576,7 +592,7 @@ class Record(TrainerCallback):
         for question, got in zip(questions, answers, strict=True):
             if PartialState().is_main_process:
                 self.this.append(file, {"global_step": step, "question": question, "answer": got.pop("text"), **got})
-        self.mirror.answers(run.read_lines(file))
+        self.mirror.answers(read_lines(file))
 
 
 def say(text: str) -> None:
@@ -630,7 +646,7 @@ def wandb_config(this: Run, inputs: Inputs) -> dict[str, Any]:
     """The recipe under one key, and what identifies data, split, machine and code."""
     if not PartialState().is_main_process:
         return {}
-    environment = run.read_json(this.folder / "environment.json")
+    environment = read_json(this.folder / "environment.json")
     split = inputs.prepared.split | {"data": inputs.prepared.fingerprint}
     # Counts alone: the ledger's examples are rows
     counted = [{key: value for key, value in line.items() if key != "examples"} for line in inputs.prepared.ledger]
@@ -640,7 +656,7 @@ def wandb_config(this: Run, inputs: Inputs) -> dict[str, Any]:
 
 def farewell(this: Run, inputs: Inputs) -> None:
     """Before and after, and what to do next."""
-    rows = run.read_lines(this.folder / "answers.jsonl")
+    rows = read_lines(this.folder / "answers.jsonl")
     steps = sorted({row["global_step"] for row in rows})
     for question in inputs.recipe.evaluation.questions:
         print(f"\n{question}")

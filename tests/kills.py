@@ -27,11 +27,7 @@ from conftest import CHATML, SAMPLE  # noqa: E402
 
 from medibot import train
 from medibot.recipe import load_recipe
-from medibot.run import (
-    Run,
-    open_run,
-    read_lines,  # noqa: E402  # noqa: E402
-)
+from medibot.run import Run, open_run, read_lines
 
 # noqa: E402
 

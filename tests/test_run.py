@@ -9,9 +9,19 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from medibot import run
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
+from medibot.run import (
+    describe_environment,
+    dump_resolved_recipe,
+    find_finished_run,
+    locked,
+    open_run,
+    read_lines,
+    refuse_changed,
+    rewind_record,
+    run_fingerprint,
+)
 
 
 def quickstart(*overrides: str):
@@ -19,18 +29,18 @@ def quickstart(*overrides: str):
 
 
 def fingerprint(*overrides: str, data: str = "d", processes: int = 1) -> str:
-    return run.fingerprint(quickstart(*overrides), data, {"model": "m"}, processes)[0]
+    return run_fingerprint(quickstart(*overrides), data, {"model": "m"}, processes)[0]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", ".hidden", "a b", "-x", "a\n", "x" * 200])
 def test_name_that_would_leave_the_outputs_folder_is_refused(name, workplace):
     with pytest.raises(RecipeError, match="is no run name"):
-        run.open_run(name)
+        open_run(name)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "lr1e-4", "a.b_c-1"])
 def test_plain_names_are_run_names(name, workplace):
-    assert run.open_run(name).folder == workplace / "outputs" / name
+    assert open_run(name).folder == workplace / "outputs" / name
 
 
 def test_fingerprint_covers_what_decides_the_weights_and_nothing_else():
@@ -48,41 +58,41 @@ def test_fingerprint_covers_what_decides_the_weights_and_nothing_else():
 
 
 def test_changed_run_is_refused_by_name(workplace):
-    this = run.open_run("mine")
+    this = open_run("mine")
     this.folder.mkdir(parents=True)
-    _, parts = run.fingerprint(quickstart(), "d", {}, 1)
+    _, parts = run_fingerprint(quickstart(), "d", {}, 1)
     this.write("run.json", {"status": "running", "parts": parts})
-    run.refuse_changed(this, parts)
-    _, changed = run.fingerprint(quickstart("lora.r=4"), "d", {}, 1)
+    refuse_changed(this, parts)
+    _, changed = run_fingerprint(quickstart("lora.r=4"), "d", {}, 1)
     with pytest.raises(RecipeError, match=r"lora\.r: was 16, is 4.*another RUN=name"):
-        run.refuse_changed(this, changed)
+        refuse_changed(this, changed)
 
 
 def test_finished_run_names_the_runs_there_are(workplace):
     for name, status in (("done", "finished"), ("torn", "running")):
-        this = run.open_run(name)
+        this = open_run(name)
         this.folder.mkdir(parents=True)
         this.write("run.json", {"status": status})
-    assert run.finished_run("done").name == "done"
+    assert find_finished_run("done").name == "done"
     with pytest.raises(RecipeError, match="'torn' is not finished"):
-        run.finished_run("torn")
+        find_finished_run("torn")
     with pytest.raises(RecipeError, match="there are: done, torn"):
-        run.finished_run("none")
+        find_finished_run("none")
 
 
 def test_rewind_forgets_what_a_resume_does_again(workplace):
-    this = run.open_run("mine")
+    this = open_run("mine")
     this.folder.mkdir(parents=True)
     for step in range(5):
         this.append(this.metrics, {"step": step, "seconds": step * 10.0})
         this.append(this.folder / "answers.jsonl", {"global_step": step})
-    assert run.rewind(this, 2)["seconds"] == 20.0
-    assert [line["step"] for line in run.read_lines(this.metrics)] == [0, 1, 2]
-    assert [line["global_step"] for line in run.read_lines(this.folder / "answers.jsonl")] == [0, 1, 2]
+    assert rewind_record(this, 2)["seconds"] == 20.0
+    assert [line["step"] for line in read_lines(this.metrics)] == [0, 1, 2]
+    assert [line["global_step"] for line in read_lines(this.folder / "answers.jsonl")] == [0, 1, 2]
 
 
 def test_torn_checkpoint_is_passed_over(workplace):
-    this = run.open_run("mine")
+    this = open_run("mine")
     for step, files in (
         (2, ["trainer_state.json", "adapter_model.safetensors"]),
         (10, ["trainer_state.json", "adapter_model.safetensors"]),
@@ -126,12 +136,12 @@ def test_checkpoint_with_a_file_that_ends_early_is_named_and_set_aside(name, sha
 
 def test_resolved_recipe_reads_back_as_the_same(workplace):
     recipe = quickstart("data.system='2e-4'", "training.learning_rate=1e-5", "tracking.notes='no'", "quantization=null")
-    (workplace / "recipe.yaml").write_text(run.resolved_yaml(recipe, {"dtype": "float32", "processes": 1}))
+    (workplace / "recipe.yaml").write_text(dump_resolved_recipe(recipe, {"dtype": "float32", "processes": 1}))
     assert load_recipe("recipe.yaml").as_dict() == recipe.as_dict()
 
 
 def test_files_appear_whole(workplace):
-    this = run.open_run("mine")
+    this = open_run("mine")
     this.folder.mkdir(parents=True)
     this.write("ledger.json", {"a": 1})
     with pytest.raises(TypeError):
@@ -144,7 +154,7 @@ def test_files_appear_whole(workplace):
 def mine(workplace):
     """A run with an empty folder."""
     (workplace / "outputs" / "mine").mkdir(parents=True)
-    return run.open_run("mine")
+    return open_run("mine")
 
 
 def test_interrupted_write_leaves_the_file_as_it_was(mine, monkeypatch):
@@ -163,27 +173,27 @@ def test_interrupted_write_leaves_the_file_as_it_was(mine, monkeypatch):
 
 
 def test_appended_lines_are_read_back_whatever_they_hold(mine):
-    assert run.read_lines(mine.metrics) == []
+    assert read_lines(mine.metrics) == []
     lines = [{"step": 1, "text": "a\u2028b\x85c\x0cd\r\ne"}, {"step": 2}]
     for line in lines:
         mine.append(mine.metrics, line)
-    assert run.read_lines(mine.metrics) == lines
-    run.rewind(mine, 2)
-    assert run.read_lines(mine.metrics) == lines
+    assert read_lines(mine.metrics) == lines
+    rewind_record(mine, 2)
+    assert read_lines(mine.metrics) == lines
 
 
 def test_half_a_last_line_is_forgotten(mine):
     mine.append(mine.metrics, {"step": 1, "seconds": 2.0})
     with mine.metrics.open("a") as stream:
         stream.write('{"step": 2, "sec')
-    assert run.read_lines(mine.metrics) == [{"step": 1, "seconds": 2.0}]
-    assert run.rewind(mine, 1)["seconds"] == 2.0
+    assert read_lines(mine.metrics) == [{"step": 1, "seconds": 2.0}]
+    assert rewind_record(mine, 1)["seconds"] == 2.0
     mine.append(mine.metrics, {"step": 2})
-    assert [line["step"] for line in run.read_lines(mine.metrics)] == [1, 2]
+    assert [line["step"] for line in read_lines(mine.metrics)] == [1, 2]
 
 
 def test_rewind_of_a_run_without_records_writes_none(mine):
-    assert run.rewind(mine, 5) == {}
+    assert rewind_record(mine, 5) == {}
     assert list(mine.folder.iterdir()) == []
 
 
@@ -197,13 +207,13 @@ def test_only_numbered_folders_are_checkpoints(mine):
 
 
 def test_second_training_in_a_folder_is_refused_while_the_first_runs(mine):
-    with run.claimed(mine, True):
+    with locked(mine, True):
         said = rf"another training is writing it now \(process {os.getpid()} on .* since 20.*\)"
-        with pytest.raises(RecipeError, match=said), run.claimed(mine, True):
+        with pytest.raises(RecipeError, match=said), locked(mine, True):
             pass
-        with run.claimed(mine, False):
+        with locked(mine, False):
             pass
-    with run.claimed(mine, True):
+    with locked(mine, True):
         pass
 
 
@@ -218,9 +228,9 @@ def test_second_training_in_a_folder_is_refused_while_the_first_runs(mine):
     ],
 )
 def test_what_changed_is_named_even_where_it_was_absent(mine, before, after, says):
-    mine.write("run.json", {"parts": run.fingerprint(quickstart(*before), "d", {}, 1)[1]})
+    mine.write("run.json", {"parts": run_fingerprint(quickstart(*before), "d", {}, 1)[1]})
     with pytest.raises(RecipeError) as caught:
-        run.refuse_changed(mine, run.fingerprint(quickstart(*after), "d", {}, 1)[1])
+        refuse_changed(mine, run_fingerprint(quickstart(*after), "d", {}, 1)[1])
     assert says in str(caught.value)
 
 
@@ -236,7 +246,7 @@ TEXTS = [
 def test_resolved_recipe_keeps_text_as_text(workplace, text):
     recipe = quickstart(f"data.system={json.dumps(text)}")
     assert recipe.data.system == text
-    (workplace / "again.yaml").write_text(run.resolved_yaml(recipe, {"dtype": "float32"}), encoding="utf-8")
+    (workplace / "again.yaml").write_text(dump_resolved_recipe(recipe, {"dtype": "float32"}), encoding="utf-8")
     assert load_recipe("again.yaml").as_dict() == recipe.as_dict()
 
 
@@ -248,14 +258,14 @@ def test_resolved_recipe_keeps_keys_numbers_and_nothing(workplace):
         "lora={}",
         "data.clean=[drop_unanswered, {drop_short: {min_words: 3}}]",
     )
-    (workplace / "again.yaml").write_text(run.resolved_yaml(recipe, {"why": "line\nbreak"}), encoding="utf-8")
+    (workplace / "again.yaml").write_text(dump_resolved_recipe(recipe, {"why": "line\nbreak"}), encoding="utf-8")
     again = load_recipe("again.yaml")
     assert json.dumps(again.as_dict()) == json.dumps(recipe.as_dict())
     assert again.data == recipe.data
 
 
 def test_environment_names_versions_commit_and_hardware():
-    known = run.environment("cpu")
+    known = describe_environment("cpu")
     assert known["device"] == "cpu" and known["cpus"] >= 1
     assert {"torch", "trl", "medibot"} <= set(known["versions"])
     assert known["commit"] is None or len(known["commit"]) == 40

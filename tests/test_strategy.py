@@ -15,7 +15,7 @@ from medibot import cli, strategy
 from medibot import train as training
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
-from medibot.run import open_run, weights_whole
+from medibot.run import has_whole_weights, open_run
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -187,6 +187,6 @@ def launch_sharded(jobs, folder):
 def test_a_folder_with_an_empty_adapter_holds_no_weights(tmp_path):
     from safetensors.torch import save_file
 
-    assert not weights_whole(tmp_path)
+    assert not has_whole_weights(tmp_path)
     save_file({}, tmp_path / "adapter_model.safetensors")
-    assert not weights_whole(tmp_path)
+    assert not has_whole_weights(tmp_path)

@@ -23,7 +23,7 @@ from medibot import tracking
 from medibot import train as training
 from medibot.errors import RecipeError
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import claimed, open_run, read_json, read_lines
+from medibot.run import locked, open_run, read_json, read_lines
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Small enough for seconds; everything else stays as the recipe says
@@ -292,7 +292,7 @@ def test_a_world_that_is_not_the_one_launched_is_refused(miniature, monkeypatch)
 
 
 def test_two_trainings_into_one_folder_are_refused(miniature):
-    with claimed(open_run("mini"), True), pytest.raises(RecipeError, match="another training is writing it now"):
+    with locked(open_run("mini"), True), pytest.raises(RecipeError, match="another training is writing it now"):
         training.train(miniature("quickstart"), "mini")
     assert not (open_run("mini").folder / "run.json").exists()
 
