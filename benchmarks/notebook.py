@@ -25,11 +25,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from medibot import evaluate, train
-from medibot.data import open_source
+from medibot.data.prepared import Inputs, gather
+from medibot.data.sources import open_source
+from medibot.data.splitting import sha256
 from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
 from medibot.run import find_finished_run, open_run, read_json, read_lines
-from medibot.splitting import sha256
 
 WIDTH, BATCH = 1000, 4
 SYSTEM = "You are a helpful medical assistant."
@@ -55,7 +56,7 @@ def written_by_hand(question: str, answer: str) -> tuple[str, str]:
     return f"<|system|>\n{SYSTEM}</s>\n<|user|>\n{question}</s>\n<|assistant|>\n", f"{answer}</s>"
 
 
-def raw_rows(inputs: train.Inputs, count: int) -> list[tuple[str, str]]:
+def raw_rows(inputs: Inputs, count: int) -> list[tuple[str, str]]:
     """(question, answer or "None") of rows of the raw file that share nothing with a held-out row, drawn at random."""
     data = inputs.recipe.data
     rows = open_source(inputs.recipe)[1]()
@@ -86,7 +87,7 @@ class Clock(TrainerCallback):
             print(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}", flush=True)
 
 
-def fit(inputs: train.Inputs, texts: list[str], steps: int):
+def fit(inputs: Inputs, texts: list[str], steps: int):
     """(the adapted model, its Clock) after `steps` batches of the padded texts."""
     tokens = inputs.tokenizer(texts, padding="max_length", truncation=True, max_length=WIDTH, return_tensors="pt")
     columns = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
@@ -117,7 +118,7 @@ def fit(inputs: train.Inputs, texts: list[str], steps: int):
     return weights, clock
 
 
-def cost_under_own_prompt(inputs: train.Inputs, weights, test_rows: int) -> dict[str, float]:
+def cost_under_own_prompt(inputs: Inputs, weights, test_rows: int) -> dict[str, float]:
     """Nats a token of the reference answers behind the hand-written prompt, without and with the adapter."""
     found = inputs.prepared.load("test")
     asked = evaluate.choose(inputs.tokenizer, inputs.generation, found, found, test_rows, "test split", False)
@@ -144,10 +145,10 @@ def main() -> None:
     given = parser.parse_args()
     like = find_finished_run(given.run)
     recipe = load_recipe(str(like.recipe))
-    inputs = train.gather(recipe)
+    inputs = gather(recipe)
     cost, seen = like.record()["summary"]["cost"], read_lines(like.metrics)[-1]["num_examples_seen"]
     as_notebook = load_recipe(str(like.recipe), AS_NOTEBOOK if recipe.lora else [*AS_NOTEBOOK, "lora.bias=none"])
-    inputs = train.Inputs(as_notebook, inputs.tokenizer, inputs.generation, inputs.precision, inputs.prepared)
+    inputs = Inputs(as_notebook, inputs.tokenizer, inputs.generation, inputs.precision, inputs.prepared)
     drawn = raw_rows(inputs, seen)
     texts = ["".join(written_by_hand(*row)) for row in drawn]
     if given.steps:

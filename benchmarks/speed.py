@@ -352,7 +352,7 @@ def multiply(path: str, copies: int, target: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    from medibot.data import open_source
+    from medibot.data.sources import open_source
     from medibot.recipe import load_recipe
 
     source = open_source(load_recipe(RECIPE, [f"data.path={path}"]))[1]()

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from jinja2 import Environment
 
-from medibot.data import SUFFIXES
+from medibot.data.sources import SUFFIXES
 from medibot.model.loading import method_name
 from medibot.page import document_page
 from medibot.recipe import Recipe, load_recipe

@@ -329,7 +329,7 @@ def launch_training(recipe: str, overrides: list[str], own: list[str], accelerat
         refuse_clashes(checked, hardware, visible_gpus(), machines)
         shared_batch(checked, processes)
         # One process says what is wrong before several do, and leaves the prepared data for all of them
-        from medibot.train import gather
+        from medibot.data.prepared import gather
 
         gather(checked)
     with tempfile.TemporaryDirectory() as folder:

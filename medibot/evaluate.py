@@ -27,9 +27,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from trl import SFTConfig, SFTTrainer
 
 from medibot import metrics, tracking
-from medibot.audit import audit, gate
 from medibot.cleaning.rules import fold
-from medibot.data import cache_folder, prepare
+from medibot.data.conversations import COLUMNS
+from medibot.data.gate import audit_labels, refuse_faults
+from medibot.data.prepared import cache_folder, gather, prepare
+from medibot.data.splitting import find_near_texts, sha256
 from medibot.errors import RecipeError
 from medibot.model.generation import generate_answers
 from medibot.model.loading import hash_file, identify_base, load_base, load_tuned, make_tiny_model, method_name
@@ -38,8 +40,6 @@ from medibot.model.tokenizer import tokenizer_fingerprint
 from medibot.page import evaluation_page
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json, read_lines
-from medibot.splitting import near_texts, sha256
-from medibot.train import COLUMNS, gather
 
 # A file that someone hands over is taken as it is: what cannot be asked or compared is left out, and counted
 AS_IT_IS = [
@@ -145,8 +145,8 @@ def choose(
     order = sorted(range(len(found)), key=lambda place: sha256(f"{question(found[place])}\0{found[place]['row']}"))
     rows = found.select(sorted(order[:most]))
     tokens = tokenized(tokenizer, rows)
-    report = audit(tokens, rows, tokenizer, config.eos_token_id, None, "test")
-    gate(report, tokens, tokenizer)
+    report = audit_labels(tokens, rows, tokenizer, config.eos_token_id, None, "test")
+    refuse_faults(report, tokens, tokenizer)
     known = known_rows(rows, train) if check_known else []
     return Questions(rows, tokens, len(found), described, known)
 
@@ -164,7 +164,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
 def known_rows(rows: Dataset, train: Dataset) -> list[int]:
     """Which of `rows` have a question, or nearly an answer, of the training split."""
     questions = {fold(question(row)) for row in train}
-    near = near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
+    near = find_near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
     return [row["row"] for row in rows if fold(question(row)) in questions or fold(reference(row)) in near]
 
 

@@ -26,7 +26,7 @@ from datasets import Dataset
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
-from medibot.data import Prepared
+from medibot.data.prepared import Prepared
 from medibot.recipe import Recipe
 from medibot.run import Run, read_json
 

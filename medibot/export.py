@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from medibot.data.prepared import gather
 from medibot.errors import RecipeError
 from medibot.model.loading import hash_file, load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
@@ -21,7 +22,6 @@ from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import make_prompt, role_markers
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json, removed_on_failure, sync_to_disk
-from medibot.train import gather
 
 # How much is asked: questions, and tokens of each greedy answer
 QUESTIONS, TOKENS = 16, 32

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from medibot import activations, memory
-from medibot.data import Prepared
+from medibot.data.prepared import Prepared
 from medibot.device import CONTEXT, GB, NCCL, Device, Layout
 from medibot.recipe import Recipe
 from medibot.schedule import UTILISATION, Schedule, flat, schedule, setting

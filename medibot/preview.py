@@ -9,14 +9,16 @@ from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 
-from medibot.audit import NAMES, Audit, audit, examples, gate, paint_html, paint_text, painted
+from medibot.data.gate import NAMES, Audit, audit_labels, refuse_faults
+from medibot.data.painting import choose_examples, paint, paint_html, paint_text
+from medibot.data.prepared import Inputs, gather
 from medibot.device import named_device, this_device, written_layout
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model, method_name
 from medibot.plan import show as show_plan
 from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder
-from medibot.train import Inputs, build_trainer, gather, make_plan
+from medibot.train import build_trainer, make_plan
 
 PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>
@@ -54,16 +56,18 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
     pairs = [("train", dataset), ("validation", trainer.eval_dataset)]
     limit = trainer.args.max_length
     reports = [
-        audit(rows, inputs.prepared.load(split), inputs.tokenizer, stops, limit, split) for split, rows in pairs if rows
+        audit_labels(rows, inputs.prepared.load(split), inputs.tokenizer, stops, limit, split)
+        for split, rows in pairs
+        if rows
     ]
     if row is not None and not 0 <= row < len(dataset):
         raise RecipeError.of("--row", f"no row {row}", f"the training split has rows 0 to {len(dataset) - 1}")
     tables = [ledger_table(inputs), leak_table(inputs), mask_table(reports)]
     pieces = {
-        f"{name} (row {index}, {len(dataset[index]['input_ids'])} tokens)": painted(
+        f"{name} (row {index}, {len(dataset[index]['input_ids'])} tokens)": paint(
             dataset[index], inputs.tokenizer, stops
         )
-        for name, index in examples(dataset, row).items()
+        for name, index in choose_examples(dataset, row).items()
     }
     show(inputs, tables, pieces)
     if page:
@@ -72,7 +76,7 @@ def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
         page.write_text(text, encoding="utf-8")
         print(f"\nwritten: {page}")
     for (_, rows), report in zip(pairs, reports, strict=False):
-        gate(report, rows, inputs.tokenizer)
+        refuse_faults(report, rows, inputs.tokenizer)
 
 
 def show(inputs: Inputs, tables: list[Any], pieces: dict[str, Any]) -> None:

@@ -12,30 +12,30 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import disable_progress_bars
 from peft import NoMatchingPeftModuleError
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from medibot import cpu, evidence, tracking
-from medibot.audit import Audit, audit, gate
-from medibot.data import Prepared, prepare
+from medibot.data.conversations import COLUMNS
+from medibot.data.gate import Audit, audit_labels, refuse_faults
+from medibot.data.prepared import Inputs, gather
 from medibot.device import GB, Device, Layout, layout_here, this_device
 from medibot.errors import RecipeError, Stopped
-from medibot.model.generation import generate_answers, load_generation_config
-from medibot.model.loading import identify_base, load_base, method_name, silence_upstream, weights_dtype
-from medibot.model.precision import Precision, choose_precision, make_lora_config
+from medibot.model.generation import generate_answers
+from medibot.model.loading import identify_base, load_base, method_name, weights_dtype
+from medibot.model.precision import make_lora_config
 from medibot.model.template import template_kwargs
-from medibot.model.tokenizer import load_tokenizer, make_prompt, role_markers
+from medibot.model.tokenizer import make_prompt, role_markers
 from medibot.plan import Plan
 from medibot.recipe import Recipe
 from medibot.run import (
@@ -56,33 +56,6 @@ from medibot.run import (
     sync_to_disk,
 )
 from medibot.strategy import shared_batch, under_zero3
-
-COLUMNS = ["prompt", "completion", "chat_template_kwargs"]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything a training starts from, before a weight is loaded."""
-
-    recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase
-    generation: GenerationConfig
-    precision: Precision
-    prepared: Prepared
-
-
-def gather(recipe: Recipe) -> Inputs:
-    """Tokenizer, precision and conversations of a recipe; refuses what cannot train, loads no weights."""
-    silence_upstream()
-    disable_progress_bars()
-    tokenizer = load_tokenizer(recipe)
-    return Inputs(
-        recipe,
-        tokenizer,
-        load_generation_config(recipe, tokenizer),
-        choose_precision(recipe.model.get("dtype")),
-        prepare(recipe, tokenizer),
-    )
 
 
 def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
@@ -301,8 +274,8 @@ def check(trainer: SFTTrainer, inputs: Inputs) -> list[Audit]:
         if dataset is not None:
             conversations = inputs.prepared.load(split)
             stops, limit = inputs.generation.eos_token_id, trainer.args.max_length
-            report = audit(dataset, conversations, inputs.tokenizer, stops, limit, split)
-            gate(report, dataset, inputs.tokenizer)
+            report = audit_labels(dataset, conversations, inputs.tokenizer, stops, limit, split)
+            refuse_faults(report, dataset, inputs.tokenizer)
             reports.append(report)
     return reports
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from medibot import evidence
-from medibot.data import prepare
+from medibot.data.prepared import prepare
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 

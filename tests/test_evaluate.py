@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medibot import evaluate as evaluation
 from medibot import tracking, train
+from medibot.data.prepared import gather
 from medibot.errors import RecipeError
 from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
@@ -69,7 +70,7 @@ def test_likelihood_is_upstreams_loss_and_independent_of_the_batch(trained):
     this = trained("mine", "quantization=null")
     recipe = load_recipe(str(this.recipe))
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
-    rows = train.gather(recipe).prepared.load("test")
+    rows = gather(recipe).prepared.load("test")
     tokens = evaluation.tokenized(tokenizer, rows).to_list()
     weights = load_tuned(recipe, this.weights, torch.float32)
     together = evaluation.likelihood(weights, tokens)
@@ -87,7 +88,7 @@ def test_what_is_scored_is_the_answer_and_its_stop_token(trained):
     this = trained("mine")
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     recipe = load_recipe(str(this.recipe))
-    rows = train.gather(recipe).prepared.load("test")
+    rows = gather(recipe).prepared.load("test")
     for row, tokens in zip(rows, evaluation.tokenized(tokenizer, rows), strict=True):
         text = tokenizer.decode([label for label in tokens["labels"] if label != -100])
         assert text == evaluation.reference(row) + "<|im_end|>\n"
@@ -166,7 +167,7 @@ def test_changed_data_is_refused(trained, make_model, tmp_path):
 
 def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp_path, capsys):
     this = trained("mine")
-    known = train.gather(load_recipe(str(this.recipe))).prepared.load("train")[0]
+    known = gather(load_recipe(str(this.recipe))).prepared.load("train")[0]
     rows = [
         {"question": "What is a made-up ailment?", "answer": "It is an ailment that nobody has, made up for a test."},
         {"question": evaluation.question(known), "answer": "Something else altogether."},

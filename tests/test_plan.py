@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from medibot import activations, cli, memory
 from medibot import train as training
+from medibot.data.prepared import gather
 from medibot.device import Device, Layout, named_device
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base
@@ -48,7 +49,7 @@ def plan(recipe):
     """plan(*overrides): its plan on a GPU, or on another device."""
 
     def make(*overrides: str, device: Device | None = None, layout: Layout = Layout()):  # noqa: B008
-        inputs = training.gather(recipe(*overrides))
+        inputs = gather(recipe(*overrides))
         return training.make_plan(inputs, device or named_device("24GB", None), layout)
 
     return make

@@ -18,8 +18,10 @@ import pytest
 from conftest import FAMILIES, STOPS
 from test_chat import speaker  # noqa: F401 - the fixture
 
-from medibot import care, data, terminal
+from medibot import care, terminal
 from medibot.chat import Decoding
+from medibot.data.conversations import map_columns
+from medibot.data.sources import read_file
 from medibot.model.tokenizer import role_markers
 from medibot.terminal import Chat, Turn
 
@@ -97,7 +99,7 @@ def test_saved_chat_is_data_for_a_recipe(chat, tmp_path, capsys):
     recipe = chat.speaker.recipe
     chat.turns = [Turn("Q1\u2028?", {"base": "b", "tuned": "t"}), Turn("Q2", {"base": "only"})]
     chat.take(f"/save {tmp_path / 'chat.jsonl'}")
-    rows = data.map_columns(recipe, data.read_file(recipe, tmp_path / "chat.jsonl"))
+    rows = map_columns(recipe, read_file(recipe, tmp_path / "chat.jsonl"))
     assert [(row["prompt"], row["completion"]) for row in rows] == [("Q1\u2028?", "t"), ("Q2", "only")]
     written = (tmp_path / "chat.jsonl").read_bytes()
     chat.take(f"/save {tmp_path / 'chat.jsonl'}")

@@ -14,8 +14,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from medibot.audit import IGNORED, Audit, audit, examples, gate, paint_html, paint_text, painted, spans
-from medibot.data import prepare
+from medibot.data.gate import IGNORED, Audit, audit_labels, refuse_faults, spans
+from medibot.data.painting import choose_examples, paint, paint_html, paint_text
+from medibot.data.prepared import Inputs, prepare
 from medibot.errors import RecipeError
 from medibot.model.generation import load_generation_config
 from medibot.model.loading import make_tiny_model
@@ -23,7 +24,7 @@ from medibot.model.precision import choose_precision
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
-from medibot.train import Inputs, build_trainer
+from medibot.train import build_trainer
 
 SYSTEM = "You answer health questions in plain words."
 QWEN = (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>", "<tool_call>", "</tool_call>"])
@@ -74,13 +75,13 @@ class Case:
 
     def audit(self, dataset: Dataset | None = None) -> Audit:
         stops, limit = self.inputs.generation.eos_token_id, self.trainer.args.max_length
-        return audit(dataset or self.dataset, self.conversations, self.tokenizer, stops, limit)
+        return audit_labels(dataset or self.dataset, self.conversations, self.tokenizer, stops, limit)
 
     def refusal(self, dataset: Dataset | None = None) -> tuple[Audit, str]:
         """The audit of `dataset` and the words with which the gate refuses it."""
         report = self.audit(dataset)
         with pytest.raises(RecipeError) as refused:
-            gate(report, dataset or self.dataset, self.tokenizer)
+            refuse_faults(report, dataset or self.dataset, self.tokenizer)
         return report, str(refused.value)
 
     def trained_again(self, **training: Any) -> "Case":
@@ -215,7 +216,7 @@ def assert_exact(case: Case, closing: str) -> None:
     assert taught == [answer + closing for answer in answers]
     report = case.audit()
     assert report.violations == {}
-    gate(report, case.dataset, case.tokenizer)
+    refuse_faults(report, case.dataset, case.tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -408,7 +409,7 @@ def test_an_answer_whose_end_token_generation_does_not_know_is_refused(
     make_tokenizer: Callable, make_case: Callable
 ) -> None:
     case = make_case(make_tokenizer("gemma"), sample_rows(3), system=None)
-    report = audit(case.dataset, case.conversations, case.tokenizer, [case.tokenizer.eos_token_id], 2048)
+    report = audit_labels(case.dataset, case.conversations, case.tokenizer, [case.tokenizer.eos_token_id], 2048)
     assert report.violations == {"stop": [0, 1, 2]}
 
 
@@ -530,7 +531,7 @@ COLOURFUL = {
 
 
 def painted_row(case: Case, row: int) -> list[tuple[str, str]]:
-    return painted(case.dataset[row], case.tokenizer, case.inputs.generation.eos_token_id)
+    return paint(case.dataset[row], case.tokenizer, case.inputs.generation.eos_token_id)
 
 
 def check_painted(case: Case, index: int) -> None:
@@ -568,7 +569,7 @@ def test_painted_pieces_keep_the_spaces_of_sentencepiece(metaspace_tokenizer: An
 def test_a_row_that_ends_inside_a_character_is_painted_whole(make_tokenizer: Callable) -> None:
     tokenizer = make_tokenizer("qwen")
     ids = tokenizer.encode("well 🩺")[:-1]
-    pieces = painted({"input_ids": ids, "labels": ids}, tokenizer, [tokenizer.eos_token_id])
+    pieces = paint({"input_ids": ids, "labels": ids}, tokenizer, [tokenizer.eos_token_id])
     assert "".join(text for text, _ in pieces) == tokenizer.decode(ids)
 
 
@@ -588,5 +589,5 @@ def test_painted_text_is_not_read_as_markup() -> None:
 
 def test_examples_are_the_shortest_the_median_and_the_longest_row() -> None:
     dataset = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 1, 9, 3, 7)]})
-    assert examples(dataset) == {"shortest": 1, "median": 0, "longest": 2}
-    assert list(islice(examples(dataset, row=4).items(), 3, None)) == [("row 4", 4)]
+    assert choose_examples(dataset) == {"shortest": 1, "median": 0, "longest": 2}
+    assert list(islice(choose_examples(dataset, row=4).items(), 3, None)) == [("row 4", 4)]

@@ -1,6 +1,5 @@
 """What the loss really covers, read back from the trainer's own dataset: the gate before step 1, and painted rows."""
 
-import html
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -9,14 +8,14 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from medibot.errors import RecipeError
 from medibot.model.template import SAMPLE_CHAT
 
 IGNORED = -100
-STYLES = {"masked": "dim", "trained": "bold green", "stop": "bold white on red"}
+
+
 NAMES = {
     "lost": "rows lost or added on the way into the trainer's dataset",
     "nothing": "rows with nothing to learn",
@@ -52,7 +51,7 @@ class Audit:
         return asdict(self) | {"violations": counts, "supervised_share": share}
 
 
-def audit(
+def audit_labels(
     dataset: Dataset,
     conversations: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,60 +172,21 @@ def spans(dataset: Dataset) -> Iterator[tuple[list[int], list[int]]]:
             start += length
 
 
-def gate(report: Audit, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_faults(report: Audit, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse to train on what would teach the wrong thing; each kind of fault with its count and an example."""
     faults = []
     for key, rows in report.violations.items():
         example = f"{report.rows_in:,} in, {report.rows_out:,} out"
         if key != "lost":
-            example = f"row {rows[0]}: {described(*next(islice(spans(dataset), rows[0], None)), tokenizer)}"
+            example = f"row {rows[0]}: {describe_labels(*next(islice(spans(dataset), rows[0], None)), tokenizer)}"
         faults.append(f"{len(rows):,} of {report.rows_out:,} {report.split}: {NAMES[key]} ({example})")
     if faults:
         raise RecipeError.of("loss mask", "; ".join(faults), "see the painted rows with: medibot inspect")
 
 
-def described(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def describe_labels(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The two ends of what the loss covers."""
     trained = [i for i, label in zip(ids, labels, strict=True) if label != IGNORED]
     if len(trained) > 24:
         return f"the loss covers {tokenizer.decode(trained[:12])!r} … {tokenizer.decode(trained[-12:])!r}"
     return f"the loss covers {tokenizer.decode(trained)!r}" if trained else "every label is masked"
-
-
-# --- painted rows -----------------------------------------------------------------------------------------------------
-
-
-def painted(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> list[tuple[str, str]]:
-    """(text, masked | trained | stop) pieces of one trainer row, whole characters only: joined, they are its text."""
-    ids = row["input_ids"]
-    kinds = [
-        "masked" if label == IGNORED else "stop" if token in stops else "trained"
-        for token, label in zip(ids, row["labels"], strict=True)
-    ]
-    pieces: list[tuple[str, str]] = []
-    # Each piece is decoded behind the one before it: SentencePiece drops a space at the start of what it decodes
-    start = read = 0
-    for end in range(1, len(ids) + 1):
-        before, text = (tokenizer.decode(ids[start:e], clean_up_tokenization_spaces=False) for e in (read, end))
-        # An unfinished character waits for the tokens that spell its rest, but not beyond its own kind
-        if text.endswith("�") and kinds[end : end + 1] == [kinds[end - 1]]:
-            continue
-        pieces.append((text[len(before) :], kinds[end - 1]))
-        start, read = read, end
-    return pieces
-
-
-def examples(dataset: Dataset, row: int | None = None) -> dict[str, int]:
-    """Which rows to paint: the shortest, the median and the longest, and `row` if asked for (an index in `dataset`)."""
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
-    chosen = {"shortest": order[0], "median": order[len(order) // 2], "longest": order[-1]}
-    return chosen | ({f"row {row}": row} if row is not None else {})
-
-
-def paint_text(pieces: list[tuple[str, str]]) -> Text:
-    return Text.assemble(*((text, STYLES[kind]) for text, kind in pieces))
-
-
-def paint_html(pieces: list[tuple[str, str]]) -> str:
-    """One row as HTML: a span a token, its class saying whether it is masked, trained or a stop token."""
-    return "".join(f'<span class="{kind}">{html.escape(text)}</span>' for text, kind in pieces)

@@ -103,7 +103,7 @@ def all_rows(splits: Splits) -> list[Row]:
 
 
 def without_known_answers(rows: list[Row], earlier: list[Row], threshold: float) -> list[Row]:
-    known = near_texts(answers(rows), answers(earlier), threshold)
+    known = find_near_texts(answers(rows), answers(earlier), threshold)
     return [row for row, answer in zip(rows, answers(rows), strict=True) if answer not in known]
 
 
@@ -117,7 +117,7 @@ def answers(rows: list[Row]) -> list[str]:
     return [fold(row["completion"] or "") for row in rows]
 
 
-def near_texts(queries: Iterable[str], references: Iterable[str], threshold: float) -> set[str]:
+def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold: float) -> set[str]:
     """The folded texts of `queries` that equal a reference or have a word 3-gram Jaccard of `threshold` with one.
 
     Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): a near text shares at least
@@ -165,7 +165,7 @@ def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str], thresh
         known = {value for row in earlier for value in row_values(row, [column])}
         counts[column] = sum(not known.isdisjoint(row_values(row, [column])) for row in rows)
     known_answers = set(answers(earlier))
-    near = near_texts(answers(rows), answers(earlier), threshold)
+    near = find_near_texts(answers(rows), answers(earlier), threshold)
     counts["exact_answer"] = sum(answer in known_answers for answer in answers(rows))
     counts["near_answer"] = sum(answer in near for answer in answers(rows))
     return counts

@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from medibot.cleaning.medquad import MEDQUAD_RULES
-from medibot.data import PREPARED, SPLITS, Prepared, open_source, prepare
+from medibot.data.prepared import PREPARED, SPLITS, Prepared, prepare
+from medibot.data.sources import open_source
 from medibot.errors import RecipeError
 from medibot.recipe import Recipe, load_recipe
 
@@ -365,7 +366,7 @@ def test_refused_data_leaves_nothing_in_the_cache(prepared_of, workplace):
 
 PREPARE = """
 import json, sys
-from medibot.data import prepare
+from medibot.data.prepared import prepare
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 

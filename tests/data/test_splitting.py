@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from medibot.cleaning import clean
 from medibot.cleaning.medquad import MEDQUAD_RULES
 from medibot.cleaning.rules import fold
-from medibot.splitting import (
+from medibot.data.splitting import (
     Splits,
     drop_leaks,
+    find_near_texts,
     group_rows,
     leak_report,
-    near_texts,
     random_split_leaks,
     split_fingerprint,
     split_rows,
@@ -23,7 +23,7 @@ from medibot.splitting import (
 
 COLUMNS = ["topic", "document", "prompt"]
 MEDQUAD = Path(
-    os.environ.get("MEDQUAD_PARQUET", Path(__file__).parents[2] / "shared" / "medquad" / "medquad-dev.parquet")
+    os.environ.get("MEDQUAD_PARQUET", Path(__file__).parents[3] / "shared" / "medquad" / "medquad-dev.parquet")
 )
 MEDQUAD_COLUMNS = ["question_focus", "document_url", "prompt", "umls_cui"]
 
@@ -169,7 +169,7 @@ def jaccard(one, two):
 )
 def test_near_texts_are_those_of_brute_force_on_tiny_vocabularies(queries, references, threshold):
     expected = {one for one in queries if any(jaccard(one, two) >= threshold for two in references)}
-    assert near_texts(queries, references, threshold) == expected
+    assert find_near_texts(queries, references, threshold) == expected
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -184,14 +184,14 @@ def test_near_texts_are_those_of_brute_force_on_edited_copies(seed):
             copy[draw.randrange(len(copy))] = draw.choice(words)
         queries.append(" ".join(copy))
     expected = {one for one in queries if any(jaccard(one, two) >= 0.8 for two in references)}
-    assert near_texts(queries, references, 0.8) == expected
+    assert find_near_texts(queries, references, 0.8) == expected
     assert 0 < len(expected) < len(queries)
 
 
 def test_a_near_text_is_found_though_all_that_it_adds_is_rare():
     shared = " ".join(f"w{number}" for number in range(10))
     assert jaccard(f"a1 a2 {shared}", shared) == 0.8
-    assert near_texts([f"a1 a2 {shared}"], [shared], 0.8) == {f"a1 a2 {shared}"}
+    assert find_near_texts([f"a1 a2 {shared}"], [shared], 0.8) == {f"a1 a2 {shared}"}
 
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"

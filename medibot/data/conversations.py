@@ -1,0 +1,128 @@
+"""TODO."""
+
+import json
+from typing import Any
+
+import pyarrow.parquet
+from transformers import PreTrainedTokenizerBase
+
+from medibot.cleaning import Row
+from medibot.cleaning.ledger import LedgerLine
+from medibot.model.template import template_kwargs
+from medibot.model.tokenizer import escape_markers, make_prompt
+from medibot.recipe import Recipe
+
+# Columns that the prepared data set has of its own
+RESERVED = {"prompt", "completion", "row", "group", "part", "tokens", "chat_template_kwargs"}
+
+
+def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
+    """Rows with the mapped columns under `prompt` and `completion`, and `row`, their index in the source."""
+    data = recipe.data
+    columns = rows[0].keys()
+    wanted = [("data.prompt", data.prompt), ("data.completion", data.completion)]
+    generic = {"prompt": data.prompt, "completion": data.completion}
+    wanted += [("data.group_by", column) for column in data.group_by if column not in generic]
+    for key, column in wanted:
+        if column not in columns:
+            raise recipe.error(key, f"{data.path} has no column {column!r}", f"it has {', '.join(columns)}")
+    if data.prompt == data.completion:
+        raise recipe.error("data.completion", "the same column as data.prompt", "name the answers' column")
+    kept = [column for column in columns if column not in generic.values()]
+    if clash := RESERVED & set(kept):
+        raise recipe.error("data.path", f"column {sorted(clash)[0]!r} has a name that MediBot gives", "rename it")
+    mapped = []
+    for index, row in enumerate(rows):
+        for column in generic.values():
+            if not isinstance(row[column], str | None):
+                what = f"row {index} holds {type(row[column]).__name__}, not text, in column {column!r}"
+                raise recipe.error("data.path", what, "convert the column to text")
+        mapped.append(
+            {"row": index} | {key: row[column] for key, column in generic.items()} | {c: row[c] for c in kept}
+        )
+    return mapped
+
+
+def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> None:
+    if not rows:
+        last = next((line.rule for line in reversed(ledger) if line.dropped), "the rules")
+        raise recipe.error("data.clean", f"no row is left after {last}", "see the ledger with: medibot inspect")
+    for column, rule in (("prompt", "drop_unasked"), ("completion", "drop_unanswered")):
+        empty = sum(1 for row in rows if not (row[column] or "").strip())
+        if empty:
+            raise recipe.error(
+                "data.clean", f"{empty:,} of {len(rows):,} rows have no {column}", f"add the rule {rule}"
+            )
+
+
+def defuse_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
+    """Rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
+    after = [row | {key: escape_markers(row[key], markers) for key in ("prompt", "completion")} for row in rows]
+    changed = [(old, new) for old, new in zip(rows, after, strict=True) if old != new]
+    examples = [
+        {"row": old["row"], "before": old["completion"], "after": new["completion"]} for old, new in changed[:3]
+    ]
+    return after, LedgerLine("role markers made text", len(rows), 0, len(changed), 0, len(rows), examples)
+
+
+def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[Row], LedgerLine]:
+    """Rows with `tokens`; those over `training.max_length` are dropped, or refused under `too_long: error`."""
+    limit = recipe.training.get("max_length", 1024)
+    chats = [prompt_of(recipe, row) + completion_of(row) for row in rows]
+    counted = [
+        row | {"tokens": tokens} for row, tokens in zip(rows, count_tokens(recipe, tokenizer, chats), strict=True)
+    ]
+    long = [row for row in counted if limit is not None and row["tokens"] > limit]
+    if long and recipe.data.too_long == "error":
+        worst = max(long, key=lambda row: row["tokens"])
+        what = f"{len(long):,} conversations are longer than {limit} tokens (row {worst['row']}: {worst['tokens']})"
+        raise recipe.error("training.max_length", what, "raise it, or write data.too_long: drop")
+    kept = [row for row in counted if limit is None or row["tokens"] <= limit]
+    if not kept:
+        raise recipe.error("training.max_length", f"every conversation is longer than {limit} tokens", "raise it")
+    examples = [{"row": row["row"], "before": row["completion"], "after": None} for row in long[:3]]
+    return kept, LedgerLine("longer than max_length", len(rows), len(long), 0, 0, len(kept), examples)
+
+
+def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> list[int]:
+    """Tokens of each whole chat, by the chat template that the trainer will use."""
+    import jinja2
+
+    lengths: list[int] = []
+    kwargs = template_kwargs(recipe)
+    try:
+        for start in range(0, len(chats), 1000):
+            chunk = chats[start : start + 1000]
+            encoded = tokenizer.apply_chat_template(chunk, tokenize=True, return_dict=True, **kwargs)
+            lengths += map(len, encoded["input_ids"])
+    except (jinja2.TemplateError, ValueError) as error:
+        what = f"the model's chat template refuses these conversations: {error}"
+        raise recipe.error("data.system", what, "remove data.system if the template knows no system role") from error
+    return lengths
+
+
+def prompt_of(recipe: Recipe, row: Row) -> list[dict[str, str]]:
+    return make_prompt(row["prompt"], recipe.data.system, ())
+
+
+def completion_of(row: Row) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": row["completion"]}]
+
+
+def render(recipe: Recipe, rows: list[Row]) -> pyarrow.Table:
+    """TRL's conversational prompt/completion rows, with the source's other columns beside them."""
+    counts = {"row", "part", "tokens"}
+    extra = [column for column in rows[0] if column not in {"prompt", "completion"}]
+    columns = {c: [row.get(c) if c in counts else as_text(row.get(c)) for row in rows] for c in extra}
+    columns["prompt"] = [prompt_of(recipe, row) for row in rows]
+    columns["completion"] = [completion_of(row) for row in rows]
+    columns["chat_template_kwargs"] = [template_kwargs(recipe)] * len(rows)
+    return pyarrow.table(columns)
+
+
+def as_text(value: Any) -> str | None:
+    """Text as it is and anything else as JSON, so that one column has one type."""
+    return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+COLUMNS = ["prompt", "completion", "chat_template_kwargs"]

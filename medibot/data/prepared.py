@@ -1,0 +1,184 @@
+"""Rows to conversations: load, map columns, clean, split, and keep the result under a fingerprint of all that made it."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from datasets import Dataset, disable_progress_bars
+from filelock import FileLock
+from rich.progress import Progress
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from medibot.cleaning import Row, clean
+from medibot.cleaning.ledger import LedgerLine, row_key
+from medibot.data.conversations import defuse_rows, fit_length, map_columns, render, require_text
+from medibot.data.sources import open_source
+from medibot.data.splitting import (
+    Splits,
+    drop_leaks,
+    leak_report,
+    random_split_leaks,
+    sha256,
+    split_fingerprint,
+    split_rows,
+)
+from medibot.model.generation import load_generation_config
+from medibot.model.loading import silence_upstream
+from medibot.model.precision import Precision, choose_precision
+from medibot.model.tokenizer import load_tokenizer, role_markers, tokenizer_fingerprint
+from medibot.recipe import Recipe
+
+# The version of what cleaning, splitting and rendering do. Raise it by hand when prepared rows change: it makes cached
+# sets and unfinished runs foreign, which a mere edit of our source must not. A test with golden rows says when.
+PREPARED = 1
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Conversations of one recipe, read from `folder`.
+
+    Columns of each split: `row` (index in the source), `group`, `tokens` (of the whole chat), `prompt` and
+    `completion` (lists of chat messages), and every other column of the source.
+    """
+
+    folder: Path
+    fingerprint: str
+    ledger: list[dict[str, Any]]
+    leaks: dict[str, Any]
+    split: dict[str, Any]
+
+    def load(self, split: str) -> Dataset | None:
+        """One of train, validation, test (test is for evaluation alone); None where the recipe gives it no rows."""
+        return Dataset.load_from_disk(str(self.folder / split)) if self.split["rows"][split] else None
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str], None] = print) -> Prepared:
+    """The recipe's conversations, made once per content fingerprint and then read by every process.
+
+    Raises RecipeError where the data cannot be what the recipe says.
+    """
+    source_hash, rows = open_source(recipe)
+    fingerprint = prepared_fingerprint(recipe, tokenizer, source_hash)
+    folder = cache_folder() / fingerprint[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A file lock, not a process-group barrier: it also holds between two trainings, and long cleaning cannot time out
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "prepared.json").is_file():
+            progress(f"preparing {recipe.data.path}: reading rows")
+            make(recipe, tokenizer, rows(), folder, progress)
+    record = json.loads((folder / "prepared.json").read_text())
+    return Prepared(folder=folder, fingerprint=fingerprint, **record)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("MEDIBOT_CACHE", ".cache/medibot")) / "prepared"
+
+
+def prepared_fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source_hash: str) -> str:
+    """Return the sha256 of what decides the prepared rows: data, recipe, tokenizer, length limit, and PREPARED."""
+    # What a card says about the rows changes none of them
+    said = {"license", "attribution", "language"}
+    section = {key: value for key, value in recipe.as_dict()["data"].items() if key not in said}
+    parts = [PREPARED, source_hash, section, tokenizer_fingerprint(tokenizer)]
+    parts.append(recipe.training.get("max_length", 1024))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def make(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row], folder: Path, progress: Callable[[str], None]
+) -> None:
+    """Clean, split and render `rows`; everything lands in `folder` at once, by rename."""
+    data = recipe.data
+    progress(f"preparing {data.path}: {len(rows):,} rows, {len(data.clean)} rules")
+    rows = map_columns(recipe, rows)
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("cleaning", total=len(data.clean))
+        rows, ledger = clean(rows, data.clean, progress=lambda _: bar.advance(task))
+    require_text(recipe, rows, ledger)
+    rows, line = defuse_rows(rows, role_markers(tokenizer))
+    ledger.append(line)
+    progress(f"preparing {data.path}: {len(rows):,} conversations, counting tokens")
+    rows, line = fit_length(recipe, tokenizer, rows)
+    ledger.append(line)
+    group_by = [{data.prompt: "prompt", data.completion: "completion"}.get(column, column) for column in data.group_by]
+    splits = split_rows(rows, group_by, data.validation, data.test, data.seed)
+    splits, lines = drop_leaks(splits)
+    leaks = leak_report(splits, group_by)
+    leaks["random_split"] = random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
+    chosen, limits = limit_rows(recipe, splits)
+    ledger += [*lines, *limits]
+    require_rows(recipe, chosen)
+    sizes = {name: len(chosen[name]) for name in SPLITS}
+    record = {
+        "ledger": [asdict(line) for line in ledger],
+        "leaks": leaks,
+        "split": {"fingerprint": split_fingerprint(splits), "rows": sizes},
+    }
+    write(folder, {name: render(recipe, chosen[name]) for name in SPLITS if chosen[name]}, record)
+
+
+def write(folder: Path, tables: dict[str, pyarrow.Table], record: dict[str, Any]) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, table in tables.items():
+        Dataset(table).save_to_disk(str(partial / name))
+    (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def limit_rows(recipe: Recipe, splits: Splits) -> tuple[dict[str, list[Row]], list[LedgerLine]]:
+    """`data.limit` rows of a split: those with the smallest hash, so that a larger limit only adds rows."""
+    limit = recipe.data.limit
+    limits = limit if isinstance(limit, dict) else {"train": limit} if limit else {}
+    chosen = {name: getattr(splits, name) for name in SPLITS}
+    lines = []
+    for name, most in limits.items():
+        rows = chosen[name]
+        first = sorted(rows, key=lambda row: sha256(f"{recipe.data.seed}:{row['prompt']}:{row['row']}"))[:most]
+        chosen[name] = sorted(first, key=row_key)
+        lines.append(LedgerLine(f"limit {name} to {most:,}", len(rows), len(rows) - len(first), 0, 0, len(first), []))
+    return chosen, lines
+
+
+def require_rows(recipe: Recipe, chosen: dict[str, list[Row]]) -> None:
+    for name, share in (("train", 1.0), ("validation", recipe.data.validation), ("test", recipe.data.test)):
+        if share and not chosen[name]:
+            what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"
+            key = "data.validation" if name == "train" else f"data.{name}"
+            raise recipe.error(key, what, "change the share or add rows")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a training starts from, before a weight is loaded."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig
+    precision: Precision
+    prepared: Prepared
+
+
+def gather(recipe: Recipe) -> Inputs:
+    """Tokenizer, precision and conversations of a recipe; refuses what cannot train, loads no weights."""
+    silence_upstream()
+    disable_progress_bars()
+    tokenizer = load_tokenizer(recipe)
+    return Inputs(
+        recipe,
+        tokenizer,
+        load_generation_config(recipe, tokenizer),
+        choose_precision(recipe.model.get("dtype")),
+        prepare(recipe, tokenizer),
+    )

@@ -1,0 +1,149 @@
+"""TODO."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet
+
+from medibot.cleaning import Row
+from medibot.errors import RecipeError
+from medibot.recipe import Recipe
+
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+
+
+def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
+    """(hash of the data's bytes, a function that reads its rows): nothing is parsed if the cache already has it."""
+    files = local_files(recipe)
+    if files is None:
+        rows = hub_rows(recipe)
+        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(), lambda: rows
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest(), lambda: read_files(recipe, files)
+
+
+def local_files(recipe: Recipe) -> list[Path] | None:
+    """The files that `data.path` names, sorted; None if it is a hub id."""
+    path = Path(recipe.data.path).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        if not files:
+            raise recipe.error("data.path", f"folder {path} holds no {', '.join(SUFFIXES)} file", "name another folder")
+        return files
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise recipe.error(
+                "data.path", f"cannot read {path.suffix or 'a file without suffix'}", "use " + ", ".join(SUFFIXES)
+            )
+        return [path]
+    written = recipe.data.path
+    if path.suffix in SUFFIXES or written.startswith((".", "/", "~")) or written.count("/") != 1:
+        raise recipe.error("data.path", f"no file or folder {recipe.data.path!r}", "check the path, seen from here")
+    return None
+
+
+def hub_rows(recipe: Recipe) -> list[Row]:
+    """Rows of a hub data set (`path`, `name`, `revision`, `split` as `datasets.load_dataset` takes them)."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    data = recipe.data
+    try:
+        return load_dataset(data.path, data.name, revision=data.revision, split=data.split).to_list()
+    except (OSError, ValueError, DatasetsError) as error:
+        first = str(error).strip().splitlines()[0]
+        remedy = "check name, revision and network; or point data.path to a local file"
+        raise recipe.error("data.path", f"cannot load {data.path!r} from the hub: {first}", remedy) from error
+
+
+def read_files(recipe: Recipe, files: list[Path]) -> list[Row]:
+    """Rows of all files, each with every column of any of them."""
+    rows = [row for file in files for row in read_file(recipe, file)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def read_file(recipe: Recipe, file: Path) -> list[Row]:
+    """Rows of one parquet, JSON lines or CSV file; a malformed one is refused with its line."""
+    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
+    try:
+        rows = readers[file.suffix](file)
+    except (pyarrow.ArrowException, OSError) as error:
+        what = f"{file} cannot be read: {str(error).splitlines()[0]}"
+        raise recipe.error("data.path", what, "name a whole, readable file") from error
+    if not rows:
+        raise recipe.error("data.path", f"{file} has no rows", "name a file with rows")
+    return rows
+
+
+def read_parquet(file: Path) -> list[Row]:
+    return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def read_jsonl(file: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(io.StringIO(read_text(file)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if re.search(r"\\u[dD][89a-fA-F]", line):
+                json.dumps(row, ensure_ascii=False).encode()  # half an escaped pair is no character
+        except (ValueError, RecursionError) as error:
+            raise RecipeError.of(f"{file}:{number}", f"not JSON: {error}", "one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise RecipeError.of(f"{file}:{number}", f"a {type(row).__name__}", "one JSON object a line")
+        rows.append(row)
+    return rows
+
+
+def read_csv(file: Path) -> list[Row]:
+    records = csv_records(file)
+    start, header = next(records, (1, []))
+    if len(set(header)) != len(header):
+        raise RecipeError.of(f"{file}:{start}", "a column name stands twice in the header", "rename one")
+    rows = []
+    for start, cells in records:
+        if len(cells) != len(header):
+            what = f"{len(cells)} cells under {len(header)} columns"
+            raise RecipeError.of(f"{file}:{start}", what, "quote cells that hold commas or line breaks")
+        rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
+    return rows
+
+
+def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """(the line that it begins on, its cells) of each record; blank lines are none."""
+    csv.field_size_limit(1 << 27)
+    records = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    while True:
+        start = records.line_num + 1
+        try:
+            cells = next(records, None)
+        except csv.Error as error:
+            what = f"not CSV: {error}"
+            raise RecipeError.of(f"{file}:{start}", what, "close each quote, and double those inside a cell") from error
+        if cells is None:
+            return
+        if cells:
+            yield start, cells
+
+
+def read_text(file: Path) -> str:
+    """The file as UTF-8 text; what is none is refused with its line."""
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError.of(f"{file}:{line}", "not UTF-8 text", "save it as UTF-8, not compressed") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise RecipeError.of(f"{file}:{line}", "holds a NUL character, which no text has", "save it as UTF-8 text")
+    return text
