@@ -17,8 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from medibot.errors import RecipeError, Stopped
+from medibot.planning.conflicts import CONFIGS, LEGEND, Hardware, matrix, read_hardware, refuse_conflicts, share_batch
 from medibot.recipe import diff_recipes, list_recipes, load_recipe
-from medibot.strategy import CONFIGS, LEGEND, Hardware, matrix, read_hardware, refuse_clashes, shared_batch
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
 STOPPED = 75
@@ -326,8 +326,8 @@ def launch_training(recipe: str, overrides: list[str], own: list[str], accelerat
     if processes > 1 or hardware.sharded:
         checked = load_recipe(recipe, overrides)
         machines = option("--num_machines", more) or hardware.settings.get("num_machines", 1)
-        refuse_clashes(checked, hardware, visible_gpus(), machines)
-        shared_batch(checked, processes)
+        refuse_conflicts(checked, hardware, visible_gpus(), machines)
+        share_batch(checked, processes)
         # One process says what is wrong before several do, and leaves the prepared data for all of them
         from medibot.data.prepared import gather
 

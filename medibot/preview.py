@@ -12,13 +12,14 @@ from rich.table import Table
 from medibot.data.gate import NAMES, Audit, audit_labels, refuse_faults
 from medibot.data.painting import choose_examples, paint, paint_html, paint_text
 from medibot.data.prepared import Inputs, gather
-from medibot.device import named_device, this_device, written_layout
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model, method_name
-from medibot.plan import show as show_plan
+from medibot.planning.hardware import detect_device, find_device, read_layout
+from medibot.planning.plan import make_plan
+from medibot.planning.plan import show as show_plan
 from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder
-from medibot.train import build_trainer, make_plan
+from medibot.train import build_trainer
 
 PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>
@@ -128,9 +129,9 @@ def mask_table(reports: list[Audit]) -> tuple[str, list[str], list[list[Any]]]:
 
 def plan_recipe(recipe: Recipe, gpu: str | None, accelerate: dict[str, Any], processes: int) -> None:
     """Print what the training needs on `gpu` (this machine if None), and leave it in outputs/plans/ as JSON."""
-    device = named_device(gpu, recipe.model.get("dtype")) if gpu else None
+    device = find_device(gpu, recipe.model.get("dtype")) if gpu else None
     inputs = gather(recipe)
-    planned = make_plan(inputs, device or this_device(inputs.precision.dtype), written_layout(accelerate, processes))
+    planned = make_plan(inputs, device or detect_device(inputs.precision.dtype), read_layout(accelerate, processes))
     show_plan(planned)
     file = outputs_folder() / "plans" / f"{recipe.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

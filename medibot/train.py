@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,15 @@ from medibot import cpu, evidence, tracking
 from medibot.data.conversations import COLUMNS
 from medibot.data.gate import Audit, audit_labels, refuse_faults
 from medibot.data.prepared import Inputs, gather
-from medibot.device import GB, Device, Layout, layout_here, this_device
 from medibot.errors import RecipeError, Stopped
 from medibot.model.generation import generate_answers
 from medibot.model.loading import identify_base, load_base, method_name, weights_dtype
 from medibot.model.precision import make_lora_config
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import make_prompt, role_markers
-from medibot.plan import Plan
+from medibot.planning.conflicts import is_zero3
+from medibot.planning.hardware import GB, detect_device, detect_layout
+from medibot.planning.plan import Plan, make_plan, per_process
 from medibot.recipe import Recipe
 from medibot.run import (
     Run,
@@ -55,7 +55,6 @@ from medibot.run import (
     run_fingerprint,
     sync_to_disk,
 )
-from medibot.strategy import shared_batch, under_zero3
 
 
 def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
@@ -73,7 +72,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
         return
     require_writable(this)
-    planned = make_plan(inputs, this_device(inputs.precision.dtype), layout_here(state.num_processes))
+    planned = make_plan(inputs, detect_device(inputs.precision.dtype), detect_layout(state.num_processes))
     if state.is_main_process and not anyway:
         planned.require_fit()
     started = this.folder.exists()
@@ -222,7 +221,7 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         # ZeRO-3 gathers parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
-        if parameter.requires_grad and inputs.recipe.lora and not under_zero3():
+        if parameter.requires_grad and inputs.recipe.lora and not is_zero3():
             # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently
             parameter.data = parameter.data.float()
     return trainer
@@ -245,26 +244,13 @@ def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
     written = {key: value for key, value in inputs.recipe.training.items() if key != "chat_template_path"}
     if written.get("activation_checkpointing", True):
         # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
-        reentrant = under_zero3() and inputs.recipe.lora is not None
+        reentrant = is_zero3() and inputs.recipe.lora is not None
         written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
     return SFTConfig(**(decided | written | per_process(inputs.recipe, PartialState().num_processes)))
 
 
-def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
-    """The settings with which each process takes its share of the recipe's batch."""
-    rows, accumulated = shared_batch(recipe, processes)
-    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
-
-
 def load_weights(inputs: Inputs) -> PreTrainedModel:
     return load_base(inputs.recipe, weights_dtype(inputs.recipe, inputs.precision.dtype))
-
-
-def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
-    """The plan of a training on `device`, with the weights and the rows that each process would hold."""
-    held = weights_dtype(inputs.recipe, device.compute)
-    training = inputs.recipe.training | per_process(inputs.recipe, layout.processes)
-    return Plan(replace(inputs.recipe, training=training), inputs.tokenizer, inputs.prepared, held, device, layout)
 
 
 def check(trainer: SFTTrainer, inputs: Inputs) -> list[Audit]:

@@ -11,9 +11,11 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import FOUR_STEPS, assert_same, losses, miniature  # noqa: F401 - the fixture
 
-from medibot import cli, strategy
+from medibot import cli
 from medibot import train as training
 from medibot.errors import RecipeError
+from medibot.planning import conflicts
+from medibot.planning.conflicts import Hardware, matrix, read_hardware, refuse_conflicts, share_batch
 from medibot.recipe import load_recipe
 from medibot.run import has_whole_weights, open_run
 
@@ -33,19 +35,19 @@ def quickstart(*overrides):
 )  # fmt: skip
 def test_the_batch_of_a_step_is_the_recipes_on_any_number_of_processes(rows, accumulated, processes, shared):
     batch = [f"training.per_device_train_batch_size={rows}", f"training.gradient_accumulation_steps={accumulated}"]
-    assert strategy.shared_batch(quickstart(*batch), processes) == shared
+    assert share_batch(quickstart(*batch), processes) == shared
     assert shared[0] * shared[1] * processes == rows * accumulated and shared[0] <= rows
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_the_numbers():
     batch = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]
     with pytest.raises(RecipeError, match=r"4 rows a step cannot be shared by 3 processes \(start one of 1, 2, 4, or"):
-        strategy.shared_batch(quickstart(*batch), 3)
+        share_batch(quickstart(*batch), 3)
 
 
 def hardware(name, **settings):
-    read = strategy.read_hardware(CONFIGS / f"{name}.yaml")
-    return strategy.Hardware(read.name, read.kind, read.settings | settings)
+    read = read_hardware(CONFIGS / f"{name}.yaml")
+    return Hardware(read.name, read.kind, read.settings | settings)
 
 
 NF4 = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_type=nf4"]
@@ -68,7 +70,7 @@ CLASHES = [
 @pytest.mark.parametrize(("name", "settings", "overrides", "said"), CLASHES)
 def test_what_upstream_would_spoil_is_refused_before_the_launch(name, settings, overrides, said):
     with pytest.raises(RecipeError) as caught:
-        strategy.refuse_clashes(quickstart(*overrides), hardware(name, **settings), gpus=8)
+        refuse_conflicts(quickstart(*overrides), hardware(name, **settings), gpus=8)
     found = [str(problem) for problem in caught.value.problems if "not installed" not in str(problem)]
     assert len(found) == 1 and said in found[0] and name in found[0], found
 
@@ -76,19 +78,17 @@ def test_what_upstream_would_spoil_is_refused_before_the_launch(name, settings, 
 @pytest.mark.parametrize("name", ["cpu", "cpu-2", "single-gpu", "multi-gpu", "multi-node", "fsdp2"])
 @pytest.mark.parametrize("overrides", [[], ["lora=null"], ["lora.use_dora=true"]], ids=["lora", "full", "dora"])
 def test_what_works_is_let_through(name, overrides):
-    strategy.refuse_clashes(quickstart(*overrides), hardware(name), gpus=8)
+    refuse_conflicts(quickstart(*overrides), hardware(name), gpus=8)
 
 
 def test_a_machine_that_cannot_shard_is_refused(monkeypatch):
     with pytest.raises(RecipeError, match="FSDP2 needs GPUs: without them accelerate trains plain data parallel"):
-        strategy.refuse_clashes(quickstart(), hardware("fsdp2"), gpus=0)
-    monkeypatch.setattr(strategy.importlib.util, "find_spec", lambda _: None)
+        refuse_conflicts(quickstart(), hardware("fsdp2"), gpus=0)
+    monkeypatch.setattr(conflicts.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(RecipeError, match=r"DeepSpeed is not installed .*pip install deepspeed"):
-        strategy.refuse_clashes(quickstart(), hardware("zero2"), gpus=2)
+        refuse_conflicts(quickstart(), hardware("zero2"), gpus=2)
     with pytest.raises(RecipeError, match="start the other machines itself"):
-        strategy.refuse_clashes(
-            quickstart(), hardware("zero3", deepspeed_multinode_launcher="pdsh"), gpus=2, machines=2
-        )
+        refuse_conflicts(quickstart(), hardware("zero3", deepspeed_multinode_launcher="pdsh"), gpus=2, machines=2)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_machine_that_cannot_shard_is_refused(monkeypatch):
 def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(RecipeError, match=said):
-        strategy.read_hardware(tmp_path / "mine.yaml")
+        read_hardware(tmp_path / "mine.yaml")
 
 
 def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
 
 def test_the_matrix_shows_every_config_and_every_reason(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    names, rows, reasons = strategy.matrix()
+    names, rows, reasons = matrix()
     assert set(names) == {file.stem for file in CONFIGS.glob("*.yaml")}
     for method, marks in rows:
         refused = {hardware(name).kind for name, mark in zip(names, marks, strict=True) if mark == "-"}

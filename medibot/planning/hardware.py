@@ -12,6 +12,8 @@ import torch
 from medibot.errors import RecipeError
 
 GB = 1e9
+
+
 # Memory in GB and dense bfloat16 (T4: float16) tensor TFLOPs with float32 accumulation, from NVIDIA's data sheets (H100
 # and H200: the SXM modules)
 GPUS = {
@@ -27,6 +29,8 @@ GPUS = {
     "H100": (80, 989.0),
     "H200": (141, 989.0),
 }
+
+
 # Not measured here: CUDA context and library workspaces of a process, and NCCL's buffers where there are several
 CONTEXT, NCCL = 600_000_000, 300_000_000
 
@@ -52,7 +56,7 @@ class Layout:
     checkpointing: bool = False
 
 
-def named_device(written: str, dtype: str | None) -> Device:
+def find_device(written: str, dtype: str | None) -> Device:
     """`24GB` (memory alone) or a name such as `L4` or `A100 80GB` (speed, too)."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|G)?", written.strip(), re.I)
     known = {re.sub(r"\W", "", name).upper(): name for name in GPUS}
@@ -66,7 +70,7 @@ def named_device(written: str, dtype: str | None) -> Device:
     return Device(name or f"{capacity:g} GB GPU", capacity * GB, tflops, True, compute)
 
 
-def this_device(compute: torch.dtype) -> Device:
+def detect_device(compute: torch.dtype) -> Device:
     """What this process may use: the GPU's free memory, or the memory that the machine and its cgroups leave."""
     if torch.cuda.is_available():
         return Device(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] + CONTEXT, None, True, compute)
@@ -89,7 +93,7 @@ def cgroup_free() -> list[int]:
     return left
 
 
-def layout_here(processes: int) -> Layout:
+def detect_layout(processes: int) -> Layout:
     """What accelerate's launcher told this process."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return Layout("fsdp2", processes, os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true")
@@ -103,7 +107,7 @@ def layout(stage: int, processes: int) -> Layout:
     return Layout({2: "zero2", 3: "zero3"}.get(stage, "ddp" if processes > 1 else "one process"), processes)
 
 
-def written_layout(config: dict[str, Any], processes: int) -> Layout:
+def read_layout(config: dict[str, Any], processes: int) -> Layout:
     """The layout that an accelerate config asks for."""
     if config.get("distributed_type") == "FSDP":
         return Layout("fsdp2", processes, config.get("fsdp_config", {}).get("fsdp_activation_checkpointing", False))

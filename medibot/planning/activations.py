@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from medibot import cpu
-from medibot.memory import casts, skeleton, text_config
+from medibot.planning.memory import casts, skeleton, text_config
 from medibot.recipe import Recipe
 
 # trl/kernels/chunked_logprob.py: a tile of logits is at most so many positions by so many tokens of the vocabulary
 TILE = (4096, 32768)
+
+
 # What is kept of a layer that cannot be traced, in bytes a token for each hidden unit, at two bytes a value
 # (Korthikanti et al., 2022, arXiv 2205.05198, without the attention matrix)
 UNTRACED = 34

@@ -18,6 +18,8 @@ from medibot.recipe import Recipe
 from medibot.recipe.schema import Finding
 
 CONFIGS = Path("accelerate_configs")
+
+
 # TrainingArguments' own defaults
 ROWS, ACCUMULATED = 8, 1
 
@@ -66,10 +68,10 @@ def kind_of(file: Path, settings: Mapping[str, Any]) -> str:
     raise RecipeError.of("ACCELERATE", f"{file} spreads a training by {written}", remedy)
 
 
-def refuse_clashes(recipe: Recipe, hardware: Hardware, gpus: int, machines: int = 1) -> None:
+def refuse_conflicts(recipe: Recipe, hardware: Hardware, gpus: int, machines: int = 1) -> None:
     """Raise RecipeError with all that this recipe and this hardware cannot do together, or this machine cannot do."""
     lacking = list(lacks(hardware, gpus, machines))
-    found = list(clashes(hardware, recipe.training, recipe.quantization, recipe.lora, recipe.model))
+    found = list(find_conflicts(hardware, recipe.training, recipe.quantization, recipe.lora, recipe.model))
     problems = [RecipeError.of(f"ACCELERATE={hardware.name}", *finding[1:]).problems[0] for finding in lacking]
     problems += [
         recipe.error(key, f"{what} (ACCELERATE={hardware.name})", remedy).problems[0] for key, what, remedy in found
@@ -96,7 +98,7 @@ def lacks(hardware: Hardware, gpus: int, machines: int) -> Iterator[Finding]:
 Section = Mapping[str, Any]
 
 
-def clashes(
+def find_conflicts(
     hardware: Hardware, training: Section, quantization: Section | None, lora: Section | None, model: Section
 ) -> Iterator[Finding]:
     """What a method cannot do on this hardware, whatever the machine: by key, with reason and remedy."""
@@ -166,10 +168,7 @@ def zero3_clashes(settings: Section, training: Section, lora: Section | None) ->
         )
 
 
-# --- the batch --------------------------------------------------------------------------------------------------------
-
-
-def shared_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
+def share_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
     """(rows on a device, steps accumulated) with which `processes` train on the recipe's batch: its product stays.
 
     The recipe's numbers are those of one process. Each process gets its share of the rows, in the largest pieces that
@@ -187,7 +186,7 @@ def shared_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
     return piece, share // piece
 
 
-def under_zero3() -> bool:
+def is_zero3() -> bool:
     """Whether accelerate launched this process for DeepSpeed's ZeRO-3."""
     environment = os.environ
     return (environment.get("ACCELERATE_USE_DEEPSPEED"), environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")) == (
@@ -196,9 +195,9 @@ def under_zero3() -> bool:
     )
 
 
-# --- the matrix -------------------------------------------------------------------------------------------------------
-
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
 # What a method says in the sections quantization and lora
 METHODS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "LoRA": (None, {}),
@@ -216,6 +215,8 @@ def evidence(mark: str, *methods: str) -> dict[str, str]:
 
 
 TWO_PROCESSES = evidence("on CPU", "LoRA")
+
+
 EVIDENCE: dict[str, dict[str, str]] = {
     "cpu": evidence("tested", "LoRA", "DoRA", "QLoRA, 4-bit", "QLoRA, 4-bit, float storage", "full")
     | evidence("tried", "LoRA and whole modules", "QLoRA, 8-bit"),
@@ -227,6 +228,8 @@ EVIDENCE: dict[str, dict[str, str]] = {
     "zero2": evidence("tried", "LoRA", "QLoRA, 4-bit", "QLoRA, 8-bit", "full"),
     "zero3": evidence("tried", "LoRA", "QLoRA, 4-bit", "full"),
 }
+
+
 LEGEND = """\
 tested    a test of this repository trains it so
 on CPU    a test trains it so with CPU processes (gloo) in the place of GPUs
@@ -242,7 +245,7 @@ def matrix(folder: Path = CONFIGS) -> tuple[list[str], list[tuple[str, list[str]
     for method, (quantization, lora) in METHODS.items():
         marks = []
         for one in hardware:
-            found = list(clashes(one, {}, quantization, lora, {}))
+            found = list(find_conflicts(one, {}, quantization, lora, {}))
             reasons += [f"{method} under {one.kind}: {what} ({remedy})" for _, what, remedy in found]
             marks.append("-" if found else EVIDENCE[one.name].get(method, "upstream"))
         rows.append((method, marks))

@@ -4,6 +4,7 @@ make plan RECIPE=medquad-qlora GPU="24GB"
 """
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from medibot import activations, memory
-from medibot.data.prepared import Prepared
-from medibot.device import CONTEXT, GB, NCCL, Device, Layout
+from medibot.data.prepared import Inputs, Prepared
+from medibot.model.loading import weights_dtype
+from medibot.planning.activations import Kept, head, kept
+from medibot.planning.conflicts import share_batch
+from medibot.planning.hardware import CONTEXT, GB, NCCL, Device, Layout
+from medibot.planning.memory import parameters, stored, text_config
+from medibot.planning.schedule import UTILISATION, Schedule, flat, schedule, setting
 from medibot.recipe import Recipe
-from medibot.schedule import UTILISATION, Schedule, flat, schedule, setting
 
 # Measured on CPUs, glibc 2.36 (benchmarks/plan.py): what a training's process grows by beside what is counted here, and
 # the share of what a layer allocates and frees that the heap cannot use again
@@ -41,8 +45,8 @@ class Plan:
         layout: Layout,
     ) -> None:
         self.recipe, self.weights, self.device, self.layout = recipe, weights, device, layout
-        self.config = memory.text_config(recipe).get_text_config()
-        self.parameters = memory.parameters(recipe, weights, device.compute)
+        self.config = text_config(recipe).get_text_config()
+        self.parameters = parameters(recipe, weights, device.compute)
         rows: Any = prepared.load("train")
         held_out: Any = prepared.load("validation")
         self.lengths = np.array(rows["tokens"])
@@ -56,7 +60,7 @@ class Plan:
             self.lengths = np.full(math.ceil(self.lengths.sum() / whole), whole)
         now = psutil.Process().memory_info().rss
         self.overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else now + LATER
-        self.traces: dict[int, activations.Kept] = {}
+        self.traces: dict[int, Kept] = {}
 
     @property
     def rows(self) -> int:
@@ -134,23 +138,23 @@ class Plan:
                 logits = max(logits, self.head(self.evaluated, training=False))
         return {"activations": stored, "logits": max(logits, layer)}
 
-    def kept(self, rows: int) -> activations.Kept:
+    def kept(self, rows: int) -> Kept:
         """What a forward pass over `rows` of the longest rows keeps: traced for one and for two, then in proportion."""
         together = flat(self.recipe)
         traced = 1 if rows == 1 or together else 2
         if traced not in self.traces:
             of = (self.recipe, self.weights, self.device.compute, self.device.gpu, traced, self.longest)
-            self.traces[traced] = activations.kept(*of)
+            self.traces[traced] = kept(*of)
         one, times = self.traces[traced], rows / traced
         layer, outside, state, freed = (int(n * times) for n in (one.layer, one.outside, one.state, one.freed))
         # The rows of a flat batch are told apart by a mask over all its tokens
         mask = (rows * self.longest) ** 2 * self.device.compute.itemsize if together else 0
-        return activations.Kept(layer, outside + mask, state, freed, one.traced)
+        return Kept(layer, outside + mask, state, freed, one.traced)
 
     def head(self, positions: int, training: bool) -> int:
         supervised = math.ceil(positions * self.supervised_share)
         full = training and self.recipe.lora is None
-        return activations.head(self.device.gpu, training, supervised, self.config, self.device.compute, full)
+        return head(self.device.gpu, training, supervised, self.config, self.device.compute, full)
 
     def fits(self, rows: int | None = None, checkpointing: bool | None = None) -> bool:
         return self.memory(rows, checkpointing)["peak"] <= self.device.capacity
@@ -203,7 +207,7 @@ class Plan:
             "micro_batch": self.rows,
             "activation_checkpointing": self.checkpointing,
             "activations_traced": self.kept(self.rows).traced,
-            "stored_bytes": memory.stored(self.recipe),
+            "stored_bytes": stored(self.recipe),
             "memory_bytes": self.memory(),
             "fits": self.fits(),
             "largest_micro_batch": self.most_rows(),
@@ -272,3 +276,16 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
         ("time", time),
         ("disk", f"{plan.schedule.disk / GB:.2f} GB for checkpoints and model"),
     ]
+
+
+def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
+    """The settings with which each process takes its share of the recipe's batch."""
+    rows, accumulated = share_batch(recipe, processes)
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+
+
+def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
+    """The plan of a training on `device`, with the weights and the rows that each process would hold."""
+    held = weights_dtype(inputs.recipe, device.compute)
+    training = inputs.recipe.training | per_process(inputs.recipe, layout.processes)
+    return Plan(replace(inputs.recipe, training=training), inputs.tokenizer, inputs.prepared, held, device, layout)

@@ -8,8 +8,8 @@ import numpy as np
 from transformers import PretrainedConfig
 from trl import SFTConfig
 
-from medibot.device import Device, Layout
-from medibot.memory import Parameters
+from medibot.planning.hardware import Device, Layout
+from medibot.planning.memory import Parameters
 from medibot.recipe import Recipe
 
 # The share of a data sheet's TFLOPs that a fine-tuning is taken to reach; 0.3 to 0.45 is usual

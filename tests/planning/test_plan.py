@@ -11,13 +11,17 @@ from conftest import ROOT, SAMPLE
 from peft import get_peft_model
 from typer.testing import CliRunner
 
-from medibot import activations, cli, memory
+from medibot import cli
 from medibot import train as training
 from medibot.data.prepared import gather
-from medibot.device import Device, Layout, named_device
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base
 from medibot.model.precision import make_lora_config
+from medibot.planning import activations
+from medibot.planning.activations import kept
+from medibot.planning.hardware import Device, Layout, find_device
+from medibot.planning.memory import parameters
+from medibot.planning.plan import make_plan
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
 
@@ -50,7 +54,7 @@ def plan(recipe):
 
     def make(*overrides: str, device: Device | None = None, layout: Layout = Layout()):  # noqa: B008
         inputs = gather(recipe(*overrides))
-        return training.make_plan(inputs, device or named_device("24GB", None), layout)
+        return make_plan(inputs, device or find_device("24GB", None), layout)
 
     return make
 
@@ -69,7 +73,7 @@ def constants(weight) -> list[torch.Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 def test_parameter_bytes_are_those_of_the_loaded_model(method, recipe):
     checked = recipe(*METHODS[method])
-    planned, really = memory.parameters(checked, FLOAT, FLOAT), loaded(checked)
+    planned, really = parameters(checked, FLOAT, FLOAT), loaded(checked)
     adapters = {n: p for n, p in really.named_parameters() if p.requires_grad and checked.lora is not None}
     packed = [p for p in really.parameters() if p.__class__.__name__ == "Params4bit"]
     sizes = sum(p.numel() * p.element_size() for n, p in really.named_parameters() if n not in adapters)
@@ -90,9 +94,9 @@ def test_optimizer_state_is_what_adamw_makes(recipe):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = [v for values in optimizer.state.values() for v in values.values() if v.numel() > 1]
-    assert memory.parameters(checked, FLOAT, FLOAT).optimizer == sum(v.numel() * 4 for v in state)
-    small = memory.parameters(recipe(*METHODS["full"], "training.optim=adamw_8bit"), FLOAT, FLOAT)
-    assert small.optimizer < memory.parameters(recipe(*METHODS["full"]), FLOAT, FLOAT).optimizer / 3
+    assert parameters(checked, FLOAT, FLOAT).optimizer == sum(v.numel() * 4 for v in state)
+    small = parameters(recipe(*METHODS["full"], "training.optim=adamw_8bit"), FLOAT, FLOAT)
+    assert small.optimizer < parameters(recipe(*METHODS["full"]), FLOAT, FLOAT).optimizer / 3
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "nf4", "full"])
@@ -113,9 +117,9 @@ def test_activations_are_those_that_autograd_really_keeps(method, recipe):
     mask[0, :5] = 0
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         made = backbone(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
-    kept = activations.kept(checked, FLOAT, FLOAT, False, 2, 48)
-    assert made.last_hidden_state.nbytes == kept.state and kept.traced
-    assert 2 * kept.layer + kept.outside == pytest.approx(sum(s.nbytes() for s in keeps.values()), rel=0.02)
+    found = kept(checked, FLOAT, FLOAT, False, 2, 48)
+    assert made.last_hidden_state.nbytes == found.state and found.traced
+    assert 2 * found.layer + found.outside == pytest.approx(sum(s.nbytes() for s in keeps.values()), rel=0.02)
 
 
 def test_a_model_that_cannot_be_traced_is_estimated_and_says_so(recipe, monkeypatch):
@@ -124,9 +128,9 @@ def test_a_model_that_cannot_be_traced_is_estimated_and_says_so(recipe, monkeypa
     def refuse(*_):
         raise DataDependentOutputException("aten.nonzero")
 
-    traced = activations.kept(recipe(), FLOAT, FLOAT, False, 2, 48)
+    traced = kept(recipe(), FLOAT, FLOAT, False, 2, 48)
     monkeypatch.setattr(activations, "traced", refuse)
-    guessed = activations.kept(recipe(), FLOAT, FLOAT, False, 2, 48)
+    guessed = kept(recipe(), FLOAT, FLOAT, False, 2, 48)
     assert not guessed.traced and 0.5 < guessed.layer / traced.layer < 2
 
 
@@ -224,12 +228,12 @@ def test_a_refusal_names_the_batch_that_fits(plan):
 
 
 def test_a_gpu_is_a_size_or_a_name():
-    assert named_device("24GB", None).capacity == named_device("24 gb", None).capacity == 24e9
-    assert named_device("24GB", None).tflops is None
-    assert named_device("a100-80gb", None).name == "A100 80GB" and named_device("L4", None).tflops == 121
-    assert named_device("T4", None).compute == torch.float16 and named_device("L4", "float32").compute == FLOAT
+    assert find_device("24GB", None).capacity == find_device("24 gb", None).capacity == 24e9
+    assert find_device("24GB", None).tflops is None
+    assert find_device("a100-80gb", None).name == "A100 80GB" and find_device("L4", None).tflops == 121
+    assert find_device("T4", None).compute == torch.float16 and find_device("L4", "float32").compute == FLOAT
     with pytest.raises(RecipeError, match="GPU: 'Voodoo' is not known"):
-        named_device("Voodoo", None)
+        find_device("Voodoo", None)
 
 
 def test_after_a_run_planned_stands_beside_measured(recipe):

@@ -23,7 +23,11 @@ from medibot.recipe import Recipe
 
 # bitsandbytes quantizes 64 weights with one constant, and with double quantization 256 constants with one more
 BLOCK, NESTED = 64, 256
+
+
 QUANTIZED = ("4-bit blocks", "8-bit", "constants")
+
+
 # Bytes of optimizer state for each trained value, as upstream's optimizers hold it; another one is taken for AdamW
 STATE = {"sgd": 0, "adafactor": 0.1, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "paged_lion_32bit": 4}
 
