@@ -164,7 +164,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
 ) -> None:
     """One question to a run: the base model's answer and the tuned one's."""
-    from medibot.chat import ask_both
+    from medibot.serving.assistant import ask_both
 
     ask_both(run, question, max_new_tokens)
 
@@ -178,8 +178,8 @@ def chat(
     ] = None,
 ) -> None:
     """Talk with a run at the terminal, or answer each line of a pipe."""
-    from medibot.chat import Decoding
-    from medibot.terminal import chat as talk
+    from medibot.serving.assistant import Decoding
+    from medibot.serving.chat import chat as talk
 
     talk(run, Decoding(max_new_tokens, temperature))
 
@@ -190,7 +190,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")] = 8000,
 ) -> None:
     """A web page and an OpenAI-style endpoint on this machine: base and tuned model, until Ctrl-C."""
-    from medibot.serve import serve as serve_run
+    from medibot.serving.server import serve as serve_run
 
     serve_run(run, port)
 

@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from medibot import cpu, evidence, tracking
+from medibot import cpu, tracking
 from medibot.data.conversations import COLUMNS
 from medibot.data.gate import Audit, audit_labels, refuse_faults
 from medibot.data.prepared import Inputs, gather
@@ -55,6 +55,7 @@ from medibot.run import (
     run_fingerprint,
     sync_to_disk,
 )
+from medibot.serving.evidence import FILE, build_evidence, require_columns
 
 
 def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
@@ -79,7 +80,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
     try:
         trainer = build_trainer(inputs, this, lambda: load_weights(inputs))
         reports = check(trainer, inputs)
-        evidence.require_columns(recipe, inputs.prepared.load("train"))
+        require_columns(recipe, inputs.prepared.load("train"))
     except RecipeError:
         if not started and state.is_main_process:
             shutil.rmtree(this.folder, ignore_errors=True)
@@ -293,7 +294,7 @@ def begin(
     this.write("ledger.json", {"ledger": inputs.prepared.ledger, "leaks": inputs.prepared.leaks})
     this.write("split.json", inputs.prepared.split | {"data": inputs.prepared.fingerprint})
     this.write("audit.json", [report.as_dict() for report in reports])
-    this.write(evidence.FILE, evidence.gather(inputs.recipe, inputs.prepared))
+    this.write(FILE, build_evidence(inputs.recipe, inputs.prepared))
     this.write("environment.json", environment | decided)
     this.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
     return checkpoint

@@ -20,10 +20,10 @@ from typing import Any
 
 from rich.cells import set_cell_size
 
-from medibot.chat import MODELS, Decoding, Message, Reply, Speaker
 from medibot.errors import RecipeError
-from medibot.evidence import Evidence
 from medibot.run import find_finished_run
+from medibot.serving.assistant import MODELS, Assistant, Decoding, Message, Reply
+from medibot.serving.evidence import Evidence
 
 HELP = """/base, /tuned, /both   who answers from here on: the base model, the tuned one, or both side by side
 /system TEXT           another system message; without TEXT the run's own again
@@ -33,8 +33,12 @@ HELP = """/base, /tuned, /both   who answers from here on: the base model, the t
 /save FILE.jsonl       write questions and answers in the columns of the run's data
 /help                  this
 /quit                  end (or Ctrl-D); Ctrl-C stops an answer"""
+
+
 # Greedy decoding would give the same answer again
 RETRY_TEMPERATURE = 0.7
+
+
 # Characters that a column of two needs to be readable
 NARROW = 30
 
@@ -50,7 +54,7 @@ class Turn:
 class Chat:
     """One conversation; in `both` each model goes on from its own answers."""
 
-    def __init__(self, speaker: Speaker, decoding: Decoding) -> None:
+    def __init__(self, speaker: Assistant, decoding: Decoding) -> None:
         self.speaker, self.decoding = speaker, decoding
         self.evidence = Evidence.of(speaker.run)
         self.turns: list[Turn] = []
@@ -198,7 +202,7 @@ class Chat:
 def chat(run_name: str, decoding: Decoding) -> None:
     """Talk with a finished run until /quit or the end of the input."""
     interactive = sys.stdin.isatty()
-    speaker = Speaker(find_finished_run(run_name))
+    speaker = Assistant(find_finished_run(run_name))
     say(speaker.about)
     if interactive:
         say(f"\nChatting with {run_name}; nothing is logged. /help says what else there is.")

@@ -6,13 +6,14 @@ import pytest
 from conftest import ROOT
 from test_evaluate import OVERRIDES
 
-from medibot import chat, train
-from medibot.chat import Decoding, Speaker
+from medibot import train
 from medibot.errors import RecipeError
 from medibot.model.generation import generate_answers
 from medibot.model.tokenizer import make_prompt
 from medibot.recipe import load_recipe
 from medibot.run import open_run
+from medibot.serving import assistant
+from medibot.serving.assistant import MODELS, Assistant, Decoding, Turns, generation
 
 ASK = [{"role": "user", "content": "What is anemia?"}]
 SHORT = Decoding(12)
@@ -30,7 +31,7 @@ def speaker(make_model, tmp_path_factory):
         more = ["quantization=null", "training.learning_rate=0.1", "evaluation.generate.repetition_penalty=1.5"]
         recipe = load_recipe("quickstart", [weights, *OVERRIDES, *more], root=ROOT)
         train.train(recipe, "talker")
-        yield Speaker(open_run("talker"))
+        yield Assistant(open_run("talker"))
 
 
 def text_of(speaker, which, decoding=SHORT, messages=ASK):
@@ -39,8 +40,8 @@ def text_of(speaker, which, decoding=SHORT, messages=ASK):
 
 def test_reply_is_what_evaluation_would_get(speaker):
     prompts = [make_prompt(ASK[0]["content"], speaker.recipe.data.system, speaker.markers)]
-    config = chat.generation(speaker.config, Decoding(12))
-    for which in chat.MODELS:
+    config = generation(speaker.config, Decoding(12))
+    for which in MODELS:
         reply = speaker.reply(ASK, which, Decoding(12))
         text = "".join(reply)
         with_adapter = speaker.weights["tuned"]
@@ -55,7 +56,7 @@ def test_reply_is_what_evaluation_would_get(speaker):
 
 
 def test_replies_made_at_the_same_time_are_those_made_alone(speaker):
-    jobs = [(which, Decoding(12, *sampling)) for which in chat.MODELS for sampling in ((), (1.0, 0.9, (), 7))] * 2
+    jobs = [(which, Decoding(12, *sampling)) for which in MODELS for sampling in ((), (1.0, 0.9, (), 7))] * 2
     alone = [text_of(speaker, *job) for job in jobs]
     replies = [speaker.reply(ASK, *job) for job in jobs]
     assert ["".join(reply) for reply in replies] == alone
@@ -93,7 +94,7 @@ def test_cancelled_answer_ends_and_frees_the_model(speaker):
 
 def test_a_failing_model_is_an_error_for_its_reader_alone(speaker, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="failed while it answered"):
-        patch.setattr(chat, "generation", lambda *_: "no config")
+        patch.setattr(assistant, "generation", lambda *_: "no config")
         text_of(speaker, "tuned")
     assert text_of(speaker, "tuned")
 
@@ -140,7 +141,7 @@ def test_empty_message_is_refused(speaker):
 
 
 def test_turns_are_first_come_first_served():
-    turns, order = chat.Turns(), []
+    turns, order = Turns(), []
     turns.take()
 
     def work(number: int) -> None:

@@ -31,12 +31,22 @@ from medibot.recipe import Recipe
 from medibot.run import Run, read_json
 
 FILE = "evidence.json"
-CAREFUL = "Nothing close in the training data: be careful with this answer."
+
+
+NO_MATCH = "Nothing close in the training data: be careful with this answer."
+
+
 CLOSE = "Nearest in the training data (1.00: your question names all of its topic):"
+
+
 # "How is it treated?" asks about what was asked before; a question on something new must not borrow its sources
 POINTS_BACK = re.compile(r"\b(?:it|its|they|them|their|this|that|these|those)\b")
+
+
 # What a recipe may name a column for: `evaluation.evidence`
 COLUMNS = ("topic", "source", "document", "url")
+
+
 # Questions that the threshold is measured on, and how many are compared at once
 MOST, BATCH = 1000, 64
 
@@ -65,7 +75,7 @@ class Index:
         questions = [row["question"] for row in rows]
         # Hashed, so that what was never seen counts as rare instead of being left out
         self.counts = HashingVectorizer(
-            analyzer="char_wb", ngram_range=(3, 5), alternate_sign=False, norm=None, preprocessor=plain
+            analyzer="char_wb", ngram_range=(3, 5), alternate_sign=False, norm=None, preprocessor=normalize
         )
         self.weights = TfidfTransformer(sublinear_tf=True).fit(self.counts.transform(questions))
         self.questions = self.vectors(questions)
@@ -125,7 +135,7 @@ class Evidence:
         """What is shown under an answer: the close ones, or a warning and the nearest."""
         found = self.nearest(question, count)
         close = [source for source in found if source.similarity >= self.threshold]
-        return [CLOSE if close else CAREFUL, *(f"  {source}" for source in close or found[:1])]
+        return [CLOSE if close else NO_MATCH, *(f"  {source}" for source in close or found[:1])]
 
 
 def subject(row: dict[str, Any]) -> str:
@@ -133,7 +143,7 @@ def subject(row: dict[str, Any]) -> str:
     return row["topic"] or row["question"]
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, without apostrophes, punctuation as space."""
     return re.sub(r"[\W_]+", " ", re.sub(r"['\u2019]", "", text.lower()))
 
@@ -148,7 +158,7 @@ def require_columns(recipe: Recipe, train: Dataset) -> None:
             )
 
 
-def gather(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """What `evidence.json` says: every training question with its sources, the threshold, and what it was measured on."""
     train, validation = prepared.load("train"), prepared.load("validation")
     rows, groups = read(recipe, train)

@@ -27,15 +27,17 @@ from transformers import (
 
 from medibot import care
 from medibot.errors import RecipeError
-from medibot.evidence import Evidence
 from medibot.model.loading import load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import escape_markers, role_markers
 from medibot.recipe import load_recipe
 from medibot.run import Run, find_finished_run
+from medibot.serving.evidence import Evidence
 
 Message = dict[str, str]
+
+
 MODELS = ("base", "tuned")
 
 
@@ -77,7 +79,7 @@ class Turns:
                 self.held = False
 
 
-class Speaker:
+class Assistant:
     """A finished run, loaded once, that any number of threads may ask."""
 
     def __init__(self, this: Run) -> None:
@@ -147,7 +149,7 @@ class Reply:
     itself or at a stop text), "length" (cut at max_new_tokens) or "cancelled".
     """
 
-    def __init__(self, speaker: Speaker, ids: list[int], dropped: int, which: str, decoding: Decoding) -> None:
+    def __init__(self, speaker: Assistant, ids: list[int], dropped: int, which: str, decoding: Decoding) -> None:
         self.prompt_tokens, self.dropped = len(ids), dropped
         self.completion_tokens = 0
         self.finish_reason = "length"
@@ -163,7 +165,7 @@ class Reply:
         """End the answer at its next token; `thread` can then be joined."""
         self.cancelled.set()
 
-    def run(self, speaker: Speaker, ids: list[int], which: str) -> None:
+    def run(self, speaker: Assistant, ids: list[int], which: str) -> None:
         """Generate in this thread, holding the model for a token at a time."""
         weights = speaker.weights[which]
         prompt = torch.tensor([ids], device=weights.device)
@@ -295,7 +297,7 @@ def ask_both(run_name: str, question: str, max_new_tokens: int = 256) -> None:
     """Print the base model's and the tuned model's answer to `question` as they are made, and what they can rest on."""
     if not question.strip():
         raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
-    speaker = Speaker(find_finished_run(run_name))
+    speaker = Assistant(find_finished_run(run_name))
     print(f"{speaker.about}\n\n{question}")
     warning = speaker.notice(question)
     if warning:

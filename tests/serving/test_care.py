@@ -4,7 +4,8 @@ import emergencies
 import pytest
 from test_evaluate import trained  # noqa: F401 - the fixture
 
-from medibot import care, chat
+from medibot import care
+from medibot.serving.assistant import ask_both
 
 LINES = emergencies.lines("emergencies")
 URGENT = [line[2:] for line in LINES if line[0] == "+"]
@@ -41,9 +42,9 @@ def test_the_notice_stands_before_the_answers_unless_the_recipe_says_no(trained,
     trained("mine", "quantization=null")
     trained("quiet", "quantization=null", "evaluation.emergency_notice=false")
     capsys.readouterr()
-    chat.ask_both("mine", "My dad has chest pain right now", 2)
+    ask_both("mine", "My dad has chest pain right now", 2)
     said = capsys.readouterr().out
     assert 0 < said.index(care.EMERGENCY) < said.index("[base]")
-    chat.ask_both("mine", "What causes chest pain?", 2)
-    chat.ask_both("quiet", "My dad has chest pain right now", 2)
+    ask_both("mine", "What causes chest pain?", 2)
+    ask_both("quiet", "My dad has chest pain right now", 2)
     assert care.EMERGENCY not in capsys.readouterr().out

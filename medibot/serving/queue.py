@@ -12,18 +12,19 @@ from typing import Any
 
 import jinja2
 
-from medibot import evidence, wire
-from medibot.chat import Message, Reply, Speaker, require_conversation
 from medibot.errors import RecipeError
-from medibot.evidence import Evidence
-from medibot.wire import Asked, Refusal, Writer
+from medibot.serving.assistant import Assistant, Message, Reply, require_conversation
+from medibot.serving.evidence import CLOSE, NO_MATCH, Evidence
+from medibot.serving.protocol import ApiError, ChatRequest, ResponseWriter, event
 
 # Answers made at once, and requests that may stand in line behind them
 RUNNING, WAITING = 8, 16
+
+
 log = logging.getLogger(__name__)
 
 
-class Line:
+class Queue:
     """First come, first served: RUNNING answers at once, at most WAITING requests behind them."""
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class Line:
             self.waiting.append(place)
         else:
             soon = min(60, math.ceil(self.took / RUNNING))
-            raise Refusal(429, f"{RUNNING} answers are being made and {WAITING} wait; try again", None, "busy", soon)
+            raise ApiError(429, f"{RUNNING} answers are being made and {WAITING} wait; try again", None, "busy", soon)
         return place
 
     def leave(self, place: asyncio.Future[None]) -> None:
@@ -59,10 +60,10 @@ class Line:
 class Desk:
     """A speaker, the line before it, and the threads that work for it."""
 
-    def __init__(self, speaker: Speaker) -> None:
+    def __init__(self, speaker: Assistant) -> None:
         self.speaker = speaker
         self.evidence = Evidence.of(speaker.run)
-        self.line = Line()
+        self.line = Queue()
         self.answers: set[Answer] = set()
         self.stopping = False
         self.readers = ThreadPoolExecutor(RUNNING)
@@ -84,22 +85,22 @@ class Desk:
         self.readers.shutdown()
         self.prompts.shutdown()
 
-    def prepare(self, asked: Asked) -> tuple[list[int], dict[str, Any]]:
+    def prepare(self, asked: ChatRequest) -> tuple[list[int], dict[str, Any]]:
         """(prompt ids, notes beside the answer); Refusal where the messages cannot be answered."""
         messages = asked.conversation()
         try:
             require_conversation(messages)
             ids = self.speaker.prompt_ids(messages)
         except RecipeError as error:
-            raise Refusal(400, str(error), "messages") from error
+            raise ApiError(400, str(error), "messages") from error
         except (jinja2.TemplateError, ValueError) as error:
-            raise Refusal(400, f"the model's chat template refuses these messages: {error}", "messages") from error
+            raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
         longest = asked.decoding().max_new_tokens
         if len(ids) + longest > self.speaker.window:
             what = (
                 f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {self.speaker.window:,}"
             )
-            raise Refusal(400, what, "messages", "context_length_exceeded")
+            raise ApiError(400, what, "messages", "context_length_exceeded")
         emergency = self.speaker.notice(messages[-1]["content"])
         return ids, {"notice": self.speaker.about, "emergency": emergency, "evidence": self.evidence_for(messages)}
 
@@ -109,7 +110,7 @@ class Desk:
             return None
         found = self.evidence.nearest(self.evidence.about([m["content"] for m in messages if m["role"] == "user"]))
         close = [source for source in found if source.similarity >= self.evidence.threshold]
-        said = evidence.CLOSE if close else evidence.CAREFUL
+        said = CLOSE if close else NO_MATCH
         return {"close": bool(close), "said": said, "sources": [asdict(source) for source in close or found[:1]]}
 
 
@@ -117,7 +118,7 @@ class Answer:
     """One request's way from the line to its last piece of text. Its place is free once the model is done with it,
     however slowly the client reads."""
 
-    def __init__(self, desk: Desk, asked: Asked) -> None:
+    def __init__(self, desk: Desk, asked: ChatRequest) -> None:
         self.desk, self.asked = desk, asked
         self.place = desk.line.join()
         self.pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
@@ -136,10 +137,10 @@ class Answer:
         else:
             self.reply.cancel()
 
-    async def prepare(self) -> Writer:
+    async def prepare(self) -> ResponseWriter:
         loop = asyncio.get_running_loop()
         self.ids, notes = await loop.run_in_executor(self.desk.prompts, self.desk.prepare, self.asked)
-        return Writer(self.asked, self.desk.fingerprint, notes)
+        return ResponseWriter(self.asked, self.desk.fingerprint, notes)
 
     async def text(self) -> AsyncGenerator[str]:
         """The pieces, as soon as they are made; Refusal (500, 503) where the model fails or the server stops."""
@@ -150,10 +151,10 @@ class Answer:
         while (piece := await self.pieces.get()) is not None:
             if isinstance(piece, Exception):
                 log.error("an answer failed", exc_info=piece)
-                raise Refusal(500, str(piece), None, "model_failed")
+                raise ApiError(500, str(piece), None, "model_failed")
             yield piece
         if self.desk.stopping:
-            raise Refusal(503, "the server is stopping", None, "stopping")
+            raise ApiError(503, "the server is stopping", None, "stopping")
 
     def read(self, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread: pass the pieces on, then free the place."""
@@ -180,17 +181,17 @@ class Answer:
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return self.reply.finish_reason, usage
 
-    async def events(self, writer: Writer) -> AsyncGenerator[str]:
+    async def events(self, writer: ResponseWriter) -> AsyncGenerator[str]:
         """The response as server-sent events."""
         yield writer.first()
         try:
             async for piece in self.text():
                 yield writer.chunk({"content": piece})
             yield writer.last(*self.ending())
-        except Refusal as refusal:
-            yield wire.event(refusal.body())
+        except ApiError as refusal:
+            yield event(refusal.body())
 
-    async def whole(self, writer: Writer) -> dict[str, Any]:
+    async def whole(self, writer: ResponseWriter) -> dict[str, Any]:
         """The response as one object."""
         text = "".join([piece async for piece in self.text()])
         return writer.whole(text, *self.ending())

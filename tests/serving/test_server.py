@@ -20,13 +20,17 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from test_chat import speaker  # noqa: F401 - the fixture
+from test_assistant import speaker  # noqa: F401 - the fixture
 
-from medibot import care, chat, serve, wire
-from medibot.chat import MODELS, Decoding
-from medibot.desk import RUNNING, WAITING, Desk, Line
+from medibot import care
 from medibot.errors import RecipeError
-from medibot.evidence import CAREFUL, CLOSE, Evidence
+from medibot.serving import assistant, protocol
+from medibot.serving import server as serving
+from medibot.serving.assistant import MODELS, Decoding
+from medibot.serving.evidence import CLOSE, NO_MATCH, Evidence
+from medibot.serving.protocol import ApiError
+from medibot.serving.queue import RUNNING, WAITING, Desk, Queue
+from medibot.serving.server import LARGEST, Server, listening, serve
 
 ASK = [{"role": "user", "content": "What is anemia?"}]
 EMERGENCY = [{"role": "user", "content": "My dad has crushing chest pain right now and cannot breathe"}]
@@ -39,11 +43,11 @@ class Running:
     def __init__(self, speaker):  # noqa: F811
         self.desk = Desk(speaker)
         self.speaker = speaker
-        listener = serve.listening(0)
+        listener = listening(0)
         self.port = listener.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
-        self.server = serve.Server(self.desk)
+        self.server = Server(self.desk)
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
 
@@ -225,7 +229,7 @@ def test_a_conversation_too_long_is_refused_with_numbers(server):
         server.request("POST", "/v1/chat/completions", body(messages=[{"role": "user", "content": "a " * 60_000}]))[0]
         == 400
     )
-    assert server.post(body(messages=[{"role": "user", "content": "a" * serve.LARGEST}]))[0] == 413
+    assert server.post(body(messages=[{"role": "user", "content": "a" * LARGEST}]))[0] == 413
     assert server.line() == (0, 0)
 
 
@@ -265,7 +269,7 @@ def test_own_names_and_own_page_are_answered(server):
 
 
 def test_a_body_that_never_ends_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(serve, "PATIENCE", 0.2)
+    monkeypatch.setattr(serving, "PATIENCE", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         slow.sendall(head.encode())
@@ -324,7 +328,7 @@ def test_evidence_stands_beside_each_answer(server):
         found = server.create(which, [{"role": "user", "content": known["question"]}]).medibot["evidence"]
         assert found["close"] and known["question"] in [source["question"] for source in found["sources"]]
     unknown = server.create(messages=[{"role": "user", "content": "Zzyzx qwfp?"}]).medibot["evidence"]
-    assert not unknown["close"] and unknown["said"] == CAREFUL and len(unknown["sources"]) == 1
+    assert not unknown["close"] and unknown["said"] == NO_MATCH and len(unknown["sources"]) == 1
 
 
 # --- The line ---------------------------------------------------------------------------------------------------------
@@ -342,9 +346,9 @@ def held(server):
 
 def test_the_line_is_first_come_first_served():
     async def stand() -> None:
-        line = Line()
+        line = Queue()
         places = [line.join() for _ in range(RUNNING + WAITING)]
-        with pytest.raises(wire.Refusal):
+        with pytest.raises(ApiError):
             line.join()
         # Who waits and leaves lets nobody in
         line.leave(places[RUNNING + 1])
@@ -416,7 +420,7 @@ def test_a_client_that_reads_nothing_does_not_hold_the_model(server):
 
 def test_a_failing_model_is_an_error_of_the_server_and_of_that_answer_alone(server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(chat, "generation", lambda *_: "no config")
+        patch.setattr(assistant, "generation", lambda *_: "no config")
         with pytest.raises(openai.InternalServerError, match="failed while it answered"):
             server.create()
         with pytest.raises(openai.APIError, match="failed while it answered"):
@@ -551,7 +555,7 @@ def status_of(server, raw: bytes) -> int | None:
 
 
 def test_four_hundred_broken_requests_break_nothing(server, monkeypatch):
-    monkeypatch.setattr(serve, "PATIENCE", 0.5)
+    monkeypatch.setattr(serving, "PATIENCE", 0.5)
     draw = random.Random(0)
     raws = [mutated(draw) for _ in range(400)]
     with ThreadPoolExecutor(8) as pool:
@@ -597,7 +601,7 @@ def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):  #
 
 def test_a_taken_port_is_the_authors_mistake(server, capsys):
     with pytest.raises(RecipeError, match=f"PORT: 127.0.0.1:{server.port}: Address already in use"):
-        serve.serve("talker", server.port)
+        serve("talker", server.port)
     assert "\n" not in capsys.readouterr().err
 
 
@@ -685,7 +689,7 @@ def stop_after_some_words(tab):
 def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, server, monkeypatch):
     # The greedy words of a random model are one token again and again
     monkeypatch.setattr(server.speaker.config, "do_sample", True)
-    monkeypatch.setattr(wire.secrets, "randbits", lambda _: 7)
+    monkeypatch.setattr(protocol.secrets, "randbits", lambda _: 7)
     with opened(browser, server) as tab:
         assert tab.evaluate("document.activeElement.id") == "question"
         assert care.NOTICE in tab.get_by_role("note").text_content()
@@ -767,7 +771,7 @@ def test_page_says_where_to_call_before_any_answer(browser, server):
 def test_page_shows_evidence_under_each_answer(browser, server):
     known = Evidence.of(server.speaker.run).rows[0]
     with opened(browser, server) as tab:
-        for question, said in ((known["question"], CLOSE), ("Zzyzx qwfp?", CAREFUL)):
+        for question, said in ((known["question"], CLOSE), ("Zzyzx qwfp?", NO_MATCH)):
             tab.get_by_label("Your question").fill(question)
             tab.keyboard.press("Enter")
             for which in MODELS:

@@ -7,17 +7,17 @@ import re
 import sys
 from pathlib import Path
 
-from medibot import evidence
 from medibot.data.prepared import prepare
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
+from medibot.serving.evidence import Evidence, build_evidence
 
 
 def main(data: str) -> None:
     recipe = load_recipe("medquad-smollm2-135m", [f"data.path={data}", "data.limit=null", "training.max_length=1024"])
-    record = evidence.gather(recipe, prepare(recipe, load_tokenizer(recipe)))
+    record = build_evidence(recipe, prepare(recipe, load_tokenizer(recipe)))
     print(f"threshold {record['threshold']}, {len(record['rows']):,} training questions; {record['measured']}")
-    found = evidence.Evidence(record)
+    found = Evidence(record)
     text = (Path(__file__).parent / "asked.txt").read_text(encoding="utf-8")
     for part in re.split(r"^## ", text, flags=re.M)[1:]:
         name, *questions = part.splitlines()

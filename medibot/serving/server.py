@@ -26,19 +26,24 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medibot import wire
-from medibot.chat import MODELS, Speaker
-from medibot.desk import Answer, Desk
 from medibot.errors import RecipeError
 from medibot.run import find_finished_run
-from medibot.wire import Refusal, Writer
+from medibot.serving.assistant import MODELS, Assistant
+from medibot.serving.protocol import ApiError, ResponseWriter, model_cards, read_request, require_model
+from medibot.serving.queue import Answer, Desk
 
 # Bytes of a body, seconds that it may take to arrive, connections at once
 LARGEST, PATIENCE, CONNECTIONS = 262_144, 10, 256
+
+
 # Seconds that streams have to end when the server stops
 FAREWELL = 5
+
+
 # Names under which a browser on this machine knows the server; any other is a page that rebound its own name
 OURS = re.compile(r"(?:127\.0\.0\.1|localhost)(?::\d{1,5})?", re.IGNORECASE)
+
+
 PRIVATE = {
     "x-content-type-options": "nosniff",
     "cross-origin-resource-policy": "same-origin",
@@ -55,7 +60,7 @@ def serve(name: str, port: int) -> None:
         # Until it serves, Ctrl-C just ends it, without Python's traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         print(f"loading {name}", flush=True)
-        desk = Desk(Speaker(this))
+        desk = Desk(Assistant(this))
         server = Server(desk)
         # uvicorn stops at these, then sends itself the signal again for whoever handled it before
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -103,7 +108,7 @@ def application(desk: Desk) -> ASGIApp:
     """The web application: page, health, models, chat completions."""
     run, base = desk.speaker.run.name, desk.speaker.recipe.model["pretrained_model_name_or_path"]
     markup, policy = page(run, base, desk.speaker.about, desk.speaker.recipe.evaluation.questions)
-    cards = wire.model_cards(base, run, desk.created)
+    cards = model_cards(base, run, desk.created)
 
     async def home(_: Request) -> Response:
         return HTMLResponse(markup, headers={"content-security-policy": policy})
@@ -116,11 +121,11 @@ def application(desk: Desk) -> ASGIApp:
         return JSONResponse({"object": "list", "data": cards})
 
     async def model(request: Request) -> Response:
-        wire.require_model(request.path_params["name"])
+        require_model(request.path_params["name"])
         return JSONResponse(cards[MODELS.index(request.path_params["name"])])
 
     async def completions(request: Request) -> Response:
-        asked = wire.read_request(await body_of(request))
+        asked = read_request(await body_of(request))
         answer = Answer(desk, asked)
         with ExitStack() as stack:
             stack.callback(answer.leave)
@@ -137,17 +142,17 @@ def application(desk: Desk) -> ASGIApp:
         Route("/v1/models/{name}", model),
         Route("/v1/chat/completions", completions, methods=["POST"]),
     ]
-    handlers: Any = {Refusal: refused, HTTPException: not_here, ClientDisconnect: nobody_there}
+    handlers: Any = {ApiError: refused, HTTPException: not_here, ClientDisconnect: nobody_there}
     return guarded(Starlette(routes=routes, exception_handlers=handlers))
 
 
-async def refused(_: Request, refusal: Refusal) -> Response:
+async def refused(_: Request, refusal: ApiError) -> Response:
     return JSONResponse(refusal.body(), refusal.status, refusal.headers)
 
 
 async def not_here(_: Request, error: HTTPException) -> Response:
     """No such path, or not by this method."""
-    refusal = Refusal(error.status_code, error.detail)
+    refusal = ApiError(error.status_code, error.detail)
     return JSONResponse(refusal.body(), error.status_code, error.headers)
 
 
@@ -159,16 +164,16 @@ async def body_of(request: Request) -> bytes:
     """A JSON body; Refusal where it is something else (415), too large (413) or too slow (408)."""
     # No other site's page can send this type without asking first, and the answer to that is no
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "the body must be JSON: Content-Type: application/json")
+        raise ApiError(415, "the body must be JSON: Content-Type: application/json")
     body = bytearray()
     try:
         async with asyncio.timeout(PATIENCE):
             async for part in request.stream():
                 body += part
                 if len(body) > LARGEST:
-                    raise Refusal(413, f"the body is larger than {LARGEST:,} bytes")
+                    raise ApiError(413, f"the body is larger than {LARGEST:,} bytes")
     except TimeoutError as error:
-        raise Refusal(408, f"the body did not arrive within {PATIENCE} s") from error
+        raise ApiError(408, f"the body did not arrive within {PATIENCE} s") from error
     return bytes(body)
 
 
@@ -193,7 +198,7 @@ class Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, writer: Writer) -> None:
+    def __init__(self, answer: Answer, writer: ResponseWriter) -> None:
         self.answer = answer
         super().__init__(answer.events(writer))
 
@@ -220,7 +225,9 @@ def guarded(app: ASGIApp) -> ASGIApp:
         host, origin = headers.get("host", ""), headers.get("origin")
         if OURS.fullmatch(host) and origin in (None, f"http://{host}"):
             return await app(scope, receive, send_private)
-        refusal = Refusal(403, "this server answers to 127.0.0.1 and localhost, and to its own page", None, "forbidden")
+        refusal = ApiError(
+            403, "this server answers to 127.0.0.1 and localhost, and to its own page", None, "forbidden"
+        )
         return await JSONResponse(refusal.body(), 403)(scope, receive, send_private)
 
     return guard

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from medibot import care
-from medibot.chat import MODELS, Decoding, Message
+from medibot.serving.assistant import MODELS, Decoding, Message
 
 # Settings that clients write out although they change nothing: accepted with these values, refused with others
 NEUTRAL: dict[str, Any] = {
@@ -26,11 +26,13 @@ NEUTRAL: dict[str, Any] = {
     "response_format": {"type": "text"},
     "store": False,
 }
+
+
 # Labels of a request for its server's records, and this one keeps none: no answer depends on them
 LABELS = ("user", "safety_identifier", "metadata")
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A request that is not answered, as OpenAI's error format has it."""
 
     def __init__(
@@ -72,7 +74,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Said(Strict):
+class ChatMessage(Strict):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -83,11 +85,11 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Asked(Strict):
+class ChatRequest(Strict):
     """The body of POST /v1/chat/completions; without a temperature, the run's own decoding, as in its evaluation."""
 
     model: str
-    messages: Annotated[list[Said], Field(min_length=1, max_length=500)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=500)]
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -113,36 +115,36 @@ class Asked(Strict):
         return Decoding(longest, temperature, self.top_p, tuple(self.stop), seed)
 
 
-def own_words(said: Said) -> str:
+def own_words(said: ChatMessage) -> str:
     """The content; an assistant's without the notice that it was sent with."""
     if said.role != "assistant":
         return said.content
     return said.content.removeprefix(f"{care.EMERGENCY}\n\n").removeprefix(f"{care.CRISIS}\n\n")
 
 
-def read_request(body: bytes) -> Asked:
+def read_request(body: bytes) -> ChatRequest:
     """The request, or a Refusal (400, or 404 for a model that is not here) that names the parameter."""
     try:
         found = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from error
+        raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise Refusal(400, "the body is not a JSON object")
+        raise ApiError(400, "the body is not a JSON object")
     # OpenAI's format: null is the same as nothing
     found = {name: value for name, value in found.items() if value is not None and name not in LABELS}
     for name, value in NEUTRAL.items():
         if found.pop(name, value) != value:
-            raise Refusal(
+            raise ApiError(
                 400, f"{name} is not supported here, other than {json.dumps(value)}", name, "unsupported_parameter"
             )
     if isinstance(found.get("messages"), list):
         found["messages"] = [without_nulls(message) for message in found["messages"]]
     try:
-        asked = Asked.model_validate(found)
+        asked = ChatRequest.model_validate(found)
     except ValidationError as error:
         raise complaint(error) from error
     if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
-        raise Refusal(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")
+        raise ApiError(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")
     require_model(asked.model)
     return asked
 
@@ -155,18 +157,18 @@ def without_nulls(message: Any) -> Any:
 
 def require_model(name: str) -> None:
     if name not in MODELS:
-        raise Refusal(404, f"no such model; there are: {', '.join(MODELS)}", "model", "model_not_found")
+        raise ApiError(404, f"no such model; there are: {', '.join(MODELS)}", "model", "model_not_found")
 
 
-def complaint(error: ValidationError) -> Refusal:
+def complaint(error: ValidationError) -> ApiError:
     """The first of pydantic's complaints, with the parameter's place."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in first["loc"])[1:]
     if first["type"] == "extra_forbidden":
-        return Refusal(400, f"{place} is not supported here", place, "unsupported_parameter")
+        return ApiError(400, f"{place} is not supported here", place, "unsupported_parameter")
     if first["type"] == "missing":
-        return Refusal(400, f"{place} is missing", place)
-    return Refusal(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", place)
+        return ApiError(400, f"{place} is missing", place)
+    return ApiError(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", place)
 
 
 def model_cards(base: str, tuned: str, created: int) -> list[dict[str, Any]]:
@@ -175,14 +177,14 @@ def model_cards(base: str, tuned: str, created: int) -> list[dict[str, Any]]:
     return [{"id": "base", "root": base} | shared, {"id": "tuned", "root": tuned, "parent": "base"} | shared]
 
 
-class Writer:
+class ResponseWriter:
     """The response to one request: whole, or event by event.
 
     `notes` is what stands beside the answer ("notice", "emergency", "evidence"), an extension under the key "medibot".
     The emergency notice also comes as the beginning of the content, for clients that know no extension.
     """
 
-    def __init__(self, asked: Asked, fingerprint: str, notes: dict[str, Any]) -> None:
+    def __init__(self, asked: ChatRequest, fingerprint: str, notes: dict[str, Any]) -> None:
         self.asked, self.notes = asked, notes
         self.shared = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",

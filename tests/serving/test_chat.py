@@ -16,14 +16,14 @@ import time
 
 import pytest
 from conftest import FAMILIES, STOPS
-from test_chat import speaker  # noqa: F401 - the fixture
+from test_assistant import speaker  # noqa: F401 - the fixture
 
-from medibot import care, terminal
-from medibot.chat import Decoding
+from medibot import care
 from medibot.data.conversations import map_columns
 from medibot.data.sources import read_file
 from medibot.model.tokenizer import role_markers
-from medibot.terminal import Chat, Turn
+from medibot.serving.assistant import Decoding
+from medibot.serving.chat import Chat, Turn, chat, columns, printable, typed, wrapped
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_pipe_is_answered_line_by_line(speaker, monkeypatch, capsys):  # noqa: F
         io.BytesIO(b"What is gout?\n\n/base\nWhat is \xff asthma?\n/quit\nnever\n"), encoding="utf-8"
     )
     monkeypatch.setattr(sys, "stdin", piped)
-    terminal.chat("talker", Decoding(12, 1.0, seed=3))
+    chat("talker", Decoding(12, 1.0, seed=3))
     said = capsys.readouterr().out
     assert said.startswith(care.NOTICE)
     assert said.count("\nNearest in the training data") == 2 == said.count("[cut at 12 tokens]")
@@ -162,12 +162,12 @@ def test_pipe_is_answered_line_by_line(speaker, monkeypatch, capsys):  # noqa: F
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal():
-    assert terminal.printable("a\x1b[2Jb\x07\x9b\r\nc\td") == "a[2Jb\nc\td"
+    assert printable("a\x1b[2Jb\x07\x9b\r\nc\td") == "a[2Jb\nc\td"
 
 
 def test_columns_hold_both_answers_whole():
-    assert terminal.wrapped("one two three\n\nfour", 8) == ["one two", "three", "", "four"]
-    assert terminal.columns(["one two", "x"], 8) == "one two  | x"
+    assert wrapped("one two three\n\nfour", 8) == ["one two", "three", "", "four"]
+    assert columns(["one two", "x"], 8) == "one two  | x"
 
 
 def read_until(descriptor: int, wanted: str, seconds: float = 120) -> str:
@@ -246,7 +246,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_end_and_ends_nothing(chat, monkeypatch
     before = signal.signal(signal.SIGINT, chat.interrupt)
     try:
         asked = []
-        for line in terminal.typed(chat):
+        for line in typed(chat):
             # Between two prompts it finds nothing to stop
             signal.raise_signal(signal.SIGINT)
             asked.append(line)
