@@ -24,13 +24,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from medibot import evaluate, train
+from medibot import evaluate
 from medibot.data.prepared import Inputs, gather
 from medibot.data.sources import open_source
 from medibot.data.splitting import sha256
 from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
-from medibot.run import find_finished_run, open_run, read_json, read_lines
+from medibot.run import dump_resolved_recipe, find_finished_run, open_run, read_json, read_lines
+from medibot.training.record import count_parameters, peak_memory
 
 WIDTH, BATCH = 1000, 4
 SYSTEM = "You are a helpful medical assistant."
@@ -174,16 +175,16 @@ def main() -> None:
         elapsed = sum(clock.seconds[:step])
         line = {"step": step, "seconds": elapsed, "training_seconds": elapsed, "loss": loss}
         this.append(this.metrics, line | {"num_supervised_tokens_seen": supervised * step // steps})
-    this.write("recipe.yaml", train.run.resolved_yaml(as_notebook, {"procedure": "benchmarks/notebook.py"}))
+    this.write("recipe.yaml", dump_resolved_recipe(as_notebook, {"procedure": "benchmarks/notebook.py"}))
     this.write("split.json", read_json(like.folder / "split.json"))
     parts = {"procedure": "benchmarks/notebook.py", "like": like.record()["fingerprint"], "steps": steps}
-    trainable = train.parameter_counts(weights)[0]
+    trainable = count_parameters(weights)[0]
     cost = {
         "seconds": spent,
         "training_seconds": spent,
         "supervised_tokens": supervised,
         "supervised_tokens_per_second": round(supervised / spent, 2),
-        "peak_memory_bytes": train.peak_memory(),
+        "peak_memory_bytes": peak_memory(),
         "trainable_parameters": trainable,
         "weights_bytes": sum(file.stat().st_size for file in this.weights.glob("*.safetensors")),
     }

@@ -216,20 +216,20 @@ def cpu_name() -> str:
 
 
 def gathered(given: argparse.Namespace, *more: str) -> Any:
-    from medibot import train
+    from medibot.data.prepared import gather
     from medibot.recipe import load_recipe
 
-    return train.gather(load_recipe(RECIPE, [*overrides(given), *more]))
+    return gather(load_recipe(RECIPE, [*overrides(given), *more]))
 
 
 def tokenized(inputs: Any) -> Any:
     """(rows as TRL tokenizes them for MediBot, the trainer's collator)."""
-    from medibot import run, train
+    from medibot.model.loading import make_tiny_model
+    from medibot.run import Run
+    from medibot.training.trainer import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = train.build_trainer(
-            inputs, run.Run(Path(folder)), lambda: train.stand_in(inputs.tokenizer), lora=False
-        )
+        trainer = build_trainer(inputs, Run(Path(folder)), lambda: make_tiny_model(inputs.tokenizer), lora=False)
         return list(trainer.train_dataset), trainer.data_collator
 
 
@@ -258,9 +258,9 @@ def needed(inputs: Any, tokens: int, supervised: int) -> float:
     2 a weight and token forward and 2 backward for frozen weights (no gradient of their own), 6 for the adapter's; the
     head is needed at supervised tokens alone.
     """
-    from medibot import train
+    from medibot.training.trainer import load_weights
 
-    config = train.load_weights(inputs).config
+    config = load_weights(inputs).config
     hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     narrow = hidden * config.num_key_value_heads // config.num_attention_heads
     shapes = [(hidden, hidden)] * 2 + [(hidden, narrow)] * 2 + [(hidden, wide)] * 3
@@ -273,7 +273,7 @@ def peak(_: argparse.Namespace) -> dict[str, float]:
     """GFLOP/s of float32 products of the model's shapes and one large one, best of several, by MKL and by oneDNN."""
     import torch
 
-    from medibot import cpu
+    from medibot.training.cpu import prefer_onednn
 
     def best(m: int, k: int, n: int) -> float:
         a, b = torch.randn(m, k), torch.randn(n, k)
@@ -288,7 +288,7 @@ def peak(_: argparse.Namespace) -> dict[str, float]:
 
     shapes = [(1024, 576, 1536), (1024, 1536, 576), (2048, 2048, 2048)]
     rates = {"as torch comes": max(best(*shape) for shape in shapes)}
-    cpu.prefer_onednn()
+    prefer_onednn()
     return rates | {"as MediBot sets it": max(best(*shape) for shape in shapes)}
 
 
@@ -296,13 +296,15 @@ def plain(given: argparse.Namespace) -> dict[str, Any]:
     import torch
     from peft import get_peft_model
 
-    from medibot import cpu, model, train
+    from medibot.model.precision import make_lora_config
+    from medibot.training.cpu import prefer_onednn
+    from medibot.training.trainer import load_weights
 
     inputs = gathered(given)
     data, collate = tokenized(inputs)
-    cpu.prefer_onednn()
+    prefer_onednn()
     torch.manual_seed(0)
-    weights = get_peft_model(train.load_weights(inputs), model.lora_config(inputs.recipe)).train()
+    weights = get_peft_model(load_weights(inputs), make_lora_config(inputs.recipe)).train()
     trained = [parameter for parameter in weights.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
     size = inputs.recipe.training["per_device_train_batch_size"]
@@ -337,13 +339,14 @@ def prepared(given: argparse.Namespace, work: Path, copies: int) -> dict[str, An
 
 
 def prepare(given: argparse.Namespace) -> dict[str, Any]:
-    from medibot import data, model
+    from medibot.data.prepared import prepare as prepare_rows
+    from medibot.model.tokenizer import load_tokenizer
     from medibot.recipe import load_recipe
 
     recipe = load_recipe(RECIPE, overrides(given))
-    tokenizer = model.load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe)
     started = time.perf_counter()
-    done = data.prepare(recipe, tokenizer)
+    done = prepare_rows(recipe, tokenizer)
     return {"rows": done.ledger[0]["rows_in"], "seconds": time.perf_counter() - started}
 
 

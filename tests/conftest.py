@@ -4,8 +4,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from medibot.recipe import Recipe
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,3 +144,104 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MEDIBOT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# Small enough for seconds; everything else stays as the recipe says
+MINIATURE = [
+    f"data.path={SAMPLE}",
+    "data.limit={train: 8, validation: 4}",
+    "data.too_long=drop",
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=2",
+    "training.per_device_eval_batch_size=2",
+    "training.max_length=1024",
+    "training.logging_steps=1",
+    "evaluation.max_new_tokens=4",
+]
+FOUR_STEPS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2"]
+
+
+@pytest.fixture
+def miniature(make_model, workplace):
+    """miniature(path, *overrides): the recipe in miniature, on a tiny random model, in an empty working folder."""
+
+    from medibot.recipe import load_recipe
+
+    def make(path: Path | str, *overrides: str) -> "Recipe":
+        model = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
+        return load_recipe(str(path), [model, *MINIATURE, *overrides], root=ROOT)
+
+    return make
+
+
+def losses(name: str) -> list[float]:
+    from medibot.run import open_run, read_lines
+
+    return [line["loss"] for line in read_lines(open_run(name).metrics) if "loss" in line]
+
+
+def adapter(name: str) -> dict[str, "torch.Tensor"]:
+    from safetensors.torch import load_file
+
+    from medibot.run import open_run
+
+    return load_file(open_run(name).weights / "adapter_model.safetensors")
+
+
+def assert_same(a: dict[str, "torch.Tensor"], b: dict[str, "torch.Tensor"], tolerance: float = 0.0) -> None:
+    import torch
+
+    assert a.keys() == b.keys() and a
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol=0, atol=tolerance), key
+
+
+OVERRIDES = [
+    f"data.path={SAMPLE}",
+    "training.max_steps=2",
+    "training.logging_steps=1",
+    "training.learning_rate=0.01",
+    "training.max_length=1024",
+    "training.eval_strategy=no",
+    "training.eval_on_start=false",
+    "training.save_strategy=no",
+    "evaluation.questions=[]",
+    "evaluation.max_new_tokens=8",
+    "tracking=null",
+]
+
+
+@pytest.fixture
+def trained(make_model, workplace):
+    """trained(name, *overrides): a finished run in miniature, without W&B unless asked."""
+
+    from medibot.recipe import load_recipe
+    from medibot.run import open_run
+    from medibot.training.session import train
+
+    def make(name: str, *overrides: str):
+        weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
+        train(load_recipe("quickstart", [weights, *OVERRIDES, *overrides], root=ROOT), name)
+        return open_run(name)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def speaker(make_model, tmp_path_factory):
+    """A run trained for two steps at a rate that makes it differ from its base, loaded."""
+    from medibot.recipe import load_recipe
+    from medibot.run import open_run
+    from medibot.serving.assistant import Assistant
+    from medibot.training.session import train
+
+    folder = tmp_path_factory.mktemp("chat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDIBOT_OUTPUTS", str(folder / "outputs"))
+        patch.setenv("MEDIBOT_CACHE", str(folder / "cache"))
+        weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
+        # Without the penalty a random model says the same token again and again
+        more = ["quantization=null", "training.learning_rate=0.1", "evaluation.generate.repetition_penalty=1.5"]
+        recipe = load_recipe("quickstart", [weights, *OVERRIDES, *more], root=ROOT)
+        train(recipe, "talker")
+        yield Assistant(open_run("talker"))

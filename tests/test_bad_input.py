@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from medibot import cli
+from medibot.training import launch
 
 RECIPE = """\
 # A small recipe for the tests.
@@ -582,7 +583,7 @@ def test_mistake_before_the_launch_starts_nothing(
     mistake: Mistake, medibot: Callable, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(launch.subprocess, "run", lambda command, **_: pytest.fail(f"started {command}"))
     arrange(workplace, mistake)
     before = files_of(workplace)
     code, lines = medibot(mistake.command)

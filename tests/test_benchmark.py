@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_evaluate import trained  # noqa: F401 - the fixture
 from transformers import AutoTokenizer
 
 from medibot import benchmark, cli

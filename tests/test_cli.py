@@ -12,6 +12,8 @@ from conftest import ROOT, SAMPLE
 
 from medibot import care, cli
 from medibot.errors import RecipeError
+from medibot.planning.conflicts import read_hardware
+from medibot.training.launch import LAUNCHED_ON_CPU, ONE_CPU_PROCESS, hardware_config, launched_processes, split_launch
 
 HEAVY = "torch transformers trl peft datasets wandb bitsandbytes accelerate"
 
@@ -64,16 +66,16 @@ print("OFF", constants.HF_HUB_DISABLE_TELEMETRY)
 def test_hardware_is_what_the_machine_has(devices, config, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-    assert cli.hardware_config(None).stem == config
+    assert hardware_config(None).stem == config
 
 
 def test_accelerate_names_the_hardware(monkeypatch):
     monkeypatch.chdir(ROOT)
-    read = {name: cli.read_hardware(cli.hardware_config(name)) for name in ("cpu-2", "multi-gpu")}
-    assert cli.launched_processes(read["cpu-2"], []) == 2
-    assert cli.launched_processes(read["multi-gpu"], ["--num_processes", "4"]) == 4
+    read = {name: read_hardware(hardware_config(name)) for name in ("cpu-2", "multi-gpu")}
+    assert launched_processes(read["cpu-2"], []) == 2
+    assert launched_processes(read["multi-gpu"], ["--num_processes", "4"]) == 4
     with pytest.raises(RecipeError, match="there are: cpu, cpu-2"):
-        cli.hardware_config("tpu")
+        hardware_config("tpu")
 
 
 def test_one_cpu_process_is_started_as_accelerate_would_start_it(monkeypatch):
@@ -81,7 +83,7 @@ def test_one_cpu_process_is_started_as_accelerate_would_start_it(monkeypatch):
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     config = ROOT / "accelerate_configs" / "cpu.yaml"
-    assert cli.read_hardware(config).settings == cli.ONE_CPU_PROCESS
+    assert read_hardware(config).settings == ONE_CPU_PROCESS
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
     words = ["--config_file", str(config), "--num_cpu_threads_per_process", "1", "-m", "medibot", "train"]
@@ -90,7 +92,7 @@ def test_one_cpu_process_is_started_as_accelerate_would_start_it(monkeypatch):
     added = {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
     # What is left says in other words that nothing is compiled
     compiled = {name for name in added if "DYNAMO" in name}
-    assert {name: added[name] for name in added.keys() - compiled} == cli.LAUNCHED_ON_CPU
+    assert {name: added[name] for name in added.keys() - compiled} == LAUNCHED_ON_CPU
     assert {added[name] for name in compiled} <= {"NO", "default", "False"}
 
 
@@ -206,7 +208,7 @@ def test_nothing_is_sent_about_its_use(medibot, monkeypatch):
     ],
 )
 def test_launch_arguments_are_split_as_a_shell_does(launch, words):
-    assert cli.split_launch(launch) == words
+    assert split_launch(launch) == words
 
 
 def test_training_shows_a_progress_bar_on_a_terminal(workplace, make_model):

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_evaluate import trained  # noqa: F401 - the fixture
 
 from medibot import evaluate as evaluation
 from medibot.compare import compare

@@ -5,43 +5,17 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE
+from conftest import SAMPLE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medibot import evaluate as evaluation
-from medibot import tracking, train
+from medibot import tracking
 from medibot.data.prepared import gather
 from medibot.errors import RecipeError
 from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
-
-OVERRIDES = [
-    f"data.path={SAMPLE}",
-    "training.max_steps=2",
-    "training.logging_steps=1",
-    "training.learning_rate=0.01",
-    "training.max_length=1024",
-    "training.eval_strategy=no",
-    "training.eval_on_start=false",
-    "training.save_strategy=no",
-    "evaluation.questions=[]",
-    "evaluation.max_new_tokens=8",
-    "tracking=null",
-]
-
-
-@pytest.fixture
-def trained(make_model, workplace):
-    """trained(name, *overrides): a finished run in miniature, without W&B unless asked."""
-
-    def make(name: str, *overrides: str):
-        weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
-        train.train(load_recipe("quickstart", [weights, *OVERRIDES, *overrides], root=ROOT), name)
-        return open_run(name)
-
-    return make
 
 
 def results(name: str, folder: str = "eval"):

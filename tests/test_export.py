@@ -12,12 +12,11 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
-from conftest import FAMILIES, ROOT
+from conftest import FAMILIES, OVERRIDES, ROOT
 from safetensors.torch import load_file, save_file
-from test_evaluate import OVERRIDES
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from medibot import export, gguf, train
+from medibot import export, gguf
 from medibot.card import card
 from medibot.errors import RecipeError
 from medibot.model.generation import generate_answers
@@ -27,6 +26,7 @@ from medibot.model.tokenizer import make_prompt
 from medibot.ollama import modelfile, pieces_of
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
+from medibot.training.session import train
 
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
@@ -34,7 +34,7 @@ SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 def trained(folder: Path, weights: Path, name: str, *more: str):
     """A run of two steps at a rate that moves its answers, in `folder`."""
     chosen = f"model.pretrained_model_name_or_path={weights}"
-    train.train(load_recipe("quickstart", [chosen, *OVERRIDES, *more], root=ROOT), name)
+    train(load_recipe("quickstart", [chosen, *OVERRIDES, *more], root=ROOT), name)
     return open_run(name)
 
 

@@ -12,17 +12,16 @@ import re
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, SAMPLE
+from conftest import MINIATURE, ROOT, SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import MINIATURE
 
-from medibot import preview
-from medibot import train as training
 from medibot.data.prepared import gather
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
 from medibot.run import open_run
+from medibot.training.inspection import inspect_recipe
+from medibot.training.session import train
 
 LONG = os.environ.get("MEDIBOT_FUZZ") == "long"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -160,10 +159,10 @@ def test_a_mutated_data_file_is_trained_on_or_said_in_a_line(small, workplace, c
         file.write_bytes(content)
         try:
             recipe = small(file)
-            preview.inspect_recipe(recipe, None, None)
+            inspect_recipe(recipe, None, None)
             outcomes["read"] += 1
             if LONG or outcomes["read"] % 6 == 0:
-                training.train(recipe, f"fuzzed-{seed}")
+                train(recipe, f"fuzzed-{seed}")
                 assert open_run(f"fuzzed-{seed}").record()["status"] == "finished"
                 outcomes["trained"] += 1
         except RecipeError as error:
@@ -198,8 +197,8 @@ def test_a_mutated_recipe_that_loads_also_inspects_and_trains(make_model, workpl
         name = f"fuzzed-{seed}"
         try:
             recipe = load_recipe(str(file), [*overrides, "training.gradient_accumulation_steps=1"])
-            preview.inspect_recipe(recipe, None, None)
-            training.train(recipe, name)
+            inspect_recipe(recipe, None, None)
+            train(recipe, name)
             assert open_run(name).record()["status"] == "finished"
             trained += 1
         except RecipeError as error:

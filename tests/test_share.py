@@ -7,16 +7,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
+from conftest import OVERRIDES, ROOT
 from huggingface_hub import ModelCard, constants
-from test_evaluate import OVERRIDES
 
-from medibot import evaluate, train
+from medibot import evaluate
 from medibot.card import card, public
 from medibot.errors import RecipeError
 from medibot.push import push
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
+from medibot.training.session import train
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(make_model, tmp_path_factory):
         base = make_model("smollm2")
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         chosen = [f"model.pretrained_model_name_or_path={base}", "lora=null", "quantization=null"]
-        train.train(load_recipe("quickstart", [*chosen, *OVERRIDES], root=ROOT), "mine")
+        train(load_recipe("quickstart", [*chosen, *OVERRIDES], root=ROOT), "mine")
         evaluate.evaluate("mine", rows=6)
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         card("mine", folder / "card.html")

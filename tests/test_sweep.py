@@ -4,8 +4,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
-from test_evaluate import OVERRIDES
+from conftest import OVERRIDES, ROOT
 
 from medibot import cli, sweep
 from medibot.errors import RecipeError

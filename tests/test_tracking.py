@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-from test_evaluate import trained  # noqa: F401 - the fixture
 
 from medibot import tracking
 from medibot.errors import RecipeError

@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from medibot import cpu
 from medibot.planning.memory import casts, skeleton, text_config
 from medibot.recipe import Recipe
 
 # trl/kernels/chunked_logprob.py: a tile of logits is at most so many positions by so many tokens of the vocabulary
 TILE = (4096, 32768)
+# Positions that the head of medibot/training/cpu.py scores at a time
+CPU_TILE = 128
 
 
 # What is kept of a layer that cannot be traced, in bytes a token for each hidden unit, at two bytes a value
@@ -130,7 +131,7 @@ def head(
 ) -> int:
     """Bytes that the head and the loss need on top, at their highest point; they score the `supervised` positions alone.
 
-    On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU `medibot.cpu`'s, two tiles in float32. Both
+    On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU `medibot.training.cpu`'s, two tiles in float32. Both
     keep the hidden states of those positions and their gradient. `full`: the head is trained, too.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
@@ -139,6 +140,6 @@ def head(
         logits = min(TILE[0], supervised) * width * compute.itemsize
         cast = width * hidden * compute.itemsize
     else:
-        logits, cast = 2 * 4 * min(cpu.TILE, supervised) * vocabulary, 0
+        logits, cast = 2 * 4 * min(CPU_TILE, supervised) * vocabulary, 0
     states = supervised * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))
     return logits + states + (4 * vocabulary * hidden + cast if full else 0)

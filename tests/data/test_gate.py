@@ -24,7 +24,7 @@ from medibot.model.precision import choose_precision
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
-from medibot.train import build_trainer
+from medibot.training.trainer import build_trainer
 
 SYSTEM = "You answer health questions in plain words."
 QWEN = (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>", "<tool_call>", "</tool_call>"])

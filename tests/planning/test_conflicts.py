@@ -7,17 +7,17 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import FOUR_STEPS, ROOT, assert_same, losses
 from safetensors.torch import load_file
-from test_train import FOUR_STEPS, assert_same, losses, miniature  # noqa: F401 - the fixture
 
 from medibot import cli
-from medibot import train as training
 from medibot.errors import RecipeError
 from medibot.planning import conflicts
 from medibot.planning.conflicts import Hardware, matrix, read_hardware, refuse_conflicts, share_batch
 from medibot.recipe import load_recipe
 from medibot.run import has_whole_weights, open_run
+from medibot.training.launch import launch_training
+from medibot.training.session import train
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -111,7 +111,7 @@ def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, 
 def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(RecipeError, match="left out of the shards"):
-        cli.launch_training(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), [])
+        launch_training(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), [])
     assert not list(workplace.iterdir())
 
 
@@ -148,7 +148,7 @@ def test_real_shards_train_what_one_process_trains(miniature, make_model, workpl
     """FSDP2 over two CPU processes with the settings of fsdp2.yaml: weights, losses, checkpoints."""
     recipes = {name: miniature("quickstart", *FOUR_STEPS, *SAME, *method) for name, method in SHARDED.items()}
     for name, recipe in recipes.items():
-        training.train(recipe, f"{name}-one")
+        train(recipe, f"{name}-one")
     jobs = {name: sharded_overrides(make_model(), *method) for name, method in SHARDED.items()}
     said = launch_sharded(jobs, workplace)
     for name in SHARDED:
@@ -177,7 +177,7 @@ def launch_sharded(jobs, folder):
     config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text()) | {"use_cpu": True}
     (folder / "fsdp2.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "fsdp2.yaml"]
-    command += ["--num_processes", "2", ROOT / "tests" / "sharded.py", json.dumps(jobs)]
+    command += ["--num_processes", "2", ROOT / "tests" / "training" / "sharded.py", json.dumps(jobs)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

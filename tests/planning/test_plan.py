@@ -12,7 +12,6 @@ from peft import get_peft_model
 from typer.testing import CliRunner
 
 from medibot import cli
-from medibot import train as training
 from medibot.data.prepared import gather
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base
@@ -24,6 +23,8 @@ from medibot.planning.memory import parameters
 from medibot.planning.plan import make_plan
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
+from medibot.training.record import count_parameters
+from medibot.training.session import train
 
 FLOAT = torch.float32
 METHODS = {
@@ -81,7 +82,7 @@ def test_parameter_bytes_are_those_of_the_loaded_model(method, recipe):
     assert sum(planned.base.values()) == sizes
     assert planned.base.get("4-bit blocks", 0) == sum(p.numel() for p in packed)
     assert planned.adapters == sum(p.numel() * 4 for p in adapters.values())
-    assert (planned.trainable, planned.total) == training.parameter_counts(really)
+    assert (planned.trainable, planned.total) == count_parameters(really)
     assert bool(packed) == method.startswith("nf4")
 
 
@@ -201,10 +202,10 @@ def giant(make_model, tmp_path) -> Path:
 def test_what_cannot_fit_is_refused_before_its_weights_are_missed(giant, recipe):
     checked = recipe(f"model.pretrained_model_name_or_path={giant}", *METHODS["full"])
     with pytest.raises(RecipeError, match=r"4 rows of \d+ tokens need \d\d\d\.\d GB.*\d\d\.\d GB are needed before"):
-        training.train(checked, "giant")
+        train(checked, "giant")
     assert not open_run("giant").folder.exists()
     with pytest.raises(RecipeError, match="no safetensors weights"):
-        training.train(checked, "giant", anyway=True)
+        train(checked, "giant", anyway=True)
     assert not open_run("giant").folder.exists()
 
 
@@ -242,9 +243,7 @@ def test_after_a_run_planned_stands_beside_measured(recipe):
         "evaluation.questions=[]",
         "training.gradient_accumulation_steps=2",
     ]
-    training.train(
-        recipe(*small, "training.max_steps=-1", "training.num_train_epochs=2", "training.save_steps=1"), "mini"
-    )
+    train(recipe(*small, "training.max_steps=-1", "training.num_train_epochs=2", "training.save_steps=1"), "mini")
     run = open_run("mini")
     record, planned = run.record()["summary"], read_json(run.folder / "plan.json")
     assert planned["measured"] == record["memory"]

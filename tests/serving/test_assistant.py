@@ -3,35 +3,15 @@
 import threading
 
 import pytest
-from conftest import ROOT
-from test_evaluate import OVERRIDES
 
-from medibot import train
 from medibot.errors import RecipeError
 from medibot.model.generation import generate_answers
 from medibot.model.tokenizer import make_prompt
-from medibot.recipe import load_recipe
-from medibot.run import open_run
 from medibot.serving import assistant
-from medibot.serving.assistant import MODELS, Assistant, Decoding, Turns, generation
+from medibot.serving.assistant import MODELS, Decoding, Turns, generation
 
 ASK = [{"role": "user", "content": "What is anemia?"}]
 SHORT = Decoding(12)
-
-
-@pytest.fixture(scope="module")
-def speaker(make_model, tmp_path_factory):
-    """A run trained for two steps at a rate that makes it differ from its base, loaded."""
-    folder = tmp_path_factory.mktemp("chat")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDIBOT_OUTPUTS", str(folder / "outputs"))
-        patch.setenv("MEDIBOT_CACHE", str(folder / "cache"))
-        weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
-        # Without the penalty a random model says the same token again and again
-        more = ["quantization=null", "training.learning_rate=0.1", "evaluation.generate.repetition_penalty=1.5"]
-        recipe = load_recipe("quickstart", [weights, *OVERRIDES, *more], root=ROOT)
-        train.train(recipe, "talker")
-        yield Assistant(open_run("talker"))
 
 
 def text_of(speaker, which, decoding=SHORT, messages=ASK):

@@ -2,7 +2,6 @@
 
 import emergencies
 import pytest
-from test_evaluate import trained  # noqa: F401 - the fixture
 
 from medibot import care
 from medibot.serving.assistant import ask_both

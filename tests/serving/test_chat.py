@@ -16,7 +16,6 @@ import time
 
 import pytest
 from conftest import FAMILIES, STOPS
-from test_assistant import speaker  # noqa: F401 - the fixture
 
 from medibot import care
 from medibot.data.conversations import map_columns

@@ -20,7 +20,6 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from test_assistant import speaker  # noqa: F401 - the fixture
 
 from medibot import care
 from medibot.errors import RecipeError

@@ -19,7 +19,7 @@ from medibot.planning.plan import make_plan
 from medibot.planning.plan import show as show_plan
 from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder
-from medibot.train import build_trainer
+from medibot.training.trainer import build_trainer
 
 PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>

@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT
-from test_train import FOUR_STEPS, MINIATURE, adapter, assert_same, losses, miniature  # noqa: F401 - the fixture
+from conftest import FOUR_STEPS, MINIATURE, ROOT, adapter, assert_same, losses
 
-from medibot import train as training
 from medibot.errors import RecipeError
 from medibot.run import open_run, read_json, read_lines
+from medibot.training import session
+from medibot.training.record import Record
+from medibot.training.session import train
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_the_slurm_script_asks_slurm_for_what_it_needs():
 def test_a_second_signal_ends_a_process_at_once():
     code = """
 import time
-from medibot.train import Signals
+from medibot.training.signals import Signals
 with Signals() as signals:
     print("ready", flush=True)
     while True:
@@ -218,13 +219,13 @@ with Signals() as signals:
 
 
 def test_random_kills_lose_nothing():
-    command = [sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", "6"]
+    command = [sys.executable, str(ROOT / "tests" / "training" / "kills.py"), "--kills", "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "weights equal: True; record equal: True" in done.stdout
 
 
-class AtStep(training.Record):
+class AtStep(Record):
     """Does `what` when a step begins."""
 
     step = 4
@@ -249,14 +250,14 @@ def test_a_disk_that_is_full_is_said_in_a_line_and_costs_nothing(method, miniatu
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(training, "Record", Full)
+            patch.setattr(session, "Record", Full)
             with pytest.raises(RecipeError, match=r"cannot be written, .* GB free: .*checkpoint-2 is whole.*make room"):
-                training.train(miniature("quickstart", *overrides), "mini")
+                train(miniature("quickstart", *overrides), "mini")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert open_run("mini").last_checkpoint().name == "checkpoint-2" and not open_run("mini").weights.exists()
-    training.train(miniature("quickstart", *overrides), "mini")
-    training.train(miniature("quickstart", *overrides), "whole")
+    train(miniature("quickstart", *overrides), "mini")
+    train(miniature("quickstart", *overrides), "whole")
     assert losses("mini") == losses("whole")
 
 
@@ -265,19 +266,19 @@ def test_memory_that_runs_out_is_said_with_what_to_lower(miniature, monkeypatch)
         def what(self):
             torch.empty(1 << 50)
 
-    monkeypatch.setattr(training, "Record", Hungry)
+    monkeypatch.setattr(session, "Record", Hungry)
     said = (
         r"out of memory at 2 rows of up to \d+ tokens \(checkpoint-2 is whole\) "
         r"\(the plan was [\d.]+ of [\d.]+ GB: per_device_train_batch_size=1 would fit"
     )
     with pytest.raises(RecipeError, match=said):
-        training.train(miniature("quickstart", *FOUR_STEPS, "tracking=null"), "mini")
+        train(miniature("quickstart", *FOUR_STEPS, "tracking=null"), "mini")
 
 
 def test_an_outputs_folder_that_cannot_be_made_is_said_in_a_line(miniature, monkeypatch):  # noqa: F811
     monkeypatch.setenv("MEDIBOT_OUTPUTS", "/proc/outputs")
     with pytest.raises(RecipeError, match=r"/proc/outputs.*cannot be written.*MEDIBOT_OUTPUTS"):
-        training.train(miniature("quickstart", "tracking=null"), "mini")
+        train(miniature("quickstart", "tracking=null"), "mini")
 
 
 def test_a_clock_that_jumps_back_deletes_no_newer_checkpoint(miniature, monkeypatch):  # noqa: F811
@@ -289,15 +290,15 @@ def test_a_clock_that_jumps_back_deletes_no_newer_checkpoint(miniature, monkeypa
                 for part in [folder, *folder.iterdir()]:
                     os.utime(part, (4e9, 4e9))
 
-    monkeypatch.setattr(training, "Record", Jump)
+    monkeypatch.setattr(session, "Record", Jump)
     keep = ["training.save_steps=1", "training.save_total_limit=1", "training.load_best_model_at_end=false"]
-    training.train(miniature("quickstart", *FOUR_STEPS, *keep, "tracking=null"), "mini")
+    train(miniature("quickstart", *FOUR_STEPS, *keep, "tracking=null"), "mini")
     assert [folder.name for folder in open_run("mini").all_checkpoints()] == ["checkpoint-4"]
 
 
 def test_the_best_checkpoint_is_remembered_under_its_own_name(miniature):  # noqa: F811
     best_kept = ["training.load_best_model_at_end=true", "training.metric_for_best_model=eval_loss", "tracking=null"]
-    training.train(miniature("quickstart", *FOUR_STEPS, *best_kept), "mini")
+    train(miniature("quickstart", *FOUR_STEPS, *best_kept), "mini")
     best = Path(open_run("mini").record()["summary"]["best_checkpoint"])
     assert best.is_dir() and best.parent == open_run("mini").checkpoints
     state = read_json(open_run("mini").last_checkpoint() / "trainer_state.json")

@@ -6,14 +6,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, SAMPLE
-from test_train import miniature  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-from medibot import train as training
 from medibot.data.prepared import gather, prepare
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 from medibot.run import open_run
+from medibot.training.trainer import build_trainer, load_weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import speed
@@ -22,7 +21,7 @@ import speed
 def test_needed_flop_are_those_of_the_products_of_a_step(miniature):  # noqa: F811
     rows = "training.per_device_train_batch_size=1"
     inputs = gather(miniature("quickstart", "quantization=null", "data.limit={train: 1}", rows))
-    trainer = training.build_trainer(inputs, open_run("flop"), lambda: training.load_weights(inputs))
+    trainer = build_trainer(inputs, open_run("flop"), lambda: load_weights(inputs))
     row = trainer.train_dataset[0]
     supervised = sum(label != -100 for label in row["labels"])
     with FlopCounterMode(display=False) as counter:

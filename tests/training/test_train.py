@@ -16,54 +16,18 @@ import psutil
 import pytest
 import torch
 import wandb
-from conftest import ROOT, SAMPLE
+from conftest import FOUR_STEPS, MINIATURE, ROOT, adapter, assert_same, losses
 from safetensors.torch import load_file, save_file
 
 from medibot import tracking
-from medibot import train as training
 from medibot.errors import RecipeError
-from medibot.recipe import Recipe, load_recipe
+from medibot.recipe import load_recipe
 from medibot.run import locked, open_run, read_json, read_lines
+from medibot.training import session
+from medibot.training.record import Record
+from medibot.training.session import train
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-# Small enough for seconds; everything else stays as the recipe says
-MINIATURE = [
-    f"data.path={SAMPLE}",
-    "data.limit={train: 8, validation: 4}",
-    "data.too_long=drop",
-    "training.max_steps=2",
-    "training.per_device_train_batch_size=2",
-    "training.per_device_eval_batch_size=2",
-    "training.max_length=1024",
-    "training.logging_steps=1",
-    "evaluation.max_new_tokens=4",
-]
-FOUR_STEPS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2"]
-
-
-@pytest.fixture
-def miniature(make_model, workplace):
-    """miniature(path, *overrides): the recipe in miniature, on a tiny random model, in an empty working folder."""
-
-    def make(path: Path | str, *overrides: str) -> Recipe:
-        model = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
-        return load_recipe(str(path), [model, *MINIATURE, *overrides], root=ROOT)
-
-    return make
-
-
-def losses(name: str) -> list[float]:
-    return [line["loss"] for line in read_lines(open_run(name).metrics) if "loss" in line]
-
-
-def adapter(name: str) -> dict[str, torch.Tensor]:
-    return load_file(open_run(name).weights / "adapter_model.safetensors")
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys() and a
-    for key in a:
-        assert torch.allclose(a[key], b[key], rtol=0, atol=tolerance), key
 
 
 def test_there_are_recipes():
@@ -73,7 +37,7 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_two_steps(path, miniature, make_model):
     recipe = miniature(path)
-    training.train(recipe, "mini")
+    train(recipe, "mini")
     run = open_run("mini")
     record = run.record()
     assert record["status"] == "finished" and record["summary"]["steps"] == 2
@@ -90,7 +54,7 @@ def test_recipe_trains_two_steps(path, miniature, make_model):
 
 
 def test_outputs_folder_holds_what_comes_after_needs(miniature):
-    training.train(miniature(ROOT / "recipes" / "quickstart.yaml"), "mini")
+    train(miniature(ROOT / "recipes" / "quickstart.yaml"), "mini")
     folder = open_run("mini").folder
     for name in ("recipe.yaml", "ledger.json", "split.json", "audit.json", "environment.json", "metrics.jsonl"):
         assert (folder / name).stat().st_size > 0, name
@@ -106,7 +70,7 @@ def test_outputs_folder_holds_what_comes_after_needs(miniature):
 
 def test_supervised_tokens_are_counted_as_the_audit_counts_them(miniature):
     one_epoch = ["training.max_steps=-1", "training.num_train_epochs=1", "training.gradient_accumulation_steps=2"]
-    training.train(miniature("quickstart", *one_epoch), "mini")
+    train(miniature("quickstart", *one_epoch), "mini")
     folder = open_run("mini").folder
     last = read_lines(folder / "metrics.jsonl")[-1]
     audited = next(report for report in json.loads((folder / "audit.json").read_text()) if report["split"] == "train")
@@ -120,25 +84,25 @@ def test_supervised_tokens_are_counted_as_the_audit_counts_them(miniature):
 
 def test_same_seed_gives_the_same_losses_and_weights(miniature):
     for name in ("one", "two"):
-        training.train(miniature("quickstart", "lora.lora_dropout=0.1"), name)
+        train(miniature("quickstart", "lora.lora_dropout=0.1"), name)
     assert losses("one") == losses("two")
     assert_same(adapter("one"), adapter("two"))
 
 
 def test_finished_run_says_so_and_changes_nothing(miniature, capsys):
     # Without W&B, whose service writes on in its own time
-    training.train(miniature("quickstart", "tracking=null"), "mini")
+    train(miniature("quickstart", "tracking=null"), "mini")
     before = {file: file.stat().st_mtime_ns for file in open_run("mini").folder.rglob("*")}
     capsys.readouterr()
-    training.train(miniature("quickstart", "tracking=null"), "mini")
+    train(miniature("quickstart", "tracking=null"), "mini")
     assert "is finished" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in open_run("mini").folder.rglob("*")}
 
 
 def test_changed_recipe_is_refused_in_the_same_folder(miniature):
-    training.train(miniature("quickstart"), "mini")
+    train(miniature("quickstart"), "mini")
     with pytest.raises(RecipeError, match=r"training.learning_rate: was 0.0004, is 0.001"):
-        training.train(miniature("quickstart", "training.learning_rate=1e-3"), "mini")
+        train(miniature("quickstart", "training.learning_rate=1e-3"), "mini")
 
 
 @pytest.mark.parametrize(
@@ -148,19 +112,19 @@ def test_changed_recipe_is_refused_in_the_same_folder(miniature):
 )
 def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
     overrides = [*FOUR_STEPS, "training.save_total_limit=4", "training.gradient_accumulation_steps=2", *method]
-    training.train(miniature("quickstart", *overrides), "whole")
+    train(miniature("quickstart", *overrides), "whole")
 
-    class Interrupted(training.Record):
+    class Interrupted(Record):
         def on_log(self, args, state, *rest, **kwargs):
             super().on_log(args, state, *rest, **kwargs)
             if state.global_step == 3:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "Record", Interrupted)
-        training.train(miniature("quickstart", *overrides), "torn")
+        patch.setattr(session, "Record", Interrupted)
+        train(miniature("quickstart", *overrides), "torn")
     assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
-    training.train(miniature("quickstart", *overrides), "torn")
+    train(miniature("quickstart", *overrides), "torn")
 
     file = "adapter_model.safetensors" if "lora=null" not in method else "model.safetensors"
     assert_same(load_file(open_run("whole").weights / file), load_file(open_run("torn").weights / file))
@@ -189,14 +153,14 @@ RESUME = """
 import sys
 from pathlib import Path
 from medibot.recipe import load_recipe
-from medibot.train import train
+from medibot.training.session import train
 
 train(load_recipe("quickstart", sys.argv[2:], root=Path(sys.argv[1])), "torn")
 """
 
 
 def test_a_renamed_function_leaves_prepared_rows_and_unfinished_runs_alone(miniature, monkeypatch, tmp_path):
-    class Interrupted(training.Record):
+    class Interrupted(Record):
         def on_log(self, args, state, *rest, **kwargs):
             super().on_log(args, state, *rest, **kwargs)
             if state.global_step == 3:
@@ -204,8 +168,8 @@ def test_a_renamed_function_leaves_prepared_rows_and_unfinished_runs_alone(minia
 
     recipe = miniature("quickstart", *FOUR_STEPS)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "Record", Interrupted)
-        training.train(recipe, "torn")
+        patch.setattr(session, "Record", Interrupted)
+        train(recipe, "torn")
     renamed = tmp_path / "renamed"
     shutil.copytree(ROOT / "medibot", renamed / "medibot", ignore=shutil.ignore_patterns("__pycache__"))
     for file in renamed.rglob("*.py"):
@@ -222,16 +186,16 @@ def test_a_renamed_function_leaves_prepared_rows_and_unfinished_runs_alone(minia
 
 
 def test_run_killed_before_its_first_checkpoint_starts_over_without_repeats(miniature, monkeypatch):
-    class Interrupted(training.Record):
+    class Interrupted(Record):
         def on_log(self, args, state, *rest, **kwargs):
             super().on_log(args, state, *rest, **kwargs)
             if state.global_step == 1:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "Record", Interrupted)
-        training.train(miniature("quickstart", *FOUR_STEPS), "mini")
-    training.train(miniature("quickstart", *FOUR_STEPS), "mini")
+        patch.setattr(session, "Record", Interrupted)
+        train(miniature("quickstart", *FOUR_STEPS), "mini")
+    train(miniature("quickstart", *FOUR_STEPS), "mini")
     lines = read_lines(open_run("mini").metrics)
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -245,24 +209,22 @@ def test_loss_that_is_not_a_number_stops_the_run(miniature, make_model, tmp_path
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     overrides = [f"model.pretrained_model_name_or_path={broken}", "training.eval_strategy=no", "quantization=null"]
     with pytest.raises(RecipeError, match=r"loss is nan at step 1 .*learning_rate"):
-        training.train(miniature("quickstart", *overrides, "training.eval_on_start=false"), "wild")
+        train(miniature("quickstart", *overrides, "training.eval_on_start=false"), "wild")
     assert open_run("wild").record()["status"] == "running" and not open_run("wild").weights.exists()
 
 
 def test_evaluation_leaves_4bit_training_unchanged(miniature):
     # Evaluations draw from the random stream that orders the batches, so the order is fixed here
     steps = ["training.max_steps=4", "training.train_sampling_strategy=sequential"]
-    training.train(miniature("quickstart", *steps, "training.eval_steps=1"), "often")
-    training.train(
-        miniature("quickstart", *steps, "training.eval_strategy=no", "training.eval_on_start=false"), "never"
-    )
+    train(miniature("quickstart", *steps, "training.eval_steps=1"), "often")
+    train(miniature("quickstart", *steps, "training.eval_strategy=no", "training.eval_on_start=false"), "never")
     assert losses("often") == losses("never")
     assert_same(adapter("often"), adapter("never"))
 
 
 def test_base_weights_never_move_under_lora(miniature, make_model):
     before = load_file(make_model() / "model.safetensors")
-    training.train(miniature("quickstart"), "mini")
+    train(miniature("quickstart"), "mini")
     assert_same(before, load_file(make_model() / "model.safetensors"))
 
 
@@ -288,12 +250,12 @@ def test_two_processes_give_the_weights_of_one(make_model, workplace):
 def test_a_world_that_is_not_the_one_launched_is_refused(miniature, monkeypatch):
     monkeypatch.setenv("MEDIBOT_PROCESSES", "2")
     with pytest.raises(RecipeError, match="2 processes were launched and 1 found each other"):
-        training.train(miniature("quickstart"), "mini")
+        train(miniature("quickstart"), "mini")
 
 
 def test_two_trainings_into_one_folder_are_refused(miniature):
     with locked(open_run("mini"), True), pytest.raises(RecipeError, match="another training is writing it now"):
-        training.train(miniature("quickstart"), "mini")
+        train(miniature("quickstart"), "mini")
     assert not (open_run("mini").folder / "run.json").exists()
 
 
@@ -344,13 +306,13 @@ def test_a_wandb_server_that_fails_does_not_change_the_training(kind, miniature,
     key = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 3)
-    training.train(miniature("quickstart", "tracking=null"), "untracked")
+    train(miniature("quickstart", "tracking=null"), "untracked")
     with endpoint(kind) as address:
         monkeypatch.setenv("WANDB_API_KEY", key)
         monkeypatch.setenv("WANDB_BASE_URL", address)
         # wandb reads its environment once in a process
         wandb.teardown()
-        training.train(miniature("quickstart"), "mini")
+        train(miniature("quickstart"), "mini")
         wandb.teardown()
     said = capfd.readouterr().out
     assert losses("mini") == losses("untracked") and open_run("mini").record()["status"] == "finished"
@@ -362,7 +324,7 @@ def test_a_wandb_server_that_fails_does_not_change_the_training(kind, miniature,
 
 
 def test_the_wandb_run_shows_config_metrics_tables_and_artifacts(miniature):
-    training.train(miniature("quickstart"), "mini")
+    train(miniature("quickstart"), "mini")
     (folder,) = (open_run("mini").folder / "wandb").glob("offline-run-*")
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
     summary = json.loads(subprocess.run([*command, "--summary", folder], capture_output=True, text=True).stdout)
@@ -379,7 +341,7 @@ def test_the_wandb_run_shows_config_metrics_tables_and_artifacts(miniature):
 
 def test_a_wandb_process_that_is_killed_does_not_stop_the_run(miniature, capfd):
     recipe = miniature("quickstart")
-    training.train(recipe, "mini")
+    train(recipe, "mini")
     wandb.teardown()
     with tracking.tracked(recipe, open_run("mini"), {}, True) as mirror:
         mirror.log({"train/loss": 1.0})

@@ -4,12 +4,12 @@ import pytest
 import torch
 import trl.trainer.utils as upstream
 from safetensors.torch import load_file
-from test_train import miniature  # noqa: F401
 from trl.kernels import ChunkedLogProbFunction
 
-from medibot import cpu
-from medibot import train as training
 from medibot.run import open_run, read_lines
+from medibot.training import cpu, trainer
+from medibot.training.cpu import PlainHead, prefer_onednn
+from medibot.training.session import train
 
 FIELDS = ("log_probs", "entropy", "is_top1")
 
@@ -43,7 +43,7 @@ def scored(function, head, trains_weight: bool, scale: float = 1.0, softcap: flo
     ids=["frozen head", "trained head", "scaled logits", "capped logits", "bias"],
 )
 def test_the_head_gives_upstreams_numbers_and_gradients(case, head):
-    ours, theirs = scored(cpu.PlainHead, head, *case), scored(ChunkedLogProbFunction, head, *case)
+    ours, theirs = scored(PlainHead, head, *case), scored(ChunkedLogProbFunction, head, *case)
     assert torch.equal(ours[2], theirs[2]) and 0 < ours[2].sum() < 40 and not ours[2][3]
     for one, other in zip(ours, theirs, strict=True):
         if one is not None:
@@ -54,7 +54,7 @@ def test_the_head_gives_upstreams_numbers_and_gradients(case, head):
 def test_the_head_gives_upstreams_numbers_in_bfloat16(head):
     hidden, weight, labels = head
     halved = hidden.bfloat16(), weight.bfloat16(), labels
-    ours, theirs = scored(cpu.PlainHead, halved, True), scored(ChunkedLogProbFunction, halved, True)
+    ours, theirs = scored(PlainHead, halved, True), scored(ChunkedLogProbFunction, halved, True)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
         assert torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02)
@@ -63,7 +63,7 @@ def test_the_head_gives_upstreams_numbers_in_bfloat16(head):
 def test_the_head_without_a_label_is_a_zero_that_can_be_trained_through(head):
     hidden, weight, labels = head
     hidden = hidden[:0].requires_grad_()
-    found = cpu.PlainHead.apply(hidden, weight, None, labels[:0], 1.0, 32768, None, 1.0, FIELDS)
+    found = PlainHead.apply(hidden, weight, None, labels[:0], 1.0, 32768, None, 1.0, FIELDS)
     found[0].sum().backward()
     assert found[0].shape == (0,) and hidden.grad.shape == (0, 24)
 
@@ -82,10 +82,10 @@ def test_a_training_logs_what_it_logs_under_upstreams_head(method, miniature, mo
     with monkeypatch.context() as patch:
         patch.setattr(upstream, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
         patch.setattr(upstream, "_use_triton", lambda _: False)
-        patch.setattr(cpu, "hasten", lambda: None)
-        training.train(recipe, "upstream")
-    training.train(recipe, "ours")
-    assert upstream._ChunkedLogProbFunction is cpu.PlainHead
+        patch.setattr(trainer, "optimize_for_cpu", lambda: None)
+        train(recipe, "upstream")
+    train(recipe, "ours")
+    assert upstream._ChunkedLogProbFunction is PlainHead
     theirs, ours = (read_lines(open_run(name).metrics) for name in ("upstream", "ours"))
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for key in ("loss", "eval_loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm", "eval_entropy"):
@@ -99,7 +99,7 @@ def test_a_training_logs_what_it_logs_under_upstreams_head(method, miniature, mo
 
 
 def test_products_stay_float32():
-    cpu.prefer_onednn()
+    prefer_onednn()
     draw = torch.Generator().manual_seed(1)
     for m, k, n in ((1024, 576, 1536), (7, 576, 16), (300, 1536, 64), (1, 64, 4096)):
         a, b = torch.randn(m, k, generator=draw), torch.randn(n, k, generator=draw)

@@ -17,10 +17,10 @@ import torch
 import trl.trainer.utils as upstream
 from trl.kernels import ChunkedLogProbFunction
 
-TILE = 128
+from medibot.planning.activations import CPU_TILE as TILE
 
 
-def hasten() -> None:
+def optimize_for_cpu() -> None:
     """Set this process up to train on a CPU; on a GPU it is not called, and nothing is different there."""
     prefer_onednn()
     # TRL's patched forward looks both names up on each call; the second one says that the head is handed labelled

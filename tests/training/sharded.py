@@ -19,11 +19,11 @@ from accelerate.utils import DistributedType
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 state.PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
-from medibot import train
-from medibot.recipe import load_recipe  # noqa: E402  # noqa: E402
+from medibot.recipe import load_recipe  # noqa: E402
+from medibot.training.session import train  # noqa: E402
 
 dist.init_process_group("gloo")
 for name, overrides in json.loads(sys.argv[1]).items():
-    train.train(load_recipe("quickstart", overrides, root=Path(train.__file__).parent.parent), name)
+    train(load_recipe("quickstart", overrides, root=Path(__file__).resolve().parents[2]), name)
     assert state.PartialState().distributed_type == DistributedType.FSDP
 dist.destroy_process_group()

@@ -20,16 +20,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import CHATML, SAMPLE  # noqa: E402
 
-from medibot import train
-from medibot.recipe import load_recipe
-from medibot.run import Run, open_run, read_lines
-
-# noqa: E402
+from medibot.recipe import load_recipe  # noqa: E402
+from medibot.run import Run, open_run, read_lines  # noqa: E402
+from medibot.training.session import train  # noqa: E402
 
 TIMING = ("seconds", "runtime", "per_second", "peak_memory", "train_loss")
 
@@ -62,7 +60,7 @@ def start(name: str, overrides: list[str]) -> int:
             log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            train.train(load_recipe("quickstart", overrides, root=ROOT), name)
+            train(load_recipe("quickstart", overrides, root=ROOT), name)
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from medibot.errors import RecipeError
-from medibot.preview import inspect_recipe
 from medibot.recipe import load_recipe
+from medibot.training.inspection import inspect_recipe
 
 
 def recipe(model, *overrides: str):
