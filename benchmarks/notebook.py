@@ -24,10 +24,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from medibot import evaluate
 from medibot.data.prepared import Inputs, gather
 from medibot.data.sources import open_source
 from medibot.data.splitting import sha256
+from medibot.evaluation.questions import choose, question, reference
+from medibot.evaluation.scores import likelihood
 from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
 from medibot.run import dump_resolved_recipe, find_finished_run, open_run, read_json, read_lines
@@ -122,10 +123,10 @@ def fit(inputs: Inputs, texts: list[str], steps: int):
 def cost_under_own_prompt(inputs: Inputs, weights, test_rows: int) -> dict[str, float]:
     """Nats a token of the reference answers behind the hand-written prompt, without and with the adapter."""
     found = inputs.prepared.load("test")
-    asked = evaluate.choose(inputs.tokenizer, inputs.generation, found, found, test_rows, "test split", False)
+    asked = choose(inputs.tokenizer, inputs.generation, found, found, test_rows, "test split", False)
     rows = []
     for row in asked.rows:
-        prompt, rest = written_by_hand(evaluate.question(row), evaluate.reference(row))
+        prompt, rest = written_by_hand(question(row), reference(row))
         before, answer = (inputs.tokenizer(text)["input_ids"] for text in (prompt, rest))
         ids = (before + answer)[:WIDTH]
         rows.append({"input_ids": ids, "labels": ([-100] * len(before) + answer)[: len(ids)]})
@@ -133,7 +134,7 @@ def cost_under_own_prompt(inputs: Inputs, weights, test_rows: int) -> dict[str, 
     costs = {}
     for which in ("base", "tuned"):
         with weights.disable_adapter() if which == "base" else torch.inference_mode():
-            scores = [score for row in rows for score in evaluate.likelihood(weights, [row])]
+            scores = [score for row in rows for score in likelihood(weights, [row])]
         costs[which] = sum(score["nll"] for score in scores) / sum(score["tokens"] for score in scores)
     return costs
 

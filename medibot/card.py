@@ -13,8 +13,8 @@ from huggingface_hub.errors import HTTPError
 from jinja2 import Environment
 
 from medibot.data.sources import SUFFIXES
+from medibot.evaluation.page import document_page
 from medibot.model.loading import method_name
-from medibot.page import document_page
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, read_json
 

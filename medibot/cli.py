@@ -194,7 +194,7 @@ def eval_(
     ] = None,
 ) -> None:
     """Base against tuned on held-out questions, with intervals, a page, and one verdict."""
-    from medibot.evaluate import evaluate
+    from medibot.evaluation.evaluate import evaluate
 
     evaluate(run, rows, data)
 
@@ -205,7 +205,7 @@ def compare(
     baseline: Annotated[str, typer.Option(help="What each is compared with: base, or one of them.")] = "base",
 ) -> None:
     """Runs side by side: recipes, curves, test metrics with paired intervals, cost, and which one wins."""
-    from medibot.compare import compare as compare_runs
+    from medibot.evaluation.compare import compare as compare_runs
 
     compare_runs(runs, baseline)
 
@@ -219,7 +219,7 @@ def benchmark(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
 ) -> None:
     """Did the fine-tune cost knowledge? Multiple-choice questions to base and tuned model, by lm-eval."""
-    from medibot.benchmark import benchmark as run_benchmark
+    from medibot.evaluation.benchmark import benchmark as run_benchmark
 
     run_benchmark(run, tasks or [], limit)
 
@@ -230,7 +230,7 @@ def sweep(
     rows: Annotated[int | None, typer.Option(min=1, help="Evaluate each training on only so many rows.")] = None,
 ) -> None:
     """A grid of trainings: a W&B sweep where this machine is logged in, else here in sequence, then compared."""
-    from medibot.sweep import sweep as run_sweep
+    from medibot.evaluation.sweep import sweep as run_sweep
 
     run_sweep(name, rows)
 

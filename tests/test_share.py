@@ -10,9 +10,9 @@ import pytest
 from conftest import OVERRIDES, ROOT
 from huggingface_hub import ModelCard, constants
 
-from medibot import evaluate
 from medibot.card import card, public
 from medibot.errors import RecipeError
+from medibot.evaluation.evaluate import evaluate
 from medibot.push import push
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
@@ -30,7 +30,7 @@ def run(make_model, tmp_path_factory):
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         chosen = [f"model.pretrained_model_name_or_path={base}", "lora=null", "quantization=null"]
         train(load_recipe("quickstart", [*chosen, *OVERRIDES], root=ROOT), "mine")
-        evaluate.evaluate("mine", rows=6)
+        evaluate("mine", rows=6)
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         card("mine", folder / "card.html")
         (base / "README.md").unlink()

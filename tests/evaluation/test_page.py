@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from medibot.metrics import METRICS, compare_scores, score_answer
-from medibot.page import comparison_page, evaluation_page, gain, side_by_side
+from medibot.evaluation.metrics import METRICS, score_answer
+from medibot.evaluation.page import comparison_page, evaluation_page, gain, side_by_side
+from medibot.evaluation.statistics import compare_scores
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AWKWARD = ["<script>alert(1)</script>", "[bold]$5 & $6[/bold]", "x" * 300, "", "é 漢字 🙂", "line\n\n- one\n- two"]

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from medibot import evaluate as evaluation
-from medibot.compare import compare
 from medibot.errors import RecipeError
+from medibot.evaluation.compare import compare
+from medibot.evaluation.evaluate import evaluate
 from medibot.run import open_run, read_json
 
 
@@ -16,7 +16,7 @@ def evaluated(trained):  # noqa: F811
 
     def make(name: str, *overrides: str, rows: int | None = None):
         trained(name, "quantization=null", *overrides)
-        evaluation.evaluate(name, rows)
+        evaluate(name, rows)
         return open_run(name)
 
     return make

@@ -9,10 +9,13 @@ from conftest import SAMPLE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medibot import evaluate as evaluation
 from medibot import tracking
 from medibot.data.prepared import gather
 from medibot.errors import RecipeError
+from medibot.evaluation import scores
+from medibot.evaluation.evaluate import evaluate
+from medibot.evaluation.questions import question, reference, tokenized
+from medibot.evaluation.scores import likelihood
 from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
@@ -27,7 +30,7 @@ def results(name: str, folder: str = "eval"):
 )
 def test_evaluation_writes_results_rows_and_page(method, trained):
     this = trained("mine", *method)
-    evaluation.evaluate("mine")
+    evaluate("mine")
     found, lines = results("mine"), read_lines(this.folder / "eval" / "rows.jsonl")
     assert found["rows"] == found["of"] == len(lines) == read_json(this.folder / "split.json")["rows"]["test"]
     assert all(math.isfinite(value[key]) for value in found["metrics"].values() for key in ("baseline", "value"))
@@ -45,10 +48,10 @@ def test_likelihood_is_upstreams_loss_and_independent_of_the_batch(trained):
     recipe = load_recipe(str(this.recipe))
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     rows = gather(recipe).prepared.load("test")
-    tokens = evaluation.tokenized(tokenizer, rows).to_list()
+    tokens = tokenized(tokenizer, rows).to_list()
     weights = load_tuned(recipe, this.weights, torch.float32)
-    together = evaluation.likelihood(weights, tokens)
-    alone = [evaluation.likelihood(weights, [row])[0] for row in tokens]
+    together = likelihood(weights, tokens)
+    alone = [likelihood(weights, [row])[0] for row in tokens]
     for row, one, many in zip(tokens, alone, together, strict=True):
         ids = {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
         with torch.inference_mode():
@@ -63,9 +66,9 @@ def test_what_is_scored_is_the_answer_and_its_stop_token(trained):
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     recipe = load_recipe(str(this.recipe))
     rows = gather(recipe).prepared.load("test")
-    for row, tokens in zip(rows, evaluation.tokenized(tokenizer, rows), strict=True):
+    for row, tokens in zip(rows, tokenized(tokenizer, rows), strict=True):
         text = tokenizer.decode([label for label in tokens["labels"] if label != -100])
-        assert text == evaluation.reference(row) + "<|im_end|>\n"
+        assert text == reference(row) + "<|im_end|>\n"
 
 
 def test_untrained_adapter_gives_no_evidence_and_exactly_no_difference(trained):
@@ -73,15 +76,15 @@ def test_untrained_adapter_gives_no_evidence_and_exactly_no_difference(trained):
     tensors = load_file(file)
     # As an adapter is before step 1: nothing is added to the base
     save_file({k: t.zero_() if "lora_B" in k else t for k, t in tensors.items()}, file, metadata={"format": "pt"})
-    for metric in evaluation.evaluate("idle")["metrics"].values():
+    for metric in evaluate("idle")["metrics"].values():
         assert metric["difference"] == metric["low"] == metric["high"] == 0.0
         assert metric["verdict"] == "no evidence"
 
 
 def test_interrupted_evaluation_goes_on_and_gives_the_same(trained, monkeypatch, workplace):
     trained("mine", "quantization=null")
-    whole = evaluation.evaluate("mine")
-    calls, real = [], evaluation.likelihood
+    whole = evaluate("mine")
+    calls, real = [], likelihood
 
     def counted(*args):
         calls.append(1)
@@ -89,27 +92,27 @@ def test_interrupted_evaluation_goes_on_and_gives_the_same(trained, monkeypatch,
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(evaluation, "likelihood", counted)
-    evaluation.evaluate("mine")
+    monkeypatch.setattr(scores, "likelihood", counted)
+    evaluate("mine")
     assert not calls, "what is known was computed again"
     for file in (workplace / "cache" / "scores").glob("*.jsonl"):
         file.unlink()
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate("mine")
+        evaluate("mine")
     half = next((workplace / "cache" / "scores").glob("*.jsonl"))
     assert len(read_lines(half)) == 2
     with half.open("a") as stream:
         stream.write('{"batch": ["likelihood", 3], "sco')
-    again = evaluation.evaluate("mine")
+    again = evaluate("mine")
     assert again["metrics"] == whole["metrics"]
 
 
 def test_second_recipe_takes_the_bases_scores_from_the_first(trained, capsys):
     trained("one", "quantization=null")
     trained("two", "quantization=null", "lora.r=4")
-    first = evaluation.evaluate("one")
+    first = evaluate("one")
     capsys.readouterr()
-    second = evaluation.evaluate("two")
+    second = evaluate("two")
     said = capsys.readouterr().out
     known = [line for line in said.splitlines() if "known already" in line]
     assert len(known) == 1 and known[0].startswith("base: ")
@@ -120,12 +123,12 @@ def test_second_recipe_takes_the_bases_scores_from_the_first(trained, capsys):
 
 def test_quick_look_says_so_and_asks_the_same_rows_each_time(trained, capsys):
     this = trained("mine")
-    evaluation.evaluate("mine", rows=5)
+    evaluate("mine", rows=5)
     assert "quick look: 5 of" in capsys.readouterr().out
     found = results("mine")
     assert found["rows"] == 5 < found["of"]
     five = {line["row"] for line in read_lines(this.folder / "eval" / "rows.jsonl")}
-    evaluation.evaluate("mine", rows=7)
+    evaluate("mine", rows=7)
     assert five < {line["row"] for line in read_lines(this.folder / "eval" / "rows.jsonl")}
 
 
@@ -135,7 +138,7 @@ def test_changed_data_is_refused(trained, make_model, tmp_path):
     trained("mine", f"data.path={copy}")
     copy.write_text("\n".join(SAMPLE.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(RecipeError, match="not what the run was split from"):
-        evaluation.evaluate("mine")
+        evaluate("mine")
     assert not (open_run("mine").folder / "eval").exists()
 
 
@@ -144,12 +147,12 @@ def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp
     known = gather(load_recipe(str(this.recipe))).prepared.load("train")[0]
     rows = [
         {"question": "What is a made-up ailment?", "answer": "It is an ailment that nobody has, made up for a test."},
-        {"question": evaluation.question(known), "answer": "Something else altogether."},
+        {"question": question(known), "answer": "Something else altogether."},
         {"question": "Who is not answered?", "answer": ""},
     ]
     file = tmp_path / "my rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation.evaluate("mine", data=file)
+    evaluate("mine", data=file)
     said = capsys.readouterr().out
     assert "warning: row 1 of my rows.jsonl stands in the training split" in said
     assert "1 rows dropped by drop_unanswered" in said
@@ -160,15 +163,15 @@ def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp
 def test_missing_file_and_missing_test_split_are_said_in_a_line(trained, tmp_path):
     trained("mine", "data.test=0.0")
     with pytest.raises(RecipeError, match="DATA: no file"):
-        evaluation.evaluate("mine", data=tmp_path / "none.jsonl")
+        evaluate("mine", data=tmp_path / "none.jsonl")
     with pytest.raises(RecipeError, match="no test split"):
-        evaluation.evaluate("mine")
+        evaluate("mine")
 
 
 def test_full_fine_tunes_base_is_the_model_it_began_as(trained, make_model):
     this = trained("full", "lora=null", "quantization=null")
     trained("lora", "quantization=null")
-    full, lora = evaluation.evaluate("full"), evaluation.evaluate("lora")
+    full, lora = evaluate("full"), evaluate("lora")
     assert full["metrics"]["nll"]["baseline"] == lora["metrics"]["nll"]["baseline"]
     assert AutoModelForCausalLM.from_pretrained(this.weights).num_parameters() > 0
     assert full["metrics"]["nll"]["value"] != full["metrics"]["nll"]["baseline"]
@@ -176,7 +179,7 @@ def test_full_fine_tunes_base_is_the_model_it_began_as(trained, make_model):
 
 def test_evaluation_is_a_wandb_run_of_its_own_in_the_same_group(trained):
     this = trained("mine", "tracking={project: medibot}")
-    evaluation.evaluate("mine", rows=4)
+    evaluate("mine", rows=4)
     files = sorted((this.folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
     content = [file.read_bytes() for file in files]
@@ -191,6 +194,6 @@ def test_a_file_name_with_a_space_names_an_artifact_that_wandb_takes(trained, tm
     this = trained("mine", "tracking={project: medibot}")
     file = tmp_path / "my questions.jsonl"
     file.write_text("".join(SAMPLE.open().readlines()[:3]))
-    evaluation.evaluate("mine", data=file)
+    evaluate("mine", data=file)
     logs = [log.read_bytes() for log in (this.folder / "wandb").glob("offline-run-*/run-*.wandb")]
     assert sum(b"mine-eval-my-questions" in log for log in logs) == 1 and "no more tables" not in capfd.readouterr().out

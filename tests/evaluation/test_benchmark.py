@@ -9,8 +9,9 @@ import yaml
 from conftest import ROOT
 from transformers import AutoTokenizer
 
-from medibot import benchmark, cli
+from medibot import cli
 from medibot.errors import RecipeError
+from medibot.evaluation.benchmark import MEDICAL, TASKS, benchmark
 from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
 from medibot.run import read_json, read_lines
@@ -40,10 +41,10 @@ def at_root(trained, monkeypatch):  # noqa: F811
 
 def test_every_medical_task_has_its_file():
     files = {path.stem for path in (ROOT / "benchmarks" / "tasks").glob("*.yaml")}
-    assert files == {*benchmark.MEDICAL, "sample", "_mmlu"}
+    assert files == {*MEDICAL, "sample", "_mmlu"}
 
 
-@pytest.mark.parametrize("task", benchmark.MEDICAL)
+@pytest.mark.parametrize("task", MEDICAL)
 def test_task_asks_what_its_data_set_holds(task, tmp_path):
     from lm_eval.api.task import ConfigurableTask
 
@@ -74,12 +75,12 @@ def test_sample_is_well_formed_and_its_answers_are_spread():
 
 def test_scores_are_those_of_base_and_tuned_weights_behind_the_chat_template(at_root, capsys):
     this = at_root("mine", "training.max_steps=4", "training.learning_rate=0.05")
-    found = benchmark.benchmark("mine", ["sample"])
+    found = benchmark("mine", ["sample"])
     lines = read_lines(this.folder / "benchmark" / "rows.jsonl")
     recipe = load_recipe(str(this.recipe))
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     weights = load_tuned(recipe, this.weights, torch.float32)
-    questions = [json.loads(line) for line in (benchmark.TASKS / "sample.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (TASKS / "sample.jsonl").read_text().splitlines()]
     assert len(lines) == len(questions) == found["all"]["rows"]
     for line, question in zip(lines, questions, strict=True):
         assert recipe.data.system in line["prompt"] and question["options"][3] in line["prompt"]
@@ -99,7 +100,7 @@ def test_scores_are_those_of_base_and_tuned_weights_behind_the_chat_template(at_
 
 def test_an_untrained_adapter_costs_exactly_nothing_and_a_limit_is_said(at_root, capsys):
     at_root("mine", "training.learning_rate=1e-30")
-    found = benchmark.benchmark("mine", ["sample"], limit=5)
+    found = benchmark("mine", ["sample"], limit=5)
     assert found["all"]["difference"] == 0.0 == found["all"]["low"] == found["all"]["high"]
     assert found["all"]["rows"] == 5 and found["verdict"].startswith("no evidence that mine gained or lost knowledge")
     assert "A quick look: at most 5 questions" in capsys.readouterr().out
@@ -108,9 +109,9 @@ def test_an_untrained_adapter_costs_exactly_nothing_and_a_limit_is_said(at_root,
 def test_what_cannot_be_asked_is_said_in_a_line(at_root, monkeypatch, capsys):
     at_root("mine")
     with pytest.raises(RecipeError, match=r"neither benchmarks/tasks nor lm-eval has a task 'medqq'.*medqa"):
-        benchmark.benchmark("mine", ["sample", "medqq"])
+        benchmark("mine", ["sample", "medqq"])
     with pytest.raises(RecipeError, match=r"medqa cannot be loaded: .*TASKS=sample"):
-        benchmark.benchmark("mine", ["medqa"])
+        benchmark("mine", ["medqa"])
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     monkeypatch.setattr(sys, "argv", ["medibot", "benchmark", "sample", "--run", "mine"])
     with pytest.raises(SystemExit) as stopped:

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from conftest import OVERRIDES, ROOT
 
-from medibot import cli, sweep
+from medibot import cli
 from medibot.errors import RecipeError
+from medibot.evaluation.sweep import RECIPE, arguments, cells, label, named, read_sweep, sweep
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 
@@ -39,11 +40,11 @@ def write(tmp_path, make_model, monkeypatch):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_sweep_on_disk_is_a_grid_of_recipes_that_load(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    spec = sweep.read_sweep(file)
-    grid = sweep.cells(file, spec)
-    assert len(grid) == 4 == len({sweep.label(cell) for cell in grid})
+    spec = read_sweep(file)
+    grid = cells(file, spec)
+    assert len(grid) == 4 == len({label(cell) for cell in grid})
     for cell in grid:
-        recipe = load_recipe(sweep.named(spec, sweep.RECIPE), sweep.arguments(cell))
+        recipe = load_recipe(named(spec, RECIPE), arguments(cell))
         for key, value in cell.items():
             section, _, setting = key.partition(".")
             assert recipe.as_dict()[section][setting] == value
@@ -53,15 +54,15 @@ def test_every_sweep_on_disk_is_a_grid_of_recipes_that_load(file, monkeypatch):
 def test_the_command_is_the_one_that_wandbs_agent_makes():
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    spec = sweep.read_sweep(ROOT / "recipes" / "sweeps" / "rank-and-rate.yaml")
-    for cell in sweep.cells(ROOT, spec):
+    spec = read_sweep(ROOT / "recipes" / "sweeps" / "rank-and-rate.yaml")
+    for cell in cells(ROOT, spec):
         theirs = create_sweep_command_args({"args": {key: {"value": value} for key, value in cell.items()}})
-        assert theirs["args_no_hyphens"] == sweep.arguments(cell)
+        assert theirs["args_no_hyphens"] == arguments(cell)
         assert "${args_no_hyphens}" in create_sweep_command(spec["command"])
 
 
 def test_a_grid_trains_evaluates_and_compares_here(write, tmp_path, capfd):
-    sweep.sweep(write(), rows=4)
+    sweep(write(), rows=4)
     names = ["mini-r4-seed1", "mini-r8-seed1"]
     for name, rank in zip(names, (4, 8), strict=True):
         assert load_recipe(str(open_run(name).recipe)).lora["r"] == rank
@@ -74,14 +75,14 @@ def test_a_grid_trains_evaluates_and_compares_here(write, tmp_path, capfd):
 
 def test_a_mistake_in_the_last_cell_stops_the_sweep_before_the_first(write, tmp_path):
     with pytest.raises(RecipeError, match=r"lora\.r"):
-        sweep.sweep(write(parameters={"lora.r": {"values": [4, "many"]}}))
+        sweep(write(parameters={"lora.r": {"values": [4, "many"]}}))
     assert not (tmp_path / "outputs").exists()
 
 
 def test_a_training_that_fails_does_not_stop_the_others(write, tmp_path, capfd):
     modules = {"lora.target_modules": {"values": ["no_such_module", "all-linear"]}}
     with pytest.raises(RecipeError, match=r"1 of 2 trainings failed: mini-target_modulesno_such_module"):
-        sweep.sweep(write(parameters=modules), rows=4)
+        sweep(write(parameters=modules), rows=4)
     assert (tmp_path / "outputs" / "mini-target_modulesall-linear" / "eval" / "results.json").is_file()
 
 
@@ -105,10 +106,10 @@ def test_what_cannot_be_swept_is_said_in_a_line(write, changes, said, monkeypatc
 def test_unknown_and_broken_files_are_said_in_a_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(RecipeError, match=r"there are: method, rank-and-rate"):
-        sweep.sweep("none")
+        sweep("none")
     (tmp_path / "broken.yaml").write_text("method: [grid")
     with pytest.raises(RecipeError, match=r"not YAML"):
-        sweep.sweep(str(tmp_path / "broken.yaml"))
+        sweep(str(tmp_path / "broken.yaml"))
 
 
 def test_a_server_that_refuses_the_sweep_is_said_in_a_line(write, monkeypatch):
@@ -116,4 +117,4 @@ def test_a_server_that_refuses_the_sweep_is_said_in_a_line(write, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(RecipeError, match=r"W&B did not take it: .*WANDB_MODE=offline runs it here"):
-        sweep.sweep(write())
+        sweep(write())

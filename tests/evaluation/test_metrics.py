@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import sentence_chrf
 
-from medibot.metrics import METRICS, compare_scores, definitions, doses, numbers, repetition, score_answer, t_quantile
-from medibot.metrics import rouge_l as rouge
+from medibot.evaluation.metrics import METRICS, definitions, doses, numbers, repetition, score_answer
+from medibot.evaluation.metrics import rouge_l as rouge
+from medibot.evaluation.statistics import compare_scores, t_quantile
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=False)
 WORDS = st.lists(st.sampled_from(["a", "b", "The", "fever,", "10", "Crohn's", "é", ""]), max_size=30).map(" ".join)

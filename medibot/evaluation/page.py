@@ -10,7 +10,10 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 BASE, TUNED, PLAIN = "#0072b2", "#d55e00", "#57606a"
+
+
 SHOWN = 5
+
 
 STYLE = Markup("""
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; color: #1b1f24; overflow-wrap: anywhere; }
@@ -24,6 +27,7 @@ figure { margin: 1.5rem 0; } svg { max-width: 100%; height: auto; }
 .answers > div { background: #f6f8fa; border-radius: 6px; padding: .75rem; } .answers h4 { margin: 0; }
 @media (max-width: 45rem) { .answers { grid-template-columns: 1fr; } }
 """)
+
 
 PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """<!doctype html>
@@ -86,6 +90,8 @@ Rows and decoding: <span title="{{ c.fingerprint }}">{{ c.fingerprint[:16] }}</s
 </body></html>
 """
 )
+
+
 DOCUMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -98,6 +104,8 @@ blockquote { border-left: 4px solid #d55e00; background: #fff4ec; margin: 0; pad
 </body></html>
 """
 )
+
+
 # Okabe and Ito's colours, told apart by every kind of colour vision
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -168,9 +176,6 @@ def side_by_side(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, A
 def gain(row: dict[str, Any]) -> float:
     """Base minus tuned, in nats a token of the reference."""
     return row["base"]["nll"] / row["base"]["tokens"] - row["tuned"]["nll"] / row["tuned"]["tokens"]
-
-
-# --- plots ------------------------------------------------------------------------------------------------------------
 
 
 def figure(height: float) -> tuple[Any, Any]:

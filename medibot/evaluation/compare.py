@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medibot import metrics
 from medibot.errors import RecipeError
-from medibot.evaluate import RESAMPLES, SEED
-from medibot.page import comparison_page
+from medibot.evaluation.evaluate import RESAMPLES, SEED
+from medibot.evaluation.metrics import METRICS
+from medibot.evaluation.page import comparison_page
+from medibot.evaluation.statistics import compare_scores, total
 from medibot.recipe import ABSENT, flattened, load_recipe
 from medibot.run import Run, find_finished_run, outputs_folder, read_json, read_lines
 
@@ -35,7 +36,7 @@ def compare(names: list[str], baseline: str = "base") -> dict[str, Any]:
     require_comparable(results, baseline)
     rows = {name: read_lines(this.folder / "eval" / "rows.jsonl") for name, this in runs.items()}
     one_tokenizer = len({found["tokenizer"] for found in results.values()}) == 1
-    kept = [metric.name for metric in metrics.METRICS if one_tokenizer or metric.name not in BY_TOKEN]
+    kept = [metric.name for metric in METRICS if one_tokenizer or metric.name not in BY_TOKEN]
     compared = {}
     for name in names:
         if name != baseline:
@@ -93,15 +94,13 @@ def tuned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def paired(rows: list[dict[str, Any]], against: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The tuned answers of `rows` compared with `against`, scores of the same rows."""
-    found = metrics.compare_scores(against, tuned(rows), [line["group"] for line in rows], SEED, RESAMPLES)
-    return {
-        metric.name: {"label": metric.label, "better": metric.better} | found[metric.name] for metric in metrics.METRICS
-    }
+    found = compare_scores(against, tuned(rows), [line["group"] for line in rows], SEED, RESAMPLES)
+    return {metric.name: {"label": metric.label, "better": metric.better} | found[metric.name] for metric in METRICS}
 
 
 def sentence(rows: dict[str, Any], compared: dict[str, Any], primary: str, baseline: str) -> str:
     """The winner by the likelihood of the reference answers, or that the data cannot tell."""
-    values = {name: metrics.total(tuned(lines))[primary] for name, lines in rows.items()}
+    values = {name: total(tuned(lines))[primary] for name, lines in rows.items()}
     best, second, *_ = sorted(values, key=lambda name: values[name])
     found = paired(rows[best], tuned(rows[second]))[primary]
     unit = "nats a token" if primary == "nll" else "bits a byte"

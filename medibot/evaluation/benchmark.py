@@ -10,15 +10,20 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from medibot import metrics, tracking
+from medibot import tracking
 from medibot.errors import RecipeError
-from medibot.evaluate import RESAMPLES, SEED, batch_size, loaders
+from medibot.evaluation.evaluate import RESAMPLES, SEED
+from medibot.evaluation.metrics import ACCURACY
+from medibot.evaluation.scores import batch_size, loaders
+from medibot.evaluation.statistics import compare_scores
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.recipe import load_recipe
 from medibot.run import Run, find_finished_run, locked
 
 TASKS = Path("benchmarks/tasks")
+
+
 MEDICAL = (
     "medqa",
     "medmcqa",
@@ -144,7 +149,7 @@ def prompt(sample: dict[str, Any]) -> str:
 def compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
     base, tuned = ([{"right": row[which]} for row in rows] for which in ("base", "tuned"))
     asked = [f"{row['task']} {row['doc']}" for row in rows]
-    return metrics.compare_scores(base, tuned, asked, SEED, RESAMPLES, (metrics.ACCURACY,))["accuracy"]
+    return compare_scores(base, tuned, asked, SEED, RESAMPLES, (ACCURACY,))["accuracy"]
 
 
 def verdict(name: str, found: dict[str, Any]) -> str:

@@ -14,13 +14,17 @@ from typing import Any
 import yaml
 
 from medibot import tracking
-from medibot.compare import compare
 from medibot.errors import RecipeError
-from medibot.evaluate import evaluate
+from medibot.evaluation.compare import compare
+from medibot.evaluation.evaluate import evaluate
 from medibot.recipe import load_recipe
 
 FOLDER = Path("recipes/sweeps")
+
+
 ARGUMENTS, RUN_ID = "${args_no_hyphens}", "$WANDB_RUN_ID"
+
+
 RECIPE, RUN = r"RECIPE=(\S+)", rf"RUN=(\S*){re.escape(RUN_ID)}"
 
 

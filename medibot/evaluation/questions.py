@@ -1,0 +1,107 @@
+"""TODO."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from medibot.cleaning.rules import fold
+from medibot.data.conversations import COLUMNS
+from medibot.data.gate import audit_labels, refuse_faults
+from medibot.data.prepared import prepare
+from medibot.data.splitting import find_near_texts, sha256
+from medibot.errors import RecipeError
+from medibot.model.loading import make_tiny_model
+from medibot.recipe import load_recipe
+from medibot.run import Run
+
+# A file that someone hands over is taken as it is: what cannot be asked or compared is left out, and counted
+AS_IT_IS = [
+    "data.clean=[drop_unanswered, drop_unasked]",
+    "data.group_by=[]",
+    "data.validation=0.0",
+    "data.test=0.0",
+    "data.too_long=drop",
+    "training.eval_strategy=no",
+    "training.eval_on_start=false",
+    "training.load_best_model_at_end=false",
+]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The rows that are asked: conversations, and their `input_ids` and `labels` as TRL makes them for training."""
+
+    rows: Dataset
+    tokens: Dataset
+    of: int
+    described: str
+    known: list[int]
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256(json.dumps([[row["prompt"], row["completion"]] for row in self.rows]))
+
+
+def held_out_file(this: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows of a file in the schema of the run's data, prepared as its own are."""
+    if not file.is_file():
+        raise RecipeError.of("DATA", f"no file {str(file)!r}", "give a .jsonl, .csv or .parquet file")
+    unlimited = ["data.limit=null"] if load_recipe(str(this.recipe)).data.limit else []
+    recipe = load_recipe(str(this.recipe), [*AS_IT_IS, *unlimited, f"data.path={json.dumps(str(file))}"])
+    prepared = prepare(recipe, tokenizer)
+    for line in prepared.ledger:
+        if line["dropped"]:
+            print(f"{file.name}: {line['dropped']} rows dropped by {line['rule']}")
+    return prepared.load("train")
+
+
+def choose(
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    found: Dataset | None,
+    train: Dataset,
+    most: int | None,
+    described: str,
+    check_known: bool,
+) -> Questions:
+    """The rows to ask, with labels that are proven to cover each answer and its stop token and nothing else."""
+    if found is None:
+        raise RecipeError.of("eval", "the recipe keeps no test split (data.test is 0)", "give DATA=file.jsonl")
+    order = sorted(range(len(found)), key=lambda place: sha256(f"{question(found[place])}\0{found[place]['row']}"))
+    rows = found.select(sorted(order[:most]))
+    tokens = tokenized(tokenizer, rows)
+    report = audit_labels(tokens, rows, tokenizer, config.eos_token_id, None, "test")
+    refuse_faults(report, tokens, tokenizer)
+    known = known_rows(rows, train) if check_known else []
+    return Questions(rows, tokens, len(found), described, known)
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
+    """`input_ids` and `labels` of each row by TRL's own preparation, so that what is scored is what was trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        switches = {"report_to": "none", "bf16": False, "max_length": None, "disable_tqdm": True}
+        args = SFTConfig(folder, use_cpu=True, activation_checkpointing=False, **switches)
+        chosen = rows.select_columns(COLUMNS)
+        trainer = SFTTrainer(make_tiny_model(tokenizer), args=args, train_dataset=chosen, processing_class=tokenizer)
+        return trainer.train_dataset
+
+
+def known_rows(rows: Dataset, train: Dataset) -> list[int]:
+    """Which of `rows` have a question, or nearly an answer, of the training split."""
+    questions = {fold(question(row)) for row in train}
+    near = find_near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
+    return [row["row"] for row in rows if fold(question(row)) in questions or fold(reference(row)) in near]
+
+
+def question(row: dict[str, Any]) -> str:
+    return row["prompt"][-1]["content"]
+
+
+def reference(row: dict[str, Any]) -> str:
+    return row["completion"][0]["content"]
