@@ -246,7 +246,7 @@ def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "
 @app.command()
 def merge(run: TrainedRun = "quickstart") -> None:
     """Whole weights of base and adapter, proven to answer as the trained model does."""
-    from medibot.export import merge as merge_run
+    from medibot.export.merge import merge as merge_run
 
     merge_run(run)
 
@@ -254,7 +254,7 @@ def merge(run: TrainedRun = "quickstart") -> None:
 @app.command("export-gguf")
 def export_gguf(run: TrainedRun = "quickstart") -> None:
     """One GGUF file and Ollama's Modelfile, checked against the merged weights."""
-    from medibot.gguf import export_gguf as export
+    from medibot.export.gguf import export_gguf as export
 
     export(run)
 
@@ -267,7 +267,7 @@ def card(
     """The run's model card, into each of its folders that can be shared."""
     if html:
         require_folder(html, "--html")
-    from medibot.card import card as write_card
+    from medibot.export.card import card as write_card
 
     write_card(run, html)
 
@@ -281,7 +281,7 @@ def push(
     yes: Annotated[bool, typer.Option("--yes", help="Send it; without, only say what would go out.")] = False,
 ) -> None:
     """Show what would go to the hub, and with --yes send it there, into a private repository."""
-    from medibot.push import push as push_run
+    from medibot.export.push import push as push_run
 
     push_run(run, repo, folder, public, yes)
 

@@ -16,14 +16,17 @@ from conftest import FAMILIES, OVERRIDES, ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from medibot import export, gguf
-from medibot.card import card
 from medibot.errors import RecipeError
+from medibot.export import gguf
+from medibot.export import merge as merging
+from medibot.export.card import card
+from medibot.export.gguf import CONVERTER, export_gguf, read_fields, require_same_words
+from medibot.export.merge import QUESTIONS, distance, held_out, merge
+from medibot.export.ollama import modelfile, pieces_of
 from medibot.model.generation import generate_answers
 from medibot.model.loading import load_tuned
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import make_prompt
-from medibot.ollama import modelfile, pieces_of
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 from medibot.training.session import train
@@ -54,14 +57,14 @@ def merged(folder, make_model):
     # Without the penalty a random model says one token again and again
     more = ["training.learning_rate=0.1", "evaluation.generate.repetition_penalty=1.5"]
     run = trained(folder, make_model("smollm2"), "mine", *more)
-    export.merge("mine")
+    merge("mine")
     return run
 
 
 def test_the_merge_that_is_kept_is_the_model_that_was_trained(merged):
     proof = read_json(merged.merged / "merge.json")
     base, dequantized = proof["modes"]["base"], proof["modes"]["dequantized"]
-    assert proof["kept"] == "dequantized" and proof["questions"] == export.QUESTIONS
+    assert proof["kept"] == "dequantized" and proof["questions"] == QUESTIONS
     assert dequantized["greedy_agreement"] == 1.0 and dequantized["max_logit_difference"] < 1e-3
     # What was left out of the stored 4-bit weights is more than the rounding of float32
     assert base["max_logit_difference"] > 100 * dequantized["max_logit_difference"]
@@ -98,28 +101,28 @@ def test_the_cards_own_lines_answer_in_plain_transformers_without_medibot(merged
 
 def test_merge_is_done_once_for_each_adapter(merged, capsys):
     before = read_json(merged.merged / "merge.json")
-    export.merge("mine")
+    merge("mine")
     assert "merged already" in capsys.readouterr().out
     file = merged.weights / "adapter_model.safetensors"
     kept = file.read_bytes()
     save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     try:
-        export.merge("mine")
+        merge("mine")
         assert read_json(merged.merged / "merge.json")["adapter"] != before["adapter"]
     finally:
         file.write_bytes(kept)
 
 
 def test_unfaithful_merge_is_refused_and_nothing_of_it_stays(merged, monkeypatch):
-    monkeypatch.setattr(export, "MOST_DIFFERENCE", 0.0)
-    monkeypatch.setattr(export, "is_merged", lambda *_: False)
+    monkeypatch.setattr(merging, "MOST_DIFFERENCE", 0.0)
+    monkeypatch.setattr(merging, "is_merged", lambda *_: False)
     with pytest.raises(RecipeError, match=r"nearest merge \(dequantized\) .* use the adapter as it is"):
-        export.merge("mine")
+        merge("mine")
     assert not list(merged.folder.glob(".merged-*"))
 
 
 def test_disk_that_fills_during_a_merge_is_said_in_a_line_and_nothing_of_it_stays(merged, monkeypatch):
-    monkeypatch.setattr(export, "is_merged", lambda *_: False)
+    monkeypatch.setattr(merging, "is_merged", lambda *_: False)
     before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(merged.folder.rglob("*"))
     with (
         monkeypatch.context() as patch,
@@ -136,18 +139,18 @@ def test_disk_that_fills_during_a_merge_is_said_in_a_line_and_nothing_of_it_stay
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
         patch.setattr(PreTrainedModel, "save_pretrained", full)
-        export.merge("mine")
+        merge("mine")
     assert sorted(merged.folder.rglob("*")) == there
 
 
 def test_distance_tells_what_differs():
     trained_logits = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
-    assert export.distance(trained_logits, trained_logits.clone()) == {
+    assert distance(trained_logits, trained_logits.clone()) == {
         "greedy_agreement": 1.0,
         "max_logit_difference": 0.0,
         "mean_kl": 0.0,
     }
-    found = export.distance(trained_logits, torch.tensor([[2.5, 2.0, 0.0], [3.0, 0.0, 0.0]]))
+    found = distance(trained_logits, torch.tensor([[2.5, 2.0, 0.0], [3.0, 0.0, 0.0]]))
     assert found["greedy_agreement"] == 0.5 and found["max_logit_difference"] == 1.5
     p, q = (row.softmax(0) for row in (trained_logits[0], torch.tensor([2.5, 2.0, 0.0])))
     assert found["mean_kl"] == pytest.approx(float((p * (p / q).log()).sum()) / 2, rel=1e-5)
@@ -156,11 +159,11 @@ def test_distance_tells_what_differs():
 def test_without_the_data_the_fixed_questions_are_asked(merged, capsys):
     tokenizer = AutoTokenizer.from_pretrained(merged.weights)
     gone = ["data.path=none.jsonl", 'evaluation.questions=["What is anemia?"]']
-    asked, prompts = export.held_out(load_recipe(str(merged.recipe), gone), tokenizer)
+    asked, prompts = held_out(load_recipe(str(merged.recipe), gone), tokenizer)
     assert asked == "fixed questions" and [prompt[-1]["content"] for prompt in prompts] == ["What is anemia?"]
     assert "none.jsonl" in capsys.readouterr().out
     with pytest.raises(RecipeError, match=r"evaluation\.questions"):
-        export.held_out(load_recipe(str(merged.recipe), gone[:1]), tokenizer)
+        held_out(load_recipe(str(merged.recipe), gone[:1]), tokenizer)
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -184,23 +187,23 @@ def whole(folder):
     shutil.copyfile(SMOLLM2 / "generation_config.json", base / "generation_config.json")
     run = trained(folder, base, "whole", "lora=null", "quantization=null")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "CONVERTER", ROOT / gguf.CONVERTER)
-        gguf.export_gguf("whole")
+        patch.setattr(gguf, "CONVERTER", ROOT / CONVERTER)
+        export_gguf("whole")
     return run
 
 
 @pytest.fixture(scope="module")
 def fields(whole):
-    return gguf.read_fields(whole.gguf / "whole.gguf")
+    return read_fields(whole.gguf / "whole.gguf")
 
 
 def test_full_fine_tune_has_nothing_to_merge(whole, capsys):
-    assert export.merge("whole") == whole.weights and not whole.merged.exists()
+    assert merge("whole") == whole.weights and not whole.merged.exists()
     assert "nothing to merge" in capsys.readouterr().out
 
 
 def test_disk_that_fills_during_the_conversion_is_said_in_a_line_and_nothing_of_it_stays(whole, monkeypatch):
-    monkeypatch.setattr(gguf, "CONVERTER", ROOT / gguf.CONVERTER)
+    monkeypatch.setattr(gguf, "CONVERTER", ROOT / CONVERTER)
     before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(whole.folder.rglob("*"))
     run_command = subprocess.run
 
@@ -213,13 +216,13 @@ def test_disk_that_fills_during_the_conversion_is_said_in_a_line_and_nothing_of_
 
     with monkeypatch.context() as patch, pytest.raises(RecipeError, match="File too large"):
         patch.setattr(subprocess, "run", full)
-        gguf.export_gguf("whole")
+        export_gguf("whole")
     assert sorted(whole.folder.rglob("*")) == there
 
 
 def test_gguf_file_holds_tokens_template_stops_and_answers(whole, fields):
     proof = read_json(whole.gguf / "gguf.json")
-    assert proof["greedy_agreement"] == 1.0 and proof["tokens"] >= proof["questions"] == export.QUESTIONS
+    assert proof["greedy_agreement"] == 1.0 and proof["tokens"] >= proof["questions"] == QUESTIONS
     tokenizer = AutoTokenizer.from_pretrained(whole.weights)
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
     text = (whole.gguf / "Modelfile").read_text()
@@ -241,15 +244,15 @@ def test_gguf_file_with_other_words_is_refused(whole, fields, key, value, said):
     names = {"tokens": "tokenizer.ggml.tokens", "eos": "tokenizer.ggml.eos_token_id"}
     name = names.get(key, f"tokenizer.{key}")
     tokenizer, config = AutoTokenizer.from_pretrained(whole.weights), GenerationConfig.from_pretrained(whole.weights)
-    gguf.require_same_words(fields, tokenizer, config)
+    require_same_words(fields, tokenizer, config)
     with pytest.raises(RecipeError, match=said):
-        gguf.require_same_words(fields | {name: value(fields[name])}, tokenizer, config)
+        require_same_words(fields | {name: value(fields[name])}, tokenizer, config)
 
 
 def test_tokenizer_that_the_converter_does_not_know_is_one_line(merged, whole, monkeypatch):
-    monkeypatch.setattr(gguf, "CONVERTER", ROOT / gguf.CONVERTER)
+    monkeypatch.setattr(gguf, "CONVERTER", ROOT / CONVERTER)
     with pytest.raises(RecipeError, match="converter cannot turn") as caught:
-        gguf.export_gguf("mine")
+        export_gguf("mine")
     assert "\n" not in str(caught.value) and not merged.gguf.exists()
     assert not list(merged.folder.glob(".gguf*"))
 
@@ -257,7 +260,7 @@ def test_tokenizer_that_the_converter_does_not_know_is_one_line(merged, whole, m
 def test_missing_converter_says_how_to_get_it(merged, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="make export-gguf"):
-        gguf.export_gguf("mine")
+        export_gguf("mine")
 
 
 # --- Ollama's template ------------------------------------------------------------------------------------------------

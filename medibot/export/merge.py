@@ -25,9 +25,15 @@ from medibot.run import Run, find_finished_run, locked, read_json, removed_on_fa
 
 # How much is asked: questions, and tokens of each greedy answer
 QUESTIONS, TOKENS = 16, 32
+
+
 # Limits of what counts as the same model; require_faithful says why
 LEAST_AGREEMENT, MOST_DIFFERENCE = 0.9, 6.0
+
+
 MODES = {"base": "the base as it came", "dequantized": "the base as it was trained on"}
+
+
 # What a folder of weights needs beside them, and is copied byte by byte; the adapter's own files stay behind
 NOT_COPIED = ("adapter_", "README.md", "training_args.bin")
 
@@ -89,9 +95,6 @@ def is_merged(this: Run, adapter: dict[str, str]) -> bool:
 
 def candidate(this: Run, mode: str) -> Path:
     return this.folder / f".merged-{mode}.partial"
-
-
-# --- the trained model ------------------------------------------------------------------------------------------------
 
 
 def ask(this: Run, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Probe:
@@ -165,9 +168,6 @@ def logits(weights: PreTrainedModel, sequences: list[tuple[list[int], list[int]]
         found = weights(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
         rows.append(found.float().cpu())
     return torch.cat(rows)
-
-
-# --- the merged ones --------------------------------------------------------------------------------------------------
 
 
 def nearest(

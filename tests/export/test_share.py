@@ -10,10 +10,10 @@ import pytest
 from conftest import OVERRIDES, ROOT
 from huggingface_hub import ModelCard, constants
 
-from medibot.card import card, public
 from medibot.errors import RecipeError
 from medibot.evaluation.evaluate import evaluate
-from medibot.push import push
+from medibot.export.card import card, public
+from medibot.export.push import push
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 from medibot.training.session import train

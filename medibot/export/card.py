@@ -20,6 +20,7 @@ from medibot.run import Run, find_finished_run, read_json
 
 LIBRARY = {"model": "peft", "merged": "transformers", "gguf": "gguf"}
 
+
 CARD = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
     """# {{ run }}
 
