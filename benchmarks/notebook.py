@@ -16,6 +16,7 @@ chat template, as any server would; what the reference answers cost under the ha
 """
 
 import argparse
+import dataclasses
 import random
 import tempfile
 import time
@@ -24,7 +25,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from medibot.data.prepared import Inputs, gather
+from medibot.data.prepared import Prepared, prepare
 from medibot.data.sources import open_source
 from medibot.data.splitting import sha256
 from medibot.evaluation.questions import choose, question, reference
@@ -58,11 +59,11 @@ def written_by_hand(question: str, answer: str) -> tuple[str, str]:
     return f"<|system|>\n{SYSTEM}</s>\n<|user|>\n{question}</s>\n<|assistant|>\n", f"{answer}</s>"
 
 
-def raw_rows(inputs: Inputs, count: int) -> list[tuple[str, str]]:
+def raw_rows(prepared: Prepared, count: int) -> list[tuple[str, str]]:
     """(question, answer or "None") of rows of the raw file that share nothing with a held-out row, drawn at random."""
-    data = inputs.recipe.data
-    rows = open_source(inputs.recipe)[1]()
-    held = {row for split in ("validation", "test") for row in inputs.prepared.load(split)["row"]}
+    data = prepared.recipe.data
+    rows = open_source(prepared.recipe)[1]()
+    held = {row for split in ("validation", "test") for row in prepared.load(split)["row"]}
     keys = {(column, rows[row][column]) for row in held for column in data.group_by if rows[row][column]}
     free = [row for row in rows if not any((column, row[column]) in keys for column in data.group_by)]
     print(f"{len(rows):,} raw rows, {len(free):,} of them share nothing with a held-out row")
@@ -89,14 +90,14 @@ class Clock(TrainerCallback):
             print(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}", flush=True)
 
 
-def fit(inputs: Inputs, texts: list[str], steps: int):
+def fit(prepared: Prepared, texts: list[str], steps: int):
     """(the adapted model, its Clock) after `steps` batches of the padded texts."""
-    tokens = inputs.tokenizer(texts, padding="max_length", truncation=True, max_length=WIDTH, return_tensors="pt")
+    tokens = prepared.tokenizer(texts, padding="max_length", truncation=True, max_length=WIDTH, return_tensors="pt")
     columns = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
     rows = [{key: value[place] for key, value in columns.items()} for place in range(len(texts))]
     rows = [row | {"labels": row["input_ids"].clone()} for row in rows]
     torch.manual_seed(0)
-    weights = get_peft_model(load_base(inputs.recipe, inputs.precision.dtype), LoraConfig(**inputs.recipe.lora))
+    weights = get_peft_model(load_base(prepared.recipe, prepared.precision.dtype), LoraConfig(**prepared.recipe.lora))
     weights.enable_input_require_grads()
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +113,7 @@ def fit(inputs: Inputs, texts: list[str], steps: int):
             report_to="none",
             disable_tqdm=True,
             seed=0,
-            **inputs.precision.training,
+            **prepared.precision.training,
         )
         trainer = Trainer(weights, args, train_dataset=rows, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
@@ -120,14 +121,14 @@ def fit(inputs: Inputs, texts: list[str], steps: int):
     return weights, clock
 
 
-def cost_under_own_prompt(inputs: Inputs, weights, test_rows: int) -> dict[str, float]:
+def cost_under_own_prompt(prepared: Prepared, weights, test_rows: int) -> dict[str, float]:
     """Nats a token of the reference answers behind the hand-written prompt, without and with the adapter."""
-    found = inputs.prepared.load("test")
-    asked = choose(inputs.tokenizer, inputs.generation, found, found, test_rows, "test split", False)
+    found = prepared.load("test")
+    asked = choose(prepared.tokenizer, prepared.generation, found, found, test_rows, "test split", False)
     rows = []
     for row in asked.rows:
         prompt, rest = written_by_hand(question(row), reference(row))
-        before, answer = (inputs.tokenizer(text)["input_ids"] for text in (prompt, rest))
+        before, answer = (prepared.tokenizer(text)["input_ids"] for text in (prompt, rest))
         ids = (before + answer)[:WIDTH]
         rows.append({"input_ids": ids, "labels": ([-100] * len(before) + answer)[: len(ids)]})
     weights.eval()
@@ -147,27 +148,27 @@ def main() -> None:
     given = parser.parse_args()
     like = find_finished_run(given.run)
     recipe = load_recipe(str(like.recipe))
-    inputs = gather(recipe)
+    prepared = prepare(recipe)
     cost, seen = like.record()["summary"]["cost"], read_lines(like.metrics)[-1]["num_examples_seen"]
     as_notebook = load_recipe(str(like.recipe), AS_NOTEBOOK if recipe.lora else [*AS_NOTEBOOK, "lora.bias=none"])
-    inputs = Inputs(as_notebook, inputs.tokenizer, inputs.generation, inputs.precision, inputs.prepared)
-    drawn = raw_rows(inputs, seen)
+    prepared = dataclasses.replace(prepared, recipe=as_notebook)
+    drawn = raw_rows(prepared, seen)
     texts = ["".join(written_by_hand(*row)) for row in drawn]
     if given.steps:
         steps = given.steps
     else:
-        _, clock = fit(inputs, texts, 2)
+        _, clock = fit(prepared, texts, 2)
         steps = max(1, min(len(texts) // BATCH, round(cost["training_seconds"] / clock.seconds[-1])))
         print(f"{clock.seconds[-1]:.1f} s a step: {steps} steps in the {cost['training_seconds']:.0f} s of {like.name}")
     drawn, texts = drawn[: steps * BATCH], texts[: steps * BATCH]
-    weights, clock = fit(inputs, texts, steps)
+    weights, clock = fit(prepared, texts, steps)
 
     this = open_run(f"{like.name}-as-notebook")
     this.folder.mkdir(parents=True, exist_ok=True)
     weights.save_pretrained(this.weights)
-    inputs.tokenizer.save_pretrained(this.weights)
-    inputs.generation.save_pretrained(this.weights)
-    lengths = [len(ids) for ids in inputs.tokenizer([answer for _, answer in drawn if answer != "None"])["input_ids"]]
+    prepared.tokenizer.save_pretrained(this.weights)
+    prepared.generation.save_pretrained(this.weights)
+    lengths = [len(ids) for ids in prepared.tokenizer([answer for _, answer in drawn if answer != "None"])["input_ids"]]
     empty = sum(answer == "None" for _, answer in drawn)
     # What can be learned from, as for every other run, and not the padding that this loss covers as well
     supervised, spent = sum(min(length, WIDTH) for length in lengths), sum(clock.seconds)
@@ -194,7 +195,7 @@ def main() -> None:
     this.write("run.json", {"status": "finished", "fingerprint": key, "parts": parts, "summary": summary})
     print(f"{len(drawn)} rows, {empty} of them without an answer; {supervised:,} answer tokens in {spent:.0f} s")
     print(f"written: {this.folder}; next: make eval RUN={this.name}")
-    for which, value in cost_under_own_prompt(inputs, weights, given.test_rows).items():
+    for which, value in cost_under_own_prompt(prepared, weights, given.test_rows).items():
         print(f"under the hand-written prompt, {which}: {value:.4f} nats a token of the reference answers")
 
 

@@ -216,43 +216,43 @@ def cpu_name() -> str:
 
 
 def gathered(given: argparse.Namespace, *more: str) -> Any:
-    from medibot.data.prepared import gather
+    from medibot.data.prepared import prepare
     from medibot.recipe import load_recipe
 
-    return gather(load_recipe(RECIPE, [*overrides(given), *more]))
+    return prepare(load_recipe(RECIPE, [*overrides(given), *more]))
 
 
-def tokenized(inputs: Any) -> Any:
+def tokenized(prepared: Any) -> Any:
     """(rows as TRL tokenizes them for MediBot, the trainer's collator)."""
     from medibot.model.loading import make_tiny_model
     from medibot.run import Run
     from medibot.training.trainer import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(inputs, Run(Path(folder)), lambda: make_tiny_model(inputs.tokenizer), lora=False)
+        trainer = build_trainer(prepared, Run(Path(folder)), lambda: make_tiny_model(prepared.tokenizer), lora=False)
         return list(trainer.train_dataset), trainer.data_collator
 
 
 def rows(given: argparse.Namespace) -> dict[str, Any]:
     """Prepare the rows, leave them to `trl sft` as a file, and count what they need."""
-    inputs = gathered(given)
+    prepared = gathered(given)
     folder = Path(os.environ["SPEED_WORK"]) / "rows"
     folder.mkdir()
-    found = inputs.prepared.load("train").select_columns(["prompt", "completion"])
+    found = prepared.load("train").select_columns(["prompt", "completion"])
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     tokens, supervised = (
-        sum(sum(kept(row)) for row in tokenized(inputs)[0])
+        sum(sum(kept(row)) for row in tokenized(prepared)[0])
         for kept in (lambda row: [1] * len(row["input_ids"]), lambda row: [label != -100 for label in row["labels"]])
     )
     return {
         "rows": len(found),
         "tokens": tokens,
         "supervised": supervised,
-        "needed_flop": needed(inputs, tokens, supervised),
+        "needed_flop": needed(prepared, tokens, supervised),
     }
 
 
-def needed(inputs: Any, tokens: int, supervised: int) -> float:
+def needed(prepared: Any, tokens: int, supervised: int) -> float:
     """FLOP of the matrix products that one pass over the rows needs, attention's own left out.
 
     2 a weight and token forward and 2 backward for frozen weights (no gradient of their own), 6 for the adapter's; the
@@ -260,12 +260,12 @@ def needed(inputs: Any, tokens: int, supervised: int) -> float:
     """
     from medibot.training.trainer import load_weights
 
-    config = load_weights(inputs).config
+    config = load_weights(prepared).config
     hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     narrow = hidden * config.num_key_value_heads // config.num_attention_heads
     shapes = [(hidden, hidden)] * 2 + [(hidden, narrow)] * 2 + [(hidden, wide)] * 3
     frozen = layers * sum(a * b for a, b in shapes)
-    adapter = layers * sum(inputs.recipe.lora["r"] * (a + b) for a, b in shapes)
+    adapter = layers * sum(prepared.recipe.lora["r"] * (a + b) for a, b in shapes)
     return 4.0 * (frozen * tokens + config.vocab_size * hidden * supervised) + 6.0 * adapter * tokens
 
 
@@ -300,14 +300,14 @@ def plain(given: argparse.Namespace) -> dict[str, Any]:
     from medibot.training.cpu import prefer_onednn
     from medibot.training.trainer import load_weights
 
-    inputs = gathered(given)
-    data, collate = tokenized(inputs)
+    prepared = gathered(given)
+    data, collate = tokenized(prepared)
     prefer_onednn()
     torch.manual_seed(0)
-    weights = get_peft_model(load_weights(inputs), make_lora_config(inputs.recipe)).train()
+    weights = get_peft_model(load_weights(prepared), make_lora_config(prepared.recipe)).train()
     trained = [parameter for parameter in weights.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
-    size = inputs.recipe.training["per_device_train_batch_size"]
+    size = prepared.recipe.training["per_device_train_batch_size"]
     data.sort(key=lambda row: len(row["input_ids"]), reverse=True)
     started = time.perf_counter()
     for place in range(0, len(data), size):
@@ -321,10 +321,10 @@ def plain(given: argparse.Namespace) -> dict[str, Any]:
 def notebook(given: argparse.Namespace) -> dict[str, Any]:
     from notebook import AS_NOTEBOOK, BATCH, fit, written_by_hand
 
-    inputs = gathered(given, *AS_NOTEBOOK)
-    found = inputs.prepared.load("train").select(range(given.notebook_rows))
+    prepared = gathered(given, *AS_NOTEBOOK)
+    found = prepared.load("train").select(range(given.notebook_rows))
     texts = ["".join(written_by_hand(row["prompt"][-1]["content"], row["completion"][0]["content"])) for row in found]
-    _, clock = fit(inputs, texts, len(texts) // BATCH)
+    _, clock = fit(prepared, texts, len(texts) // BATCH)
     return {"rows": len(texts), "seconds": sum(clock.seconds)}
 
 

@@ -16,7 +16,7 @@ from conftest import MINIATURE, ROOT, SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medibot.data.prepared import gather
+from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
 from medibot.run import open_run
@@ -180,7 +180,7 @@ def test_a_mutated_data_file_is_trained_on_or_said_in_a_line(small, workplace, c
 def test_a_cell_of_ten_megabytes_is_counted_and_left_out(small, workplace, capsys):
     rows = [*ROWS, ROWS[0] | {"question": "What is long?", "answer": "word " * 2_000_000}]
     (workplace / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepared = gather(small(workplace / "long.jsonl")).prepared
+    prepared = prepare(small(workplace / "long.jsonl"))
     dropped = {line["rule"]: line["dropped"] for line in prepared.ledger}
     assert sum(dropped.values()) >= 1 and "What is long?" not in str(prepared.load("train")["prompt"])
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,16 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Prepared:
-    """Conversations of one recipe, read from `folder`.
+    """Everything that a training starts from, before a weight is loaded.
 
-    Columns of each split: `row` (index in the source), `group`, `tokens` (of the whole chat), `prompt` and
-    `completion` (lists of chat messages), and every other column of the source.
+    The conversations are read from `folder`. Columns of each split: `row` (index in the source), `group`, `tokens` (of
+    the whole chat), `prompt` and `completion` (lists of chat messages), and every other column of the source.
     """
 
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase = field(compare=False)
+    generation: GenerationConfig = field(compare=False)
+    precision: Precision
     folder: Path
     fingerprint: str
     ledger: list[dict[str, Any]]
@@ -58,15 +62,22 @@ class Prepared:
     split: dict[str, Any]
 
     def load(self, split: str) -> Dataset | None:
-        """One of train, validation, test (test is for evaluation alone); None where the recipe gives it no rows."""
+        """Return the rows of train, validation or test (for evaluation alone); None where the recipe gives it none."""
         return Dataset.load_from_disk(str(self.folder / split)) if self.split["rows"][split] else None
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Callable[[str], None] = print) -> Prepared:
-    """The recipe's conversations, made once per content fingerprint and then read by every process.
+def prepare(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None, progress: Callable[[str], None] = print
+) -> Prepared:
+    """Return the recipe's conversations, made once per content fingerprint and then read by every process.
 
-    Raises RecipeError where the data cannot be what the recipe says.
+    `tokenizer` stands in the place of the model's own, `progress` is told what takes time. Raises RecipeError where the
+    data cannot be what the recipe says. Loads no weights.
     """
+    silence_upstream()
+    disable_progress_bars()
+    tokenizer = tokenizer or load_tokenizer(recipe)
+    generation = load_generation_config(recipe, tokenizer)
     source_hash, rows = open_source(recipe)
     fingerprint = prepared_fingerprint(recipe, tokenizer, source_hash)
     folder = cache_folder() / fingerprint[:16]
@@ -77,7 +88,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: Callab
             progress(f"preparing {recipe.data.path}: reading rows")
             make(recipe, tokenizer, rows(), folder, progress)
     record = json.loads((folder / "prepared.json").read_text())
-    return Prepared(folder=folder, fingerprint=fingerprint, **record)
+    precision = choose_precision(recipe.model.get("dtype"))
+    return Prepared(recipe, tokenizer, generation, precision, folder, fingerprint, **record)
 
 
 def cache_folder() -> Path:
@@ -157,28 +169,3 @@ def require_rows(recipe: Recipe, chosen: dict[str, list[Row]]) -> None:
             what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"
             key = "data.validation" if name == "train" else f"data.{name}"
             raise recipe.error(key, what, "change the share or add rows")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything a training starts from, before a weight is loaded."""
-
-    recipe: Recipe
-    tokenizer: PreTrainedTokenizerBase
-    generation: GenerationConfig
-    precision: Precision
-    prepared: Prepared
-
-
-def gather(recipe: Recipe) -> Inputs:
-    """Tokenizer, precision and conversations of a recipe; refuses what cannot train, loads no weights."""
-    silence_upstream()
-    disable_progress_bars()
-    tokenizer = load_tokenizer(recipe)
-    return Inputs(
-        recipe,
-        tokenizer,
-        load_generation_config(recipe, tokenizer),
-        choose_precision(recipe.model.get("dtype")),
-        prepare(recipe, tokenizer),
-    )

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from medibot import tracking
 from medibot.data.conversations import COLUMNS
-from medibot.data.prepared import gather
+from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
 from medibot.evaluation.metrics import METRICS, definitions, score_answer
@@ -37,16 +37,16 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> di
     this = find_finished_run(name)
     with locked(this, True):
         recipe = load_recipe(str(this.recipe))
-        inputs = gather(recipe)
-        if inputs.prepared.split["fingerprint"] != read_json(this.folder / "split.json")["fingerprint"]:
+        prepared = prepare(recipe)
+        if prepared.split["fingerprint"] != read_json(this.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"
             raise RecipeError.of(f"outputs/{name}", "the data is not what the run was split from", remedy)
         # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
         tokenizer = AutoTokenizer.from_pretrained(this.weights)
         config = GenerationConfig.from_pretrained(this.weights)
-        known = inputs.prepared.load("train")
+        known = prepared.load("train")
         if data is None:
-            found, described = inputs.prepared.load("test"), f"test split of {recipe.data.path}"
+            found, described = prepared.load("test"), f"test split of {recipe.data.path}"
         else:
             found, described = held_out_file(this, data, tokenizer), data.name
         questions = choose(tokenizer, config, found, known, rows, described, check_known=data is not None)
@@ -54,13 +54,13 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> di
             print(f"warning: row {row} of {described} stands in the training split")
         seconds: dict[str, float] = {}
         raw = {"base": [], "tuned": []}
-        for which, load in loaders(recipe, this, inputs.precision.dtype).items():
+        for which, load in loaders(recipe, this, prepared.precision.dtype).items():
             started = time.monotonic()
-            key = score_key(recipe, this, questions, tokenizer, config, which, inputs.precision.name)
+            key = score_key(recipe, this, questions, tokenizer, config, which, prepared.precision.name)
             raw[which] = scored(key, which, load, recipe, questions, tokenizer, config)
             seconds[which] = round(time.monotonic() - started, 1)
         lines = joined(questions, raw)
-        results = summarise(recipe, this, questions, config, lines, inputs.precision.name, seconds)
+        results = summarise(recipe, this, questions, config, lines, prepared.precision.name, seconds)
         report = Run(this.folder / ("eval" if data is None else f"eval-{data.stem}"))
         report.folder.mkdir(exist_ok=True)
         report.write("rows.jsonl", "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from medibot.data.prepared import gather
+from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import hash_file, load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
@@ -115,7 +115,7 @@ def held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, l
     The test split stays closed: which merge is kept is a choice.
     """
     try:
-        rows = gather(recipe).prepared.load("validation")
+        rows = prepare(recipe).load("validation")
     except RecipeError as error:
         print(f"warning: the run's data cannot be read, so its fixed questions are asked instead: {error}")
         rows = None

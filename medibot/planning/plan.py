@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from medibot.data.prepared import Inputs, Prepared
+from medibot.data.prepared import Prepared
 from medibot.model.loading import weights_dtype
 from medibot.planning.activations import Kept, head, kept
 from medibot.planning.conflicts import share_batch
@@ -284,8 +284,8 @@ def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
 
 
-def make_plan(inputs: Inputs, device: Device, layout: Layout) -> Plan:
+def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
     """The plan of a training on `device`, with the weights and the rows that each process would hold."""
-    held = weights_dtype(inputs.recipe, device.compute)
-    training = inputs.recipe.training | per_process(inputs.recipe, layout.processes)
-    return Plan(replace(inputs.recipe, training=training), inputs.tokenizer, inputs.prepared, held, device, layout)
+    held = weights_dtype(prepared.recipe, device.compute)
+    training = prepared.recipe.training | per_process(prepared.recipe, layout.processes)
+    return Plan(replace(prepared.recipe, training=training), prepared.tokenizer, prepared, held, device, layout)

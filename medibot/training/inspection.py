@@ -11,7 +11,7 @@ from rich.table import Table
 
 from medibot.data.gate import NAMES, Audit, audit_labels, refuse_faults
 from medibot.data.painting import choose_examples, paint, paint_html, paint_text
-from medibot.data.prepared import Inputs, gather
+from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model, method_name
 from medibot.planning.hardware import detect_device, find_device, read_layout
@@ -48,45 +48,45 @@ No weights were loaded. Data fingerprint {{ prepared.fingerprint[:16] }}, split 
 
 def inspect_recipe(recipe: Recipe, page: Path | None, row: int | None) -> None:
     """Print ledger, leak report, loss-mask report and painted rows; raise RecipeError where training would refuse."""
-    inputs = gather(recipe)
+    prepared = prepare(recipe)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
-            inputs, Run(Path(folder) / "inspect"), lambda: make_tiny_model(inputs.tokenizer), lora=False
+            prepared, Run(Path(folder) / "inspect"), lambda: make_tiny_model(prepared.tokenizer), lora=False
         )
-    dataset, stops = trainer.train_dataset, inputs.generation.eos_token_id
+    dataset, stops = trainer.train_dataset, prepared.generation.eos_token_id
     pairs = [("train", dataset), ("validation", trainer.eval_dataset)]
     limit = trainer.args.max_length
     reports = [
-        audit_labels(rows, inputs.prepared.load(split), inputs.tokenizer, stops, limit, split)
+        audit_labels(rows, prepared.load(split), prepared.tokenizer, stops, limit, split)
         for split, rows in pairs
         if rows
     ]
     if row is not None and not 0 <= row < len(dataset):
         raise RecipeError.of("--row", f"no row {row}", f"the training split has rows 0 to {len(dataset) - 1}")
-    tables = [ledger_table(inputs), leak_table(inputs), mask_table(reports)]
+    tables = [ledger_table(prepared), leak_table(prepared), mask_table(reports)]
     pieces = {
         f"{name} (row {index}, {len(dataset[index]['input_ids'])} tokens)": paint(
-            dataset[index], inputs.tokenizer, stops
+            dataset[index], prepared.tokenizer, stops
         )
         for name, index in choose_examples(dataset, row).items()
     }
-    show(inputs, tables, pieces)
+    show(prepared, tables, pieces)
     if page:
         rows = [(name, paint_html(piece)) for name, piece in pieces.items()]
-        text = PAGE.render(recipe=recipe, prepared=inputs.prepared, tables=tables, rows=rows)
+        text = PAGE.render(recipe=recipe, prepared=prepared, tables=tables, rows=rows)
         page.write_text(text, encoding="utf-8")
         print(f"\nwritten: {page}")
     for (_, rows), report in zip(pairs, reports, strict=False):
-        refuse_faults(report, rows, inputs.tokenizer)
+        refuse_faults(report, rows, prepared.tokenizer)
 
 
-def show(inputs: Inputs, tables: list[Any], pieces: dict[str, Any]) -> None:
+def show(prepared: Prepared, tables: list[Any], pieces: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
     console.print(
-        f"{inputs.recipe.name}: {method_name(inputs.recipe)} of {inputs.recipe.model['pretrained_model_name_or_path']}"
+        f"{prepared.recipe.name}: {method_name(prepared.recipe)} of {prepared.recipe.model['pretrained_model_name_or_path']}"
     )
-    console.print(f"precision here: {inputs.precision.name} ({inputs.precision.reason})")
-    names = [repr(inputs.tokenizer.decode([token])) for token in inputs.generation.eos_token_id]
+    console.print(f"precision here: {prepared.precision.name} ({prepared.precision.reason})")
+    names = [repr(prepared.tokenizer.decode([token])) for token in prepared.generation.eos_token_id]
     console.print(f"generation stops at {', '.join(names)}")
     for title, header, rows in tables:
         table = Table(*header, title=title, title_justify="left")
@@ -101,19 +101,19 @@ def show(inputs: Inputs, tables: list[Any], pieces: dict[str, Any]) -> None:
         console.print(paint_text(piece))
 
 
-def ledger_table(inputs: Inputs) -> tuple[str, list[str], list[list[Any]]]:
+def ledger_table(prepared: Prepared) -> tuple[str, list[str], list[list[Any]]]:
     lines = [
         [line["rule"], *(f"{line[key]:,}" for key in ("rows_in", "dropped", "changed", "added", "rows_out"))]
-        for line in inputs.prepared.ledger
+        for line in prepared.ledger
     ]
-    sizes = inputs.prepared.split["rows"]
+    sizes = prepared.split["rows"]
     lines.append(["split: " + ", ".join(f"{name} {count:,}" for name, count in sizes.items()), "", "", "", "", ""])
     return "Ledger", ["rule", "rows in", "dropped", "changed", "added", "rows out"], lines
 
 
-def leak_table(inputs: Inputs) -> tuple[str, list[str], list[list[Any]]]:
+def leak_table(prepared: Prepared) -> tuple[str, list[str], list[list[Any]]]:
     """Rows that share something with an earlier split: here, and what a random split of these rows would leak."""
-    leaks = inputs.prepared.leaks
+    leaks = prepared.leaks
     kinds = list(dict.fromkeys(kind for counts in leaks.values() for kind in counts))
     rows = [[kind, *(counts.get(kind, "") for counts in leaks.values())] for kind in kinds]
     return "Leak report (rows)", ["shared", *(name.replace("_", " ") for name in leaks)], rows
@@ -130,8 +130,8 @@ def mask_table(reports: list[Audit]) -> tuple[str, list[str], list[list[Any]]]:
 def plan_recipe(recipe: Recipe, gpu: str | None, accelerate: dict[str, Any], processes: int) -> None:
     """Print what the training needs on `gpu` (this machine if None), and leave it in outputs/plans/ as JSON."""
     device = find_device(gpu, recipe.model.get("dtype")) if gpu else None
-    inputs = gather(recipe)
-    planned = make_plan(inputs, device or detect_device(inputs.precision.dtype), read_layout(accelerate, processes))
+    prepared = prepare(recipe)
+    planned = make_plan(prepared, device or detect_device(prepared.precision.dtype), read_layout(accelerate, processes))
     show_plan(planned)
     file = outputs_folder() / "plans" / f"{recipe.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

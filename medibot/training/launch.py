@@ -50,9 +50,9 @@ def launch_training(recipe: str, overrides: list[str], own: list[str], accelerat
         refuse_conflicts(checked, hardware, visible_gpus(), machines)
         share_batch(checked, processes)
         # One process says what is wrong before several do, and leaves the prepared data for all of them
-        from medibot.data.prepared import gather
+        from medibot.data.prepared import prepare
 
-        gather(checked)
+        prepare(checked)
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         count = ["--num_processes", str(processes)] if "--num_processes" not in more else []

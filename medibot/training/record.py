@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
 from medibot import tracking
-from medibot.data.prepared import Inputs
+from medibot.data.prepared import Prepared
 from medibot.errors import RecipeError
 from medibot.model.generation import generate_answers
 from medibot.model.template import template_kwargs
@@ -30,16 +30,16 @@ def compare_memory(planned: Plan, measured: float) -> dict[str, float]:
     return {"planned_bytes": expected, "measured_bytes": measured, "planned_over_measured": expected / measured}
 
 
-def upload(inputs: Inputs, this: Run, mirror: tracking.Mirror) -> None:
+def upload(prepared: Prepared, this: Run, mirror: tracking.Mirror) -> None:
     """What was trained on and what came of it, as W&B artifacts; a full model is too large to go without being asked."""
     record = this.record()
-    data = f"data-{inputs.prepared.fingerprint[:12]}"
+    data = f"data-{prepared.fingerprint[:12]}"
     made_from = {
-        "data_fingerprint": inputs.prepared.fingerprint,
-        "split_fingerprint": inputs.prepared.split["fingerprint"],
+        "data_fingerprint": prepared.fingerprint,
+        "split_fingerprint": prepared.split["fingerprint"],
     }
     mirror.artifact("dataset", data, [this.folder / name for name in ("ledger.json", "split.json")], made_from, {})
-    if inputs.recipe.lora:
+    if prepared.recipe.lora:
         of_run = {"run": this.name, "run_fingerprint": record["fingerprint"], "base": record["parts"]["base"]}
         mirror.artifact("model", f"{this.name}-adapter", [this.weights], of_run | made_from, {data: "dataset"})
 
@@ -67,11 +67,11 @@ class Record(TrainerCallback):
         trainer: CountingTrainer,
         this: Run,
         mirror: tracking.Mirror,
-        inputs: Inputs,
+        prepared: Prepared,
         checkpoint: Path | None,
         signals: Signals,
     ) -> None:
-        self.trainer, self.this, self.mirror, self.inputs = trainer, this, mirror, inputs
+        self.trainer, self.this, self.mirror, self.prepared = trainer, this, mirror, prepared
         self.checkpoint, self.signals, self.stopped = checkpoint, signals, False
         # Without a checkpoint everything is done again, the start included
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
@@ -161,15 +161,15 @@ class Record(TrainerCallback):
 
     def ask(self, weights: PreTrainedModel, step: int) -> None:
         """The recipe's fixed questions, once for each step; every process answers, since shards answer only together."""
-        questions = self.inputs.recipe.evaluation.questions
+        questions = self.prepared.recipe.evaluation.questions
         file = self.this.folder / "answers.jsonl"
         if not questions or any(row["global_step"] == step for row in read_lines(file)):
             return
-        system, tokenizer = self.inputs.recipe.data.system, self.inputs.tokenizer
+        system, tokenizer = self.prepared.recipe.data.system, self.prepared.tokenizer
         markers = role_markers(tokenizer)
         prompts = [make_prompt(question, system, markers) for question in questions]
-        template = template_kwargs(self.inputs.recipe)
-        answers = generate_answers(weights, tokenizer, prompts, self.inputs.generation, template)
+        template = template_kwargs(self.prepared.recipe)
+        answers = generate_answers(weights, tokenizer, prompts, self.prepared.generation, template)
         for question, got in zip(questions, answers, strict=True):
             if PartialState().is_main_process:
                 self.this.append(file, {"global_step": step, "question": question, "answer": got.pop("text"), **got})
@@ -207,13 +207,13 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def wandb_config(this: Run, inputs: Inputs) -> dict[str, Any]:
+def wandb_config(this: Run, prepared: Prepared) -> dict[str, Any]:
     """The recipe under one key, and what identifies data, split, machine and code."""
     if not PartialState().is_main_process:
         return {}
     environment = read_json(this.folder / "environment.json")
-    split = inputs.prepared.split | {"data": inputs.prepared.fingerprint}
+    split = prepared.split | {"data": prepared.fingerprint}
     # Counts alone: the ledger's examples are rows
-    counted = [{key: value for key, value in line.items() if key != "examples"} for line in inputs.prepared.ledger]
-    ledger = {"ledger": counted, "leaks": inputs.prepared.leaks}
-    return {"recipe": inputs.recipe.as_dict(), "split": split, "environment": environment} | ledger
+    counted = [{key: value for key, value in line.items() if key != "examples"} for line in prepared.ledger]
+    ledger = {"ledger": counted, "leaks": prepared.leaks}
+    return {"recipe": prepared.recipe.as_dict(), "split": split, "environment": environment} | ledger

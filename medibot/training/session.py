@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from medibot import tracking
 from medibot.data.gate import Audit, audit_labels, refuse_faults
-from medibot.data.prepared import Inputs, gather
+from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError, Stopped
 from medibot.model.loading import identify_base, method_name, weights_dtype
 from medibot.planning.hardware import GB, detect_device, detect_layout
@@ -55,64 +55,64 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
     """
     state = launched_world()
     this = open_run(name)
-    inputs = gather(recipe)
+    prepared = prepare(recipe)
     base = identify_base(recipe)
-    key, parts = run_fingerprint(recipe, inputs.prepared.fingerprint, base, state.num_processes)
+    key, parts = run_fingerprint(recipe, prepared.fingerprint, base, state.num_processes)
     refuse_changed(this, parts)
     if this.record().get("status") == "finished":
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
         return
     require_writable(this)
-    planned = make_plan(inputs, detect_device(inputs.precision.dtype), detect_layout(state.num_processes))
+    planned = make_plan(prepared, detect_device(prepared.precision.dtype), detect_layout(state.num_processes))
     if state.is_main_process and not anyway:
         planned.require_fit()
     started = this.folder.exists()
     try:
-        trainer = build_trainer(inputs, this, lambda: load_weights(inputs))
-        reports = check(trainer, inputs)
-        require_columns(recipe, inputs.prepared.load("train"))
+        trainer = build_trainer(prepared, this, lambda: load_weights(prepared))
+        reports = check(trainer, prepared)
+        require_columns(recipe, prepared.load("train"))
     except RecipeError:
         if not started and state.is_main_process:
             shutil.rmtree(this.folder, ignore_errors=True)
         raise
-    describe(trainer, inputs, planned)
+    describe(trainer, prepared, planned)
     with locked(this, state.is_main_process):
-        checkpoint = begin(this, inputs, key, parts, reports, trainer)
+        checkpoint = begin(this, prepared, key, parts, reports, trainer)
         if state.is_main_process:
             this.write("plan.json", planned.as_dict())
         # An interrupted run was evaluated at its start already: a second time would stand in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
         with (
-            tracking.tracked(recipe, this, wandb_config(this, inputs), state.is_main_process) as mirror,
+            tracking.tracked(recipe, this, wandb_config(this, prepared), state.is_main_process) as mirror,
             explained(this, trainer, planned),
             Signals() as signals,
         ):
-            record = Record(trainer, this, mirror, inputs, checkpoint, signals)
+            record = Record(trainer, this, mirror, prepared, checkpoint, signals)
             trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if record.stopped:
                 stop(trainer, this, record)
-            save(trainer, inputs, this, mirror, planned)
+            save(trainer, prepared, this, mirror, planned)
     if state.is_main_process:
-        print_next_steps(this, inputs)
+        print_next_steps(this, prepared)
 
 
-def check(trainer: SFTTrainer, inputs: Inputs) -> list[Audit]:
+def check(trainer: SFTTrainer, prepared: Prepared) -> list[Audit]:
     """The gate: audit what the trainer will really read, each split whole."""
     reports = []
     for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
         if dataset is not None:
-            conversations = inputs.prepared.load(split)
-            stops, limit = inputs.generation.eos_token_id, trainer.args.max_length
-            report = audit_labels(dataset, conversations, inputs.tokenizer, stops, limit, split)
-            refuse_faults(report, dataset, inputs.tokenizer)
+            conversations = prepared.load(split)
+            stops, limit = prepared.generation.eos_token_id, trainer.args.max_length
+            report = audit_labels(dataset, conversations, prepared.tokenizer, stops, limit, split)
+            refuse_faults(report, dataset, prepared.tokenizer)
             reports.append(report)
     return reports
 
 
 def begin(
-    this: Run, inputs: Inputs, key: str, parts: dict[str, Any], reports: list[Audit], trainer: SFTTrainer
+    this: Run, prepared: Prepared, key: str, parts: dict[str, Any], reports: list[Audit], trainer: SFTTrainer
 ) -> Path | None:
     """Make the outputs folder, or find the checkpoint to go on from."""
     checkpoint = this.last_checkpoint()
@@ -125,26 +125,26 @@ def begin(
     environment = describe_environment(device_name())
     trainable, total = count_parameters(trainer.model)
     decided = {
-        "dtype": inputs.precision.name,
-        "weights_dtype": str(weights_dtype(inputs.recipe, inputs.precision.dtype)).removeprefix("torch."),
-        "why": inputs.precision.reason,
+        "dtype": prepared.precision.name,
+        "weights_dtype": str(weights_dtype(prepared.recipe, prepared.precision.dtype)).removeprefix("torch."),
+        "why": prepared.precision.reason,
         "processes": PartialState().num_processes,
         "global_batch_size": global_batch_size(trainer),
         "trainable_parameters": trainable,
         "parameters": total,
     }
     this.folder.mkdir(parents=True, exist_ok=True)
-    this.write("recipe.yaml", dump_resolved_recipe(inputs.recipe, decided))
-    this.write("ledger.json", {"ledger": inputs.prepared.ledger, "leaks": inputs.prepared.leaks})
-    this.write("split.json", inputs.prepared.split | {"data": inputs.prepared.fingerprint})
+    this.write("recipe.yaml", dump_resolved_recipe(prepared.recipe, decided))
+    this.write("ledger.json", {"ledger": prepared.ledger, "leaks": prepared.leaks})
+    this.write("split.json", prepared.split | {"data": prepared.fingerprint})
     this.write("audit.json", [report.as_dict() for report in reports])
-    this.write(FILE, build_evidence(inputs.recipe, inputs.prepared))
+    this.write(FILE, build_evidence(prepared.recipe, prepared))
     this.write("environment.json", environment | decided)
     this.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
     return checkpoint
 
 
-def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.Mirror, planned: Plan) -> None:
+def save(trainer: CountingTrainer, prepared: Prepared, this: Run, mirror: tracking.Mirror, planned: Plan) -> None:
     """Write the trained weights with all that answering needs, then mark the run finished."""
     partial = this.folder / ".model.partial"
     trainer.save_model(str(partial))
@@ -153,7 +153,7 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     if not has_whole_weights(partial):
         remedy = "see `make strategies`; the last checkpoint is kept"
         raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
-    inputs.generation.save_pretrained(partial)
+    prepared.generation.save_pretrained(partial)
     sync_to_disk(partial)
     shutil.rmtree(this.weights, ignore_errors=True)
     partial.rename(this.weights)
@@ -166,7 +166,7 @@ def save(trainer: CountingTrainer, inputs: Inputs, this: Run, mirror: tracking.M
     this.write("plan.json", planned.as_dict() | {"measured": summary["memory"]})
     mirror.summary(summary)
     this.write("run.json", this.record() | {"status": "finished", "summary": summary})
-    upload(inputs, this, mirror)
+    upload(prepared, this, mirror)
 
 
 def stop(trainer: CountingTrainer, this: Run, record: "Record") -> None:
@@ -183,13 +183,13 @@ def stop(trainer: CountingTrainer, this: Run, record: "Record") -> None:
     raise Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
 
 
-def describe(trainer: SFTTrainer, inputs: Inputs, planned: Plan) -> None:
+def describe(trainer: SFTTrainer, prepared: Prepared, planned: Plan) -> None:
     """What is about to be trained, in the numbers that matter."""
     trainable, total = count_parameters(trainer.model)
     args = trainer.args
     each, ways = args.per_device_train_batch_size, PartialState().num_processes
-    say(f"model      {inputs.recipe.model['pretrained_model_name_or_path']}, {method_name(inputs.recipe)}")
-    say(f"precision  {inputs.precision.name}: {inputs.precision.reason}")
+    say(f"model      {prepared.recipe.model['pretrained_model_name_or_path']}, {method_name(prepared.recipe)}")
+    say(f"precision  {prepared.precision.name}: {prepared.precision.reason}")
     say(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     accumulated = args.gradient_accumulation_steps
     say(
@@ -199,11 +199,11 @@ def describe(trainer: SFTTrainer, inputs: Inputs, planned: Plan) -> None:
     say(f"memory     {needed:.1f} GB planned for {planned.rows} rows of {planned.longest} tokens, {there:.1f} GB here")
 
 
-def print_next_steps(this: Run, inputs: Inputs) -> None:
+def print_next_steps(this: Run, prepared: Prepared) -> None:
     """Before and after, and what to do next."""
     rows = read_lines(this.folder / "answers.jsonl")
     steps = sorted({row["global_step"] for row in rows})
-    for question in inputs.recipe.evaluation.questions:
+    for question in prepared.recipe.evaluation.questions:
         print(f"\n{question}")
         for step in (steps[0], steps[-1]):
             text = next(row["answer"] for row in rows if row["question"] == question and row["global_step"] == step)

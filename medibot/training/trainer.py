@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from medibot.data.conversations import COLUMNS
-from medibot.data.prepared import Inputs
+from medibot.data.prepared import Prepared
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base, weights_dtype
 from medibot.model.precision import make_lora_config
@@ -117,13 +117,15 @@ class CountingTrainer(SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel], lora: bool = True) -> CountingTrainer:
+def build_trainer(
+    prepared: Prepared, this: Run, load: Callable[[], PreTrainedModel], lora: bool = True
+) -> CountingTrainer:
     """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
     # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
-    args = sft_config(inputs, this)
+    args = sft_config(prepared, this)
     if args.use_cpu:
         optimize_for_cpu()
-    columns = {split: inputs.prepared.load(split) for split in ("train", "validation")}
+    columns = {split: prepared.load(split) for split in ("train", "validation")}
     datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
     try:
         trainer = CountingTrainer(
@@ -131,22 +133,22 @@ def build_trainer(inputs: Inputs, this: Run, load: Callable[[], PreTrainedModel]
             args=args,
             train_dataset=datasets["train"],
             eval_dataset=datasets.get("validation"),
-            processing_class=inputs.tokenizer,
-            peft_config=make_lora_config(inputs.recipe) if lora else None,
+            processing_class=prepared.tokenizer,
+            peft_config=make_lora_config(prepared.recipe) if lora else None,
         )
     except NoMatchingPeftModuleError as error:
         what = " ".join(str(error).split())
-        raise inputs.recipe.error("lora.target_modules", what, "name modules that this model has") from error
+        raise prepared.recipe.error("lora.target_modules", what, "name modules that this model has") from error
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         # ZeRO-3 gathers parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
-        if parameter.requires_grad and inputs.recipe.lora and not is_zero3():
+        if parameter.requires_grad and prepared.recipe.lora and not is_zero3():
             # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently
             parameter.data = parameter.data.float()
     return trainer
 
 
-def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
+def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
     """The recipe's training section, and what the run and the machine decide; the batch of a step stays the recipe's."""
     decided = {
         "output_dir": str(this.checkpoints),
@@ -158,15 +160,15 @@ def sft_config(inputs: Inputs, this: Run) -> SFTConfig:
         # A PEFT model makes the Trainer search for unused parameters in every step otherwise
         "ddp_find_unused_parameters": False,
         "activation_checkpointing": True,
-        **inputs.precision.training,
+        **prepared.precision.training,
     }
-    written = {key: value for key, value in inputs.recipe.training.items() if key != "chat_template_path"}
+    written = {key: value for key, value in prepared.recipe.training.items() if key != "chat_template_path"}
     if written.get("activation_checkpointing", True):
         # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
-        reentrant = is_zero3() and inputs.recipe.lora is not None
+        reentrant = is_zero3() and prepared.recipe.lora is not None
         written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
-    return SFTConfig(**(decided | written | per_process(inputs.recipe, PartialState().num_processes)))
+    return SFTConfig(**(decided | written | per_process(prepared.recipe, PartialState().num_processes)))
 
 
-def load_weights(inputs: Inputs) -> PreTrainedModel:
-    return load_base(inputs.recipe, weights_dtype(inputs.recipe, inputs.precision.dtype))
+def load_weights(prepared: Prepared) -> PreTrainedModel:
+    return load_base(prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype))

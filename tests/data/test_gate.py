@@ -16,12 +16,9 @@ from trl import SFTConfig, SFTTrainer
 
 from medibot.data.gate import IGNORED, Audit, audit_labels, refuse_faults, spans
 from medibot.data.painting import choose_examples, paint, paint_html, paint_text
-from medibot.data.prepared import Inputs, prepare
+from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
-from medibot.model.generation import load_generation_config
 from medibot.model.loading import make_tiny_model
-from medibot.model.precision import choose_precision
-from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
 from medibot.training.trainer import build_trainer
@@ -58,12 +55,12 @@ NO_THINKING = {"enable_thinking": False}
 class Case:
     """A recipe's conversations, and the trainer that TRL made of them."""
 
-    inputs: Inputs
+    prepared: Prepared
     trainer: SFTTrainer
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.inputs.tokenizer
+        return self.prepared.tokenizer
 
     @property
     def dataset(self) -> Dataset:
@@ -71,10 +68,10 @@ class Case:
 
     @property
     def conversations(self) -> Dataset:
-        return self.inputs.prepared.load("train")
+        return self.prepared.load("train")
 
     def audit(self, dataset: Dataset | None = None) -> Audit:
-        stops, limit = self.inputs.generation.eos_token_id, self.trainer.args.max_length
+        stops, limit = self.prepared.generation.eos_token_id, self.trainer.args.max_length
         return audit_labels(dataset or self.dataset, self.conversations, self.tokenizer, stops, limit)
 
     def refusal(self, dataset: Dataset | None = None) -> tuple[Audit, str]:
@@ -86,10 +83,10 @@ class Case:
 
     def trained_again(self, **training: Any) -> "Case":
         """The same conversations through TRL under other settings, as if the recipe's checks had let them pass."""
-        recipe = self.inputs.recipe
-        inputs = replace(self.inputs, recipe=replace(recipe, training=recipe.training | training))
+        recipe = self.prepared.recipe
+        prepared = replace(self.prepared, recipe=replace(recipe, training=recipe.training | training))
         run = Run(recipe.path.parent / "outputs" / "again")
-        return Case(inputs, build_trainer(inputs, run, lambda: make_tiny_model(self.tokenizer), lora=False))
+        return Case(prepared, build_trainer(prepared, run, lambda: make_tiny_model(self.tokenizer), lora=False))
 
     def tampered(self, row: int, change: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> Dataset:
         """The trainer's dataset with `change` applied to one row's input ids and labels."""
@@ -119,10 +116,10 @@ def make_case(workplace: Path) -> Callable[..., Case]:
         template: dict[str, Any] | None = None,
         **training: Any,
     ) -> Case:
-        inputs = make_inputs(workplace, tokenizer, rows, system, template or {}, training)
+        prepared = make_inputs(workplace, tokenizer, rows, system, template or {}, training)
         return Case(
-            inputs,
-            build_trainer(inputs, Run(workplace / "outputs" / "r"), lambda: make_tiny_model(tokenizer), lora=False),
+            prepared,
+            build_trainer(prepared, Run(workplace / "outputs" / "r"), lambda: make_tiny_model(tokenizer), lora=False),
         )
 
     return make
@@ -135,7 +132,7 @@ def make_inputs(
     system: str | None,
     template: dict[str, Any],
     training: dict[str, Any],
-) -> Inputs:
+) -> Prepared:
     tokenizer.save_pretrained(folder / "model")
     config = make_tiny_model(tokenizer).config
     config.eos_token_id = tokenizer.eos_token_id
@@ -158,9 +155,7 @@ def make_inputs(
         evaluation=EvaluationSection(max_new_tokens=8),
         written={"data": {"system": system, "template": template}},
     )
-    loaded = load_tokenizer(recipe)
-    generation = load_generation_config(recipe, loaded)
-    return Inputs(recipe, loaded, generation, choose_precision(), prepare(recipe, loaded, lambda _: None))
+    return prepare(recipe, progress=lambda _: None)
 
 
 @pytest.fixture(scope="session")
@@ -471,7 +466,7 @@ def test_control_tokens_in_a_row_stay_text(family: str, make_tokenizer: Callable
     for typed, row in zip(TYPED, TYPED_ROWS, strict=True):
         spaced = row["answer"].replace(typed, f"{typed[0]} {typed[1:]}")
         assert (spaced if typed in plain else row["answer"]) in taught
-    line = next(line for line in case.inputs.prepared.ledger if line["rule"] == "role markers made text")
+    line = next(line for line in case.prepared.ledger if line["rule"] == "role markers made text")
     assert line["changed"] == len(plain)
 
 
@@ -481,7 +476,7 @@ def test_control_tokens_are_found_where_upstream_is_not_asked_to_read_them_as_te
     case = make_case(make_tokenizer("qwen"), [TYPED_ROWS[0], CLEAN_ROW])
     forged = SFTTrainer(
         model=make_tiny_model(case.tokenizer),
-        args=SFTConfig(output_dir=str(case.inputs.recipe.path.parent), use_cpu=True, bf16=False, report_to="none"),
+        args=SFTConfig(output_dir=str(case.prepared.recipe.path.parent), use_cpu=True, bf16=False, report_to="none"),
         train_dataset=case.conversations.select_columns(["prompt", "completion"]),
         processing_class=case.tokenizer,
     )
@@ -531,14 +526,14 @@ COLOURFUL = {
 
 
 def painted_row(case: Case, row: int) -> list[tuple[str, str]]:
-    return paint(case.dataset[row], case.tokenizer, case.inputs.generation.eos_token_id)
+    return paint(case.dataset[row], case.tokenizer, case.prepared.generation.eos_token_id)
 
 
 def check_painted(case: Case, index: int) -> None:
     """Pieces spell the decoded row, and each kind the decoded tokens of that kind."""
     row, pieces = case.dataset[index], painted_row(case, index)
     assert "".join(text for text, _ in pieces) == case.tokenizer.decode(row["input_ids"])
-    stops = case.inputs.generation.eos_token_id
+    stops = case.prepared.generation.eos_token_id
     masked = "".join(text for text, kind in pieces if kind == "masked")
     start = next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
     assert masked == case.tokenizer.decode(row["input_ids"][:start])

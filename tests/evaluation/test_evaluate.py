@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medibot import tracking
-from medibot.data.prepared import gather
+from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.evaluation import scores
 from medibot.evaluation.evaluate import evaluate
@@ -47,7 +47,7 @@ def test_likelihood_is_upstreams_loss_and_independent_of_the_batch(trained):
     this = trained("mine", "quantization=null")
     recipe = load_recipe(str(this.recipe))
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
-    rows = gather(recipe).prepared.load("test")
+    rows = prepare(recipe).load("test")
     tokens = tokenized(tokenizer, rows).to_list()
     weights = load_tuned(recipe, this.weights, torch.float32)
     together = likelihood(weights, tokens)
@@ -65,7 +65,7 @@ def test_what_is_scored_is_the_answer_and_its_stop_token(trained):
     this = trained("mine")
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     recipe = load_recipe(str(this.recipe))
-    rows = gather(recipe).prepared.load("test")
+    rows = prepare(recipe).load("test")
     for row, tokens in zip(rows, tokenized(tokenizer, rows), strict=True):
         text = tokenizer.decode([label for label in tokens["labels"] if label != -100])
         assert text == reference(row) + "<|im_end|>\n"
@@ -144,7 +144,7 @@ def test_changed_data_is_refused(trained, make_model, tmp_path):
 
 def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp_path, capsys):
     this = trained("mine")
-    known = gather(load_recipe(str(this.recipe))).prepared.load("train")[0]
+    known = prepare(load_recipe(str(this.recipe))).prepared.load("train")[0]
     rows = [
         {"question": "What is a made-up ailment?", "answer": "It is an ailment that nobody has, made up for a test."},
         {"question": question(known), "answer": "Something else altogether."},

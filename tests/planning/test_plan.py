@@ -12,7 +12,7 @@ from peft import get_peft_model
 from typer.testing import CliRunner
 
 from medibot import cli
-from medibot.data.prepared import gather
+from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base
 from medibot.model.precision import make_lora_config
@@ -54,8 +54,8 @@ def plan(recipe):
     """plan(*overrides): its plan on a GPU, or on another device."""
 
     def make(*overrides: str, device: Device | None = None, layout: Layout = Layout()):  # noqa: B008
-        inputs = gather(recipe(*overrides))
-        return make_plan(inputs, device or find_device("24GB", None), layout)
+        prepared = prepare(recipe(*overrides))
+        return make_plan(prepared, device or find_device("24GB", None), layout)
 
     return make
 

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, SAMPLE
 from torch.utils.flop_counter import FlopCounterMode
 
-from medibot.data.prepared import gather, prepare
+from medibot.data.prepared import prepare
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 from medibot.run import open_run
@@ -20,15 +20,15 @@ import speed
 
 def test_needed_flop_are_those_of_the_products_of_a_step(miniature):  # noqa: F811
     rows = "training.per_device_train_batch_size=1"
-    inputs = gather(miniature("quickstart", "quantization=null", "data.limit={train: 1}", rows))
-    trainer = build_trainer(inputs, open_run("flop"), lambda: load_weights(inputs))
+    prepared = prepare(miniature("quickstart", "quantization=null", "data.limit={train: 1}", rows))
+    trainer = build_trainer(prepared, open_run("flop"), lambda: load_weights(prepared))
     row = trainer.train_dataset[0]
     supervised = sum(label != -100 for label in row["labels"])
     with FlopCounterMode(display=False) as counter:
         trainer.training_step(trainer.model, trainer.data_collator([row]), torch.tensor(supervised))
     products = [torch.ops.aten.mm, torch.ops.aten.addmm]
     done = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in products)
-    needed = speed.needed(inputs, len(row["input_ids"]), supervised)
+    needed = speed.needed(prepared, len(row["input_ids"]), supervised)
     assert 0.9 < needed / done < 1.1
 
 
