@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,6 +34,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=val
 @app.callback()
 def describe() -> None:
     """MediBot: recipes that turn a chat model into a medical question-answering assistant."""
+
+
+def show(result: Any) -> None:
+    """Print a result: it says itself what its table is."""
+    from rich.console import Console
+
+    Console(markup=False, highlight=False).print(result)
 
 
 @app.command("list")

@@ -14,6 +14,7 @@ from typing import Any
 
 from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.document import ABSENT, Document, apply_override, place_of, read_document, read_text
+from medibot.recipe.files import search_folders
 from medibot.recipe.refusals import check, described
 from medibot.recipe.schema import SECTIONS, DataSection, EvaluationSection, as_written
 
@@ -29,9 +30,6 @@ __all__ = [
     "list_recipes",
     "load_recipe",
 ]
-
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def recipe_folders(root: Path | None) -> list[Path]:
     """Where recipes of a name are looked for."""
-    return [Path("recipes"), REPOSITORY / "recipes"] if root is None else [root / "recipes"]
+    return search_folders("recipes") if root is None else [root / "recipes"]
 
 
 def find_recipe(name: str, root: Path | None) -> Path:
