@@ -255,7 +255,7 @@ def merge(run: TrainedRun = "quickstart") -> None:
     """Whole weights of base and adapter, proven to answer as the trained model does."""
     from medibot.export.merge import merge as merge_run
 
-    merge_run(run)
+    show(merge_run(run))
 
 
 @app.command("export-gguf")
@@ -263,7 +263,7 @@ def export_gguf(run: TrainedRun = "quickstart") -> None:
     """One GGUF file and Ollama's Modelfile, checked against the merged weights."""
     from medibot.export.gguf import export_gguf as export
 
-    export(run)
+    show(export(run))
 
 
 @app.command()
@@ -274,9 +274,9 @@ def card(
     """The run's model card, into each of its folders that can be shared."""
     if html:
         require_folder(html, "--html")
-    from medibot.export.card import card as write_card
+    from medibot.export.card import write_cards
 
-    write_card(run, html)
+    print("written: " + ", ".join(map(str, write_cards(run, html))))
 
 
 @app.command()
@@ -290,7 +290,7 @@ def push(
     """Show what would go to the hub, and with --yes send it there, into a private repository."""
     from medibot.export.push import push as push_run
 
-    push_run(run, repo, folder, public, yes)
+    show(push_run(run, repo, folder, public, yes))
 
 
 @app.command()

@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from medibot.errors import RecipeError
 from medibot.export import gguf
 from medibot.export import merge as merging
-from medibot.export.card import card
-from medibot.export.gguf import CONVERTER, export_gguf, read_fields, require_same_words
-from medibot.export.merge import QUESTIONS, distance, held_out, merge
-from medibot.export.ollama import modelfile, pieces_of
+from medibot.export.card import write_cards
+from medibot.export.gguf import CONVERTER, export_gguf, read_fields, require_same_tokens
+from medibot.export.merge import merge
+from medibot.export.ollama import render_modelfile, take_apart
+from medibot.export.probe import QUESTIONS, held_out_prompts, logit_distance
 from medibot.model.generation import generate_answers
 from medibot.model.loading import load_tuned
 from medibot.model.template import template_kwargs
@@ -31,6 +32,7 @@ from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 from medibot.training.session import train
 
+pytestmark = pytest.mark.slow
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
@@ -82,7 +84,7 @@ def test_merged_folder_has_the_runs_own_bytes_and_nothing_of_the_adapter(merged)
 
 
 def test_the_cards_own_lines_answer_in_plain_transformers_without_medibot(merged):
-    card("mine")
+    write_cards("mine")
     lines = re.search(r"```python\n(.*?)```", (merged.merged / "README.md").read_text(), re.S)
     assert lines
     program = lines[1] + 'import sys\nassert not {"medibot", "peft", "bitsandbytes"} & sys.modules.keys()\n'
@@ -99,10 +101,10 @@ def test_the_cards_own_lines_answer_in_plain_transformers_without_medibot(merged
     assert done.stdout.strip() == expected != ""
 
 
-def test_merge_is_done_once_for_each_adapter(merged, capsys):
+def test_merge_is_done_once_for_each_adapter(merged):
     before = read_json(merged.merged / "merge.json")
-    merge("mine")
-    assert "merged already" in capsys.readouterr().out
+    again = merge("mine")
+    assert not again.made_now and "merged already" in again.__rich__()
     file = merged.weights / "adapter_model.safetensors"
     kept = file.read_bytes()
     save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -145,12 +147,12 @@ def test_disk_that_fills_during_a_merge_is_said_in_a_line_and_nothing_of_it_stay
 
 def test_distance_tells_what_differs():
     trained_logits = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
-    assert distance(trained_logits, trained_logits.clone()) == {
+    assert logit_distance(trained_logits, trained_logits.clone()) == {
         "greedy_agreement": 1.0,
         "max_logit_difference": 0.0,
         "mean_kl": 0.0,
     }
-    found = distance(trained_logits, torch.tensor([[2.5, 2.0, 0.0], [3.0, 0.0, 0.0]]))
+    found = logit_distance(trained_logits, torch.tensor([[2.5, 2.0, 0.0], [3.0, 0.0, 0.0]]))
     assert found["greedy_agreement"] == 0.5 and found["max_logit_difference"] == 1.5
     p, q = (row.softmax(0) for row in (trained_logits[0], torch.tensor([2.5, 2.0, 0.0])))
     assert found["mean_kl"] == pytest.approx(float((p * (p / q).log()).sum()) / 2, rel=1e-5)
@@ -159,14 +161,11 @@ def test_distance_tells_what_differs():
 def test_without_the_data_the_fixed_questions_are_asked(merged, capsys):
     tokenizer = AutoTokenizer.from_pretrained(merged.weights)
     gone = ["data.path=none.jsonl", 'evaluation.questions=["What is anemia?"]']
-    asked, prompts = held_out(load_recipe(str(merged.recipe), gone), tokenizer)
+    asked, prompts = held_out_prompts(load_recipe(str(merged.recipe), gone), tokenizer)
     assert asked == "fixed questions" and [prompt[-1]["content"] for prompt in prompts] == ["What is anemia?"]
     assert "none.jsonl" in capsys.readouterr().out
     with pytest.raises(RecipeError, match=r"evaluation\.questions"):
-        held_out(load_recipe(str(merged.recipe), gone[:1]), tokenizer)
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------------------
+        held_out_prompts(load_recipe(str(merged.recipe), gone[:1]), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +196,10 @@ def fields(whole):
     return read_fields(whole.gguf / "whole.gguf")
 
 
-def test_full_fine_tune_has_nothing_to_merge(whole, capsys):
-    assert merge("whole") == whole.weights and not whole.merged.exists()
-    assert "nothing to merge" in capsys.readouterr().out
+def test_full_fine_tune_has_nothing_to_merge(whole):
+    done = merge("whole")
+    assert done.folder == whole.weights and not whole.merged.exists()
+    assert "nothing to merge" in done.__rich__()
 
 
 def test_disk_that_fills_during_the_conversion_is_said_in_a_line_and_nothing_of_it_stays(whole, monkeypatch):
@@ -244,9 +244,9 @@ def test_gguf_file_with_other_words_is_refused(whole, fields, key, value, said):
     names = {"tokens": "tokenizer.ggml.tokens", "eos": "tokenizer.ggml.eos_token_id"}
     name = names.get(key, f"tokenizer.{key}")
     tokenizer, config = AutoTokenizer.from_pretrained(whole.weights), GenerationConfig.from_pretrained(whole.weights)
-    require_same_words(fields, tokenizer, config)
+    require_same_tokens(fields, tokenizer, config)
     with pytest.raises(RecipeError, match=said):
-        require_same_words(fields | {name: value(fields[name])}, tokenizer, config)
+        require_same_tokens(fields | {name: value(fields[name])}, tokenizer, config)
 
 
 def test_tokenizer_that_the_converter_does_not_know_is_one_line(merged, whole, monkeypatch):
@@ -261,9 +261,6 @@ def test_missing_converter_says_how_to_get_it(merged, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="make export-gguf"):
         export_gguf("mine")
-
-
-# --- Ollama's template ------------------------------------------------------------------------------------------------
 
 
 def rendered_as_go(template: str, messages: list[dict[str, str]]) -> str:
@@ -308,7 +305,7 @@ TURNS = [
 def test_ollama_renders_conversations_as_the_chat_template_does(family, make_tokenizer):
     tokenizer = make_tokenizer(family)
     for system in (True, False) if family != "gemma" else (False,):
-        go = pieces_of(tokenizer, {}, system).go()
+        go = take_apart(tokenizer, {}, system).as_go()
         opening = [{"role": "system", "content": "Be plain."}] if system else []
         for length in (1, 3):
             chat = opening + TURNS[:length]
@@ -330,14 +327,14 @@ def test_template_that_ollama_cannot_express_is_refused(template, said, make_tok
     tokenizer = make_tokenizer("qwen")
     tokenizer.chat_template = template
     with pytest.raises(RecipeError, match=said):
-        pieces_of(tokenizer, {}, False)
+        take_apart(tokenizer, {}, False)
 
 
 def test_modelfile_leaves_the_first_token_to_the_engine_that_adds_it(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
-    pieces = pieces_of(tokenizer, {}, True)
+    pieces = take_apart(tokenizer, {}, True)
     config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(["<|eot_id|>"]), max_new_tokens=9)
-    adding, leaving = (modelfile("x.gguf", pieces, "Hi", tokenizer, config, adds) for adds in (True, False))
+    adding, leaving = (render_modelfile("x.gguf", pieces, "Hi", tokenizer, config, adds) for adds in (True, False))
     assert "<|begin_of_text|>" not in adding and leaving.count("<|begin_of_text|>") == 2
     assert 'PARAMETER stop "<|eot_id|>"' in adding and "PARAMETER num_predict 9" in adding
     assert "PARAMETER temperature 0" in adding

@@ -12,11 +12,13 @@ from huggingface_hub import ModelCard, constants
 
 from medibot.errors import RecipeError
 from medibot.evaluation.evaluate import evaluate
-from medibot.export.card import card, public
+from medibot.export.card import without_folders, write_cards
 from medibot.export.push import push
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 from medibot.training.session import train
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +34,9 @@ def run(make_model, tmp_path_factory):
         train(load_recipe("quickstart", [*chosen, *OVERRIDES], root=ROOT), "mine")
         evaluate("mine", rows=6)
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-        card("mine", folder / "card.html")
+        write_cards("mine", folder / "card.html")
         (base / "README.md").unlink()
         yield open_run("mine")
-
-
-# --- the card ---------------------------------------------------------------------------------------------------------
 
 
 def test_front_matter_is_what_the_hub_reads(run):
@@ -71,7 +70,9 @@ def test_card_tells_no_folder_of_this_machine(run):
     text = (run.weights / "README.md").read_text()
     paths = re.findall(r"(?<![\w.:<])/(?:tmp|home|root|work|usr|Users)/\S*", text)
     assert paths == [] and str(ROOT) not in text
-    assert public({"a": ["/home/me/x.parquet", "lavita/MedQuAD", 3]}) == {"a": ["x.parquet", "lavita/MedQuAD", 3]}
+    assert without_folders({"a": ["/home/me/x.parquet", "lavita/MedQuAD", 3]}) == {
+        "a": ["x.parquet", "lavita/MedQuAD", 3]
+    }
 
 
 def test_page_shows_what_the_card_says_and_runs_nothing(run):
@@ -80,9 +81,6 @@ def test_page_shows_what_the_card_says_and_runs_nothing(run):
     assert "<script" not in page and not re.findall(
         r"""(?:src|href|@import|url)\s*[=(]\s*["']?\s*(?:https?:)?//""", page
     )
-
-
-# --- the push ---------------------------------------------------------------------------------------------------------
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -148,23 +146,22 @@ def hub(monkeypatch):
     server.shutdown()
 
 
-def test_push_shows_what_would_go_out_and_sends_nothing(run, hub, capsys):
-    push("mine", "me/mine")
-    said = capsys.readouterr().out
-    assert "-> me/mine (private)" in said and "Nothing was sent" in said
+def test_push_shows_what_would_go_out_and_sends_nothing(run, hub):
+    said = push("mine", "me/mine").__rich__()
+    assert "-> me/mine (private)" in said and "nothing was sent" in said
     for name in ("README.md", "model.safetensors", "tokenizer.json", "kept back: training_args.bin", "apache-2.0"):
         assert name in said
     assert hub.asked == []
 
 
-def test_push_sends_the_folder_into_a_private_repository(run, hub, capsys):
-    push("mine", "me/mine", yes=True)
+def test_push_sends_the_folder_into_a_private_repository(run, hub):
+    done = push("mine", "me/mine", yes=True)
     assert hub.created[0]["visibility"] == "private"
     expected = {file.name for file in run.weights.iterdir()} - {"training_args.bin"}
     assert set(hub.received) == expected
     for name, content in hub.received.items():
         assert content == (run.weights / name).read_bytes(), name
-    assert "sent: " in capsys.readouterr().out
+    assert "sent: http" in done.__rich__()
 
 
 def test_public_is_only_what_was_asked_for(run, hub):
