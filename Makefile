@@ -1,6 +1,6 @@
 # The front door: `make help` lists every verb. Each target is one `medibot` verb in the project's own environment.
 .DEFAULT_GOAL := help
-.PHONY: help setup model plan train eval compare benchmark sweep dashboard speed inspect ask chat serve merge export-gguf card push strategies list validate diff schema test check lock clean
+.PHONY: help setup model plan train eval compare benchmark sweep dashboard speed inspect ask chat serve merge export-gguf card push list rules validate diff schema test test-fast check lock clean
 
 RECIPE ?= quickstart
 RUN ?=
@@ -23,6 +23,7 @@ REPO ?=
 FOLDER ?=
 PUBLIC ?=
 YES ?=
+RULES ?=
 Q ?= What is anemia?
 PYTHON ?= python3
 export Q LAUNCH
@@ -64,9 +65,6 @@ dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal 
 speed: .venv/.ready $(SMOLLM2)/config.json  ## rows/s beside trl sft, a plain loop and the notebook's: DATA=medquad.parquet
 	@$(BIN)/python benchmarks/speed.py $(if $(DATA),--data "$(DATA)")
 
-strategies: .venv/.ready  ## show which method goes with which accelerate config, and why not
-	@$(MEDIBOT) strategies
-
 inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
 	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)
 
@@ -91,6 +89,9 @@ card: .venv/.ready  ## the run's model card: RUN=quickstart HTML=card.html
 push: .venv/.ready  ## show what would go to the hub; YES=1 sends it, private: RUN=quickstart REPO=me/name FOLDER=gguf PUBLIC=1
 	@$(MEDIBOT) push --run $(or $(RUN),quickstart) --repo "$(REPO)" $(if $(FOLDER),--folder $(FOLDER)) $(if $(PUBLIC),--public) $(if $(YES),--yes)
 
+rules: .venv/.ready  ## list the cleaning rules, or what a name stands for: RULES=medquad
+	@$(MEDIBOT) rules $(RULES)
+
 list: .venv/.ready  ## list the recipes
 	@$(MEDIBOT) list
 
@@ -102,6 +103,9 @@ diff: .venv/.ready  ## show what differs between two recipes: A=medquad-lora B=m
 
 schema: .venv/.ready  ## write recipes/recipe.schema.json anew
 	@$(MEDIBOT) schema
+
+test-fast: .venv/.dev  ## run the tests that neither train nor load a real model: 90 seconds
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test: .venv/.dev $(SMOLLM2)/config.json  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
