@@ -161,9 +161,9 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
 ) -> None:
     """One question to a run: the base model's answer and the tuned one's."""
-    from medibot.serving.assistant import ask_both
+    from medibot.serving.chat import ask as ask_run
 
-    ask_both(run, question, max_new_tokens)
+    ask_run(run, question, max_new_tokens)
 
 
 @app.command()

@@ -10,9 +10,10 @@ import termios
 import pytest
 from conftest import ROOT, SAMPLE
 
-from medibot import care, cli
+from medibot import cli
 from medibot.errors import RecipeError
 from medibot.planning.conflicts import read_hardware
+from medibot.serving.emergencies import NOTICE
 from medibot.training.launch import LAUNCHED_ON_CPU, ONE_CPU_PROCESS, hardware_config, launched_processes, split_launch
 
 HEAVY = "torch transformers trl peft datasets wandb bitsandbytes accelerate"
@@ -175,7 +176,7 @@ def test_ask_gives_the_notice_and_both_answers(medibot, capsys):
     capsys.readouterr()
     assert medibot("ask", "--run", "mine", "-q", "What is anemia?", "--max-new-tokens", "3") == 0
     said = capsys.readouterr().out
-    assert said.startswith(care.NOTICE)
+    assert said.startswith(NOTICE)
     assert said.index("What is anemia?") < said.index("[base]") < said.index("[tuned]")
 
 

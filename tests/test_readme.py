@@ -20,7 +20,15 @@ COMMANDS = [
 COMMANDS += re.findall(r"`(make (?:list|validate|diff A=[\w-]+ B=[\w-]+))`", (ROOT / "README.md").read_text())
 # The tests cannot run themselves, nor start GPUs or ask a hub; a sweep, a dashboard, a server, a merge, a GGUF file and a
 # push have tests that really make one
-UNFIT = ("make test", "make test-fast", "make sweep", "make dashboard", "make speed", "make serve", "make benchmark RUN=medquad")
+UNFIT = (
+    "make test",
+    "make test-fast",
+    "make sweep",
+    "make dashboard",
+    "make speed",
+    "make serve",
+    "make benchmark RUN=medquad",
+)
 UNFIT += ("make merge", "make export-gguf", "make push")
 SHORT = "training.max_steps=2 training.logging_steps=1 evaluation.max_new_tokens=4 data.limit.train=8 data.limit.validation=4"
 

@@ -29,7 +29,7 @@ def test_the_saved_view_shows_curves_cost_against_quality_differences_and_answer
         assert table in json.dumps(sections["Answers"])
 
 
-def test_without_a_key_the_terminal_shows_every_run(trained, monkeypatch):  # noqa: F811
+def test_without_a_key_the_terminal_shows_every_run(trained, monkeypatch):
     for name in ("one", "two"):
         trained(name, "quantization=null", "tracking={project: mine}")
     folder = tracking.leet_folder()
@@ -74,7 +74,7 @@ def in_a_terminal(code: str, seconds: float, until: list[str]) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode(errors="replace"))
 
 
-def test_a_dashboard_of_nothing_or_without_a_terminal_is_said_in_a_line(trained, workplace):  # noqa: F811
+def test_a_dashboard_of_nothing_or_without_a_terminal_is_said_in_a_line(trained, workplace):
     with pytest.raises(RecipeError, match=r"no W&B run in .*run: make train"):
         tracking.dashboard("medibot")
     trained("one", "quantization=null", "tracking={project: mine}")

@@ -1,46 +1,25 @@
-"""A conversation with a run at the terminal: streaming, with what an answer can rest on below it; nothing is logged.
+"""Talk with a run at the terminal: streaming, with the nearest training questions below each answer.
 
 make chat RUN=quickstart
 echo "What is anemia?" | medibot chat --run quickstart
 """
 
 import io
-import json
-import queue
 import re
-import shutil
 import signal
 import sys
-import textwrap
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from rich.cells import set_cell_size
-
 from medibot.errors import RecipeError
-from medibot.run import find_finished_run
 from medibot.serving.assistant import MODELS, Assistant, Decoding, Message, Reply
 from medibot.serving.evidence import Evidence
 
-HELP = """/base, /tuned, /both   who answers from here on: the base model, the tuned one, or both side by side
-/system TEXT           another system message; without TEXT the run's own again
-/retry                 another answer to the last question, sampled
-/undo                  forget the last question and its answer
-/evidence              the five nearest training questions to the last one, close or not
-/save FILE.jsonl       write questions and answers in the columns of the run's data
-/help                  this
-/quit                  end (or Ctrl-D); Ctrl-C stops an answer"""
-
-
-# Greedy decoding would give the same answer again
-RETRY_TEMPERATURE = 0.7
-
-
-# Characters that a column of two needs to be readable
-NARROW = 30
+HELP = """/base, /tuned, /both   who answers from here on: the base model, the tuned one, or both
+/clear                 forget the conversation
+/help                  show this
+/quit                  end the chat (or Ctrl-D); Ctrl-C stops an answer"""
 
 
 @dataclass
@@ -52,20 +31,19 @@ class Turn:
 
 
 class Chat:
-    """One conversation; in `both` each model goes on from its own answers."""
+    """One conversation; each model goes on from its own answers."""
 
-    def __init__(self, speaker: Assistant, decoding: Decoding) -> None:
-        self.speaker, self.decoding = speaker, decoding
-        self.evidence = Evidence.of(speaker.run)
+    def __init__(self, assistant: Assistant, decoding: Decoding) -> None:
+        self.assistant, self.decoding = assistant, decoding
+        self.evidence = Evidence.of(assistant.run)
         self.turns: list[Turn] = []
         self.who: tuple[str, ...] = ("tuned",)
-        self.system: str | None = None
-        # What a Ctrl-C finds: the answers being made, or somebody who may be about to type
+        # What Ctrl-C ends: the answers being made, or the line being typed
         self.replies: dict[str, Reply] = {}
         self.prompting = False
 
     def interrupt(self, *_: Any) -> None:
-        """Ctrl-C, however often: interrupts the prompt, stops answers, and ends nothing else."""
+        """Handle Ctrl-C, however often it comes: interrupt the prompt or stop the answers, and end nothing else."""
         if self.prompting:
             self.prompting = False
             raise KeyboardInterrupt
@@ -73,55 +51,45 @@ class Chat:
             reply.cancel()
 
     def messages(self, which: str, question: str) -> list[Message]:
-        """The conversation as `which` had it; where it did not answer, the other's answer stands."""
-        found = [{"role": "system", "content": self.system}] if self.system else []
+        """Return the conversation as `which` had it; a turn that it did not answer has the other model's answer."""
+        found = []
         for turn in self.turns:
             answer = turn.answers.get(which) or next(iter(turn.answers.values()))
             found += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": answer}]
         return [*found, {"role": "user", "content": question}]
 
     def take(self, line: str) -> bool:
-        """Answer a line or do what it commands; False when the chat is over."""
-        command, _, rest = line.strip().partition(" ")
-        if command == "/quit":
-            return False
+        """Answer a line or do what it commands; return False when the chat is over."""
+        line = line.strip()
+        if line.startswith("/"):
+            return self.command(line)
         try:
-            if command.startswith("/"):
-                self.command(command[1:], rest.strip())
-            elif command:
-                self.ask(line.strip(), self.decoding)
+            if line:
+                self.ask(line)
         except RecipeError as error:
-            say(str(error))
+            write(str(error))
         return True
 
-    def command(self, name: str, rest: str) -> None:
-        if name in ("base", "tuned", "both"):
-            self.who = MODELS if name == "both" else (name,)
-            say(f"from here on: {' and '.join(self.who)}")
-        elif name == "system":
-            self.system = rest or None
-            say(f"system message: {self.system or self.speaker.recipe.data.system or 'none'}")
-        elif name == "save":
-            self.save(rest)
-        elif name in ("retry", "undo", "evidence") and not self.turns:
-            say("nothing was asked yet")
-        elif name == "retry":
-            self.retry()
-        elif name == "undo":
-            say(f"forgotten: {self.turns.pop().question}")
-        elif name == "evidence":
-            self.show_evidence()
-        else:
-            say(HELP if name == "help" else f"no command /{name}\n{HELP}")
+    def command(self, name: str) -> bool:
+        """Do what a command says; return False when the chat is over."""
+        if name in ("/base", "/tuned", "/both"):
+            self.who = MODELS if name == "/both" else (name[1:],)
+            write(f"from here on: {' and '.join(self.who)}")
+        elif name == "/clear":
+            self.turns = []
+            write("the conversation is forgotten")
+        elif name != "/quit":
+            write(HELP if name == "/help" else f"unknown command {name}\n{HELP}")
+        return name != "/quit"
 
-    def ask(self, question: str, decoding: Decoding) -> None:
-        """Print the answers as they are made, with what stands before and below them; keep them."""
+    def ask(self, question: str) -> None:
+        """Print the answers as they are made, notices before and evidence below, and keep them."""
         self.replies = {}
         try:
             for which in self.who:
-                self.replies[which] = self.speaker.reply(self.messages(which, question), which, decoding)
-            self.introduce(question, self.replies)
-            answers = self.show(self.replies)
+                self.replies[which] = self.assistant.reply(self.messages(which, question), which, self.decoding)
+            self.print_notices(question)
+            answers = {which: self.print_reply(which, reply).strip() for which, reply in self.replies.items()}
         finally:
             # A thread that is still inside torch when Python ends would abort the process
             for reply in self.replies.values():
@@ -129,91 +97,56 @@ class Chat:
                 reply.thread.join()
         kept = {which: text for which, text in answers.items() if text}
         if not kept:
-            say("[no answer: this question is not kept in the conversation]")
+            write("[no answer: this question is not kept in the conversation]")
             return
         self.turns.append(Turn(question, kept))
         if self.evidence:
-            say("\n".join(["", *self.evidence.lines(self.subject())]))
+            about = self.evidence.about([turn.question for turn in self.turns])
+            write("\n".join(["", *self.evidence.lines(about)]))
 
-    def introduce(self, question: str, replies: dict[str, Reply]) -> None:
-        warning = self.speaker.notice(question)
+    def print_notices(self, question: str) -> None:
+        """Print where to call in an emergency, and which turns the model no longer sees."""
+        warning = self.assistant.notice(question)
         if warning:
-            say(f"{warning}\n")
-        dropped = max(reply.dropped for reply in replies.values())
+            write(f"{warning}\n")
+        dropped = max(reply.dropped for reply in self.replies.values())
         if dropped:
-            say(f"[the oldest {dropped} messages no longer fit the model's {self.speaker.window:,} tokens: left out]")
+            window = f"the model's {self.assistant.window:,} tokens"
+            write(f"[the oldest {dropped} messages no longer fit {window}: left out]")
 
-    def show(self, replies: dict[str, Reply]) -> dict[str, str]:
-        """The whole answers, printed while they come."""
-        width = (shutil.get_terminal_size().columns - 3) // 2
-        if len(replies) > 1 and sys.stdout.isatty() and width >= NARROW:
-            return side_by_side(replies, width)
-        answers = {}
-        for which, reply in replies.items():
-            if len(self.who) > 1 or which == "base":
-                say(f"[{which}]")
-            answers[which] = ""
-            for piece in reply:
-                answers[which] += piece
-                print(printable(piece), end="", flush=True)
-            say(ending(reply))
-        return {which: text.strip() for which, text in answers.items()}
+    def print_reply(self, which: str, reply: Reply) -> str:
+        """Print one answer while it is made; return it."""
+        if len(self.who) > 1 or which == "base":
+            write(f"[{which}]")
+        return print_stream(reply)
 
-    def subject(self) -> str:
-        """What the last question is about, as far as evidence is concerned."""
-        return self.evidence.about([turn.question for turn in self.turns]) if self.evidence else ""
 
-    def show_evidence(self) -> None:
-        if self.evidence is None:
-            say("this run was trained before evidence was kept: train it anew")
-            return
-        for source in self.evidence.nearest(self.subject(), 5):
-            say(f"{'close' if source.similarity >= self.evidence.threshold else '     '}  {source}")
-
-    def retry(self) -> None:
-        last, before = self.turns.pop(), len(self.turns)
-        temperature = self.decoding.temperature or RETRY_TEMPERATURE
-        try:
-            self.ask(last.question, replace(self.decoding, temperature=temperature))
-        finally:
-            if len(self.turns) == before:
-                self.turns.append(last)
-
-    def save(self, name: str) -> None:
-        """Write a row for each turn, the tuned model's answer where there is one; columns that a chat cannot know are null."""
-        path, recipe = Path(name).expanduser(), self.speaker.recipe
-        if path.suffix != ".jsonl":
-            raise RecipeError.of("/save", "needs the name of a .jsonl file", "write /save chat.jsonl")
-        unknown = [*recipe.data.group_by, *recipe.evaluation.by, *recipe.evaluation.evidence.values()]
-        rows = [
-            dict.fromkeys(unknown)
-            | {recipe.data.prompt: turn.question}
-            | {recipe.data.completion: turn.answers.get("tuned") or turn.answers["base"]}
-            for turn in self.turns
-        ]
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        except OSError as error:
-            raise RecipeError.of(str(path), f"cannot be made: {error.strerror}", "name another file") from error
-        say(f"{len(rows)} rows in {path}")
+def print_stream(reply: Reply) -> str:
+    """Print an answer while it is made, and how it ended if not by itself; return its text."""
+    text = ""
+    for piece in reply:
+        text += piece
+        print(printable(piece), end="", flush=True)
+    cut = f" … [cut at {reply.completion_tokens} tokens]"
+    write({"length": cut, "cancelled": " … [stopped]"}.get(reply.finish_reason, ""))
+    return text
 
 
 def chat(run_name: str, decoding: Decoding) -> None:
     """Talk with a finished run until /quit or the end of the input."""
     interactive = sys.stdin.isatty()
-    speaker = Assistant(find_finished_run(run_name))
-    say(speaker.about)
+    assistant = Assistant(run_name)
+    write(assistant.about)
     if interactive:
-        say(f"\nChatting with {run_name}; nothing is logged. /help says what else there is.")
-    conversation = Chat(speaker, decoding)
-    # Bytes that are no UTF-8 would end the chat
+        write(f"\nChatting with {run_name}; nothing is logged. /help lists the commands.")
+    conversation = Chat(assistant, decoding)
+    # Bytes that are not UTF-8 would end the chat
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     # In a pipe Ctrl-C stops the program, as ever
     before = signal.signal(signal.SIGINT, conversation.interrupt) if interactive else None
     try:
-        for line in typed(conversation) if interactive else sys.stdin:
+        for line in typed_lines(conversation) if interactive else sys.stdin:
             if not conversation.take(line):
                 return
     finally:
@@ -221,8 +154,8 @@ def chat(run_name: str, decoding: Decoding) -> None:
             signal.signal(signal.SIGINT, before)
 
 
-def typed(conversation: Chat) -> Iterator[str]:
-    """What is typed, with editing and this session's history."""
+def typed_lines(conversation: Chat) -> Iterator[str]:
+    """Yield what is typed, with editing and this session's history."""
     import readline
 
     readline.set_auto_history(True)
@@ -240,54 +173,28 @@ def typed(conversation: Chat) -> Iterator[str]:
             yield line
 
 
-def side_by_side(replies: dict[str, Reply], width: int) -> dict[str, str]:
-    """Print two answers in columns, a line of both as soon as both have it."""
-    pieces: queue.Queue[tuple[str, str | None]] = queue.Queue()
-
-    def feed(which: str) -> None:
-        try:
-            for piece in replies[which]:
-                pieces.put((which, piece))
-        finally:
-            pieces.put((which, None))
-
-    for which in replies:
-        threading.Thread(target=feed, args=(which,), daemon=True).start()
-    texts, growing, shown = dict.fromkeys(replies, ""), set(replies), 0
-    say(columns([f"[{which}]" for which in replies], width))
-    while growing:
-        which, piece = pieces.get()
-        texts[which] += piece if piece is not None else ending(replies[which])
-        growing -= {which} if piece is None else set()
-        found = {which: wrapped(printable(text), width) for which, text in texts.items()}
-        # The last line of an answer that grows may still change
-        ready = min((len(found[which]) - 1 for which in growing), default=max(map(len, found.values())))
-        for row in range(shown, ready):
-            say(columns([(*lines[row : row + 1], "")[0] for lines in found.values()], width))
-        shown = max(shown, ready)
-    if any(reply.failure for reply in replies.values()):
-        raise RuntimeError("the model failed while it answered")
-    return {which: text.removesuffix(ending(replies[which])).strip() for which, text in texts.items()}
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    return [line for part in text.split("\n") for line in textwrap.wrap(part, width) or [""]]
-
-
-def columns(cells: list[str], width: int) -> str:
-    return " | ".join(set_cell_size(cell, width) for cell in cells).rstrip()
-
-
-def ending(reply: Reply) -> str:
-    """What stands behind an answer that did not end by itself."""
-    cut = f" … [cut at {reply.completion_tokens} tokens]"
-    return {"length": cut, "cancelled": " … [stopped]"}.get(reply.finish_reason, "")
+def ask(run_name: str, question: str, max_new_tokens: int = 256) -> None:
+    """Print the base model's and the tuned model's answer to one question, and the nearest training questions."""
+    if not question.strip():
+        raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
+    assistant = Assistant(run_name)
+    write(f"{assistant.about}\n\n{question}")
+    warning = assistant.notice(question)
+    if warning:
+        write(f"\n{warning}")
+    for which in MODELS:
+        write(f"\n[{which}]")
+        print_stream(assistant.reply([{"role": "user", "content": question}], which, Decoding(max_new_tokens)))
+    evidence = Evidence.of(assistant.run)
+    if evidence:
+        write("\n".join(["", *evidence.lines(question)]))
 
 
 def printable(text: str) -> str:
-    """Without control characters, which would drive the terminal."""
+    """Return `text` without control characters, which would drive the terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
-def say(text: str) -> None:
+def write(text: str) -> None:
+    """Print a line at once."""
     print(printable(text), flush=True)

@@ -1,20 +1,12 @@
-"""The training questions nearest to a question, with their sources: what an answer can rest on. Offline, kept with the run.
-
-evidence = Evidence.of(finished_run("quickstart"))
-print("\\n".join(evidence.lines("What is anemia?")))
+"""Find the training questions nearest to a question, with their sources: what an answer can rest on.
 
 A training question is close when a question names its topic: the similarity is the share of the topic's TF-IDF weight
-(squared, character n-grams of 3 to 5 within words) that the question holds, whatever else it says. Where the recipe names
-no column of topics, the training question itself stands for it.
+(squared, character n-grams of 3 to 5 within words) that the question holds, whatever else it says. Where the recipe
+names no column of topics, the training question itself takes its place. The cosine of whole questions separates a
+little better in the lab, but falls with each word that people add.
 
-The threshold is measured when the run is trained, on the validation split, whose topics training never sees: what a
-question reaches among all other groups (nothing on it was trained on) against what it reaches among its own group's other
-questions (something was). It stands in `evidence.json` with what it was measured on. On MedQuAD (9,930 training questions)
-it is 0.934: of 386 questions that have others on their topic 95 % are close, of 437 without one 77 % are not; the others name
-a training topic inside their own, as "high blood pressure in pregnancy" does. `tests/asked.py` asks in people's own
-words: 35 of 40 about training topics are close, 3 of 20 about validation topics, 1 of 40 about anything else. The cosine of whole
-questions separated the validation questions better (areas under the curve 0.95 and 0.87), but falls with each word that
-somebody adds: at its best threshold 36 of the 40 were "nothing close".
+The threshold is measured when the run is trained, on the validation split, whose topics training never sees. It is in
+`evidence.json` with what it was measured on; `tests/serving/asked.py` tries it in people's own words.
 """
 
 import re
@@ -31,22 +23,12 @@ from medibot.recipe import Recipe
 from medibot.run import Run, read_json
 
 FILE = "evidence.json"
-
-
 NO_MATCH = "Nothing close in the training data: be careful with this answer."
-
-
 CLOSE = "Nearest in the training data (1.00: your question names all of its topic):"
-
-
 # "How is it treated?" asks about what was asked before; a question on something new must not borrow its sources
 POINTS_BACK = re.compile(r"\b(?:it|its|they|them|their|this|that|these|those)\b")
-
-
 # What a recipe may name a column for: `evaluation.evidence`
 COLUMNS = ("topic", "source", "document", "url")
-
-
 # Questions that the threshold is measured on, and how many are compared at once
 MOST, BATCH = 1000, 64
 
@@ -64,8 +46,8 @@ class Source:
     row: int
 
     def __str__(self) -> str:
-        said = [self.topic and f"topic: {self.topic}", self.source, self.document, self.url]
-        return f"{self.similarity:.2f}  {self.question}  ({'; '.join(filter(None, said)) or f'row {self.row}'})"
+        parts = [self.topic and f"topic: {self.topic}", self.source, self.document, self.url]
+        return f"{self.similarity:.2f}  {self.question}  ({'; '.join(filter(None, parts)) or f'row {self.row}'})"
 
 
 class Index:
@@ -79,26 +61,23 @@ class Index:
         )
         self.weights = TfidfTransformer(sublinear_tf=True).fit(self.counts.transform(questions))
         self.questions = self.vectors(questions)
-        self.topics = self.squared([subject(row) for row in rows])
+        self.topics = self.topic_weights(rows)
 
     def vectors(self, texts: list[str]) -> csr_matrix:
+        """Return TF-IDF rows of length one."""
         return self.weights.transform(self.counts.transform(texts))
 
-    def squared(self, texts: list[str]) -> csr_matrix:
-        """Rows that sum to one."""
-        vectors = self.vectors(texts)
+    def topic_weights(self, rows: list[dict[str, Any]]) -> csr_matrix:
+        """Return the squared TF-IDF weights of each row's topic, which sum to one."""
+        vectors = self.vectors([row["topic"] or row["question"] for row in rows])
         vectors.data **= 2
         return vectors
 
     def shares(self, asked: list[str], topics: csr_matrix) -> numpy.ndarray:
-        """How much of each topic's weight each question holds: (questions, topics), from 0 to 1."""
+        """Return how much of each topic's weight each question holds, [questions, topics], from 0 to 1."""
         held = self.counts.transform(asked)
         held.data[:] = 1
         return (held @ topics.T).toarray()
-
-    def similarities(self, asked: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(share of each topic that each question holds, cosine of the questions): (questions asked, questions indexed)."""
-        return self.shares(asked, self.topics), (self.vectors(asked) @ self.questions.T).toarray()
 
 
 class Evidence:
@@ -111,61 +90,60 @@ class Evidence:
 
     @classmethod
     def of(cls, run: Run) -> "Evidence | None":
-        """That of a finished run; None for one that was trained before there was any."""
+        """Load that of a finished run; None for one that was trained before there was any."""
         file = run.folder / FILE
         return cls(read_json(file)) if file.is_file() else None
 
     def nearest(self, question: str, count: int = 3) -> list[Source]:
-        """The `count` nearest training questions, those that are close first."""
-        shares, cosines = (found[0] for found in self.index.similarities([question]))
+        """Return the `count` nearest training questions, those that are close first."""
+        shares = self.index.shares([question], self.index.topics)[0]
+        cosines = (self.index.vectors([question]) @ self.index.questions.T).toarray()[0]
         # Which of a topic's questions it is, and which of two topics that are both named in full, the whole wording says
         order = numpy.lexsort((-(shares + cosines), shares < self.threshold))[:count]
         return [Source(similarity=round(float(shares[row]), 3), row=int(row), **self.rows[row]) for row in order]
 
+    def find(self, question: str, count: int = 3) -> tuple[bool, list[Source]]:
+        """Return (whether anything is close, what to show): the close ones, or the nearest."""
+        found = self.nearest(question, count)
+        close = [source for source in found if source.similarity >= self.threshold]
+        return bool(close), close or found[:1]
+
     def close(self, question: str) -> bool:
-        """Whether anything that was trained on is about what `question` names."""
-        return self.nearest(question, 1)[0].similarity >= self.threshold
+        """Tell whether anything that was trained on is about what `question` names."""
+        return self.find(question, 1)[0]
 
     def about(self, questions: list[str]) -> str:
-        """What a conversation's last question is about: with the one before it where it points back and alone is not close."""
+        """Return a conversation's last question, with the one before it where it points back and alone is not close."""
         last = questions[-1]
         return last if self.close(last) or not POINTS_BACK.search(last.lower()) else " ".join(questions[-2:])
 
     def lines(self, question: str, count: int = 3) -> list[str]:
-        """What is shown under an answer: the close ones, or a warning and the nearest."""
-        found = self.nearest(question, count)
-        close = [source for source in found if source.similarity >= self.threshold]
-        return [CLOSE if close else NO_MATCH, *(f"  {source}" for source in close or found[:1])]
-
-
-def subject(row: dict[str, Any]) -> str:
-    """What a row is about, by itself when its data names no topic."""
-    return row["topic"] or row["question"]
+        """Return what is shown under an answer: the close ones, or a warning and the nearest."""
+        close, shown = self.find(question, count)
+        return [CLOSE if close else NO_MATCH, *(f"  {source}" for source in shown)]
 
 
 def normalize(text: str) -> str:
-    """Lower case, without apostrophes, punctuation as space."""
+    """Return `text` in lower case, without apostrophes, punctuation as space."""
     return re.sub(r"[\W_]+", " ", re.sub(r"['\u2019]", "", text.lower()))
 
 
 def require_columns(recipe: Recipe, train: Dataset) -> None:
-    """Refuse a recipe that names a column for evidence that its data does not have."""
+    """Raise RecipeError where the recipe names a column for evidence that its data does not have."""
     for name, column in recipe.evaluation.evidence.items():
         if column not in train.column_names:
-            key = f"evaluation.evidence.{name}"
-            raise recipe.error(
-                key, f"{recipe.data.path} has no column {column!r}", f"it has {', '.join(train.column_names)}"
-            )
+            what = f"{recipe.data.path} has no column {column!r}"
+            raise recipe.error(f"evaluation.evidence.{name}", what, f"it has {', '.join(train.column_names)}")
 
 
 def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
-    """What `evidence.json` says: every training question with its sources, the threshold, and what it was measured on."""
+    """Return the content of `evidence.json`: training questions with sources, the threshold, what it was measured on."""
     train, validation = prepared.load("train"), prepared.load("validation")
-    rows, groups = read(recipe, train)
+    rows, groups = read_questions(recipe, train)
     index = Index(rows)
-    asked, asked_groups = read(recipe, validation or train)
+    asked, asked_groups = read_questions(recipe, validation or train)
     unseen, seen = measure(index, groups, asked[:MOST], asked_groups[:MOST])
-    threshold = best_threshold(unseen, seen)
+    threshold = choose_threshold(unseen, seen)
     measured = {
         "split": "validation" if validation else "train",
         "unseen_topics": len(unseen),
@@ -176,8 +154,8 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return {"threshold": threshold, "measured": measured, "rows": rows}
 
 
-def read(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]], numpy.ndarray]:
-    """(question and sources of each row, its group of the split)."""
+def read_questions(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]], numpy.ndarray]:
+    """Return (question and sources of each row, its group of the split)."""
     named = recipe.evaluation.evidence
     data = split.select_columns(["prompt", "group", *named.values()])
     rows = [
@@ -191,14 +169,17 @@ def read(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]], numpy.nd
 def measure(
     index: Index, groups: numpy.ndarray, asked: list[dict[str, Any]], asked_groups: numpy.ndarray
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The highest similarity of each question to training rows of other groups, and to others of its own group."""
-    topics = index.squared([subject(row) for row in asked])
+    """Return each question's highest similarity to training rows of other groups, and to others of its own group.
+
+    Nothing was trained on for the former, and for the latter something was: what lies between tells them apart.
+    """
+    topics = index.topic_weights(asked)
     unseen, seen = [], []
     for start in range(0, len(asked), BATCH):
         batch = slice(start, start + BATCH)
         questions = [row["question"] for row in asked[batch]]
         own = asked_groups[batch, None]
-        others = numpy.where(own == groups, -1, index.similarities(questions)[0])
+        others = numpy.where(own == groups, -1, index.shares(questions, index.topics))
         mates = own == asked_groups
         mates[range(len(questions)), range(start, start + len(questions))] = False
         among = numpy.where(mates, index.shares(questions, topics), -1)
@@ -207,9 +188,11 @@ def measure(
     return tuple(values[values >= 0] for values in map(numpy.concatenate, (unseen, seen)))
 
 
-def best_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:
-    """The similarity that tells the two apart best, by the share of `unseen` below it plus that of `seen` not below it
-    (Youden, Cancer 3(1), 1950); of those within one standard error of the best, the lowest, for people misspell.
+def choose_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:
+    """Return the similarity that tells the two apart best (Youden, Cancer 3(1), 1950).
+
+    Youden's index is the share of `unseen` below it plus that of `seen` not below it; of the thresholds within one
+    standard error of the best, the lowest is taken, for people misspell.
     """
     if not len(seen):
         # No group has a second question: what 9 of 10 questions on unseen topics stay below

@@ -1,4 +1,4 @@
-"""The line before the model: who is answered now, who waits, and how text goes from the model's threads to asyncio."""
+"""Queue requests and stream their answers to asyncio."""
 
 import asyncio
 import logging
@@ -17,10 +17,8 @@ from medibot.serving.assistant import Assistant, Message, Reply, require_convers
 from medibot.serving.evidence import CLOSE, NO_MATCH, Evidence
 from medibot.serving.protocol import ApiError, ChatRequest, ResponseWriter, event
 
-# Answers made at once, and requests that may stand in line behind them
+# Answers made at once, and requests that may wait behind them
 RUNNING, WAITING = 8, 16
-
-
 log = logging.getLogger(__name__)
 
 
@@ -30,11 +28,11 @@ class Queue:
     def __init__(self) -> None:
         self.running = 0
         self.waiting: deque[asyncio.Future[None]] = deque()
-        # What the last answer took, in seconds
-        self.took = 1.0
+        # Of the last answer
+        self.seconds_per_answer = 1.0
 
     def join(self) -> asyncio.Future[None]:
-        """A place, done when its turn comes; Refusal where the line is full."""
+        """Return a place, done when its turn comes; raise ApiError (429) where the queue is full."""
         place = asyncio.get_running_loop().create_future()
         if self.running < RUNNING:
             self.running += 1
@@ -42,7 +40,7 @@ class Queue:
         elif len(self.waiting) < WAITING:
             self.waiting.append(place)
         else:
-            soon = min(60, math.ceil(self.took / RUNNING))
+            soon = min(60, math.ceil(self.seconds_per_answer / RUNNING))
             raise ApiError(429, f"{RUNNING} answers are being made and {WAITING} wait; try again", None, "busy", soon)
         return place
 
@@ -57,21 +55,20 @@ class Queue:
             self.running -= 1
 
 
-class Desk:
-    """A speaker, the line before it, and the threads that work for it."""
+class Service:
+    """An assistant, the queue before it, and the threads that work for it."""
 
-    def __init__(self, speaker: Assistant) -> None:
-        self.speaker = speaker
-        self.evidence = Evidence.of(speaker.run)
-        self.line = Queue()
+    def __init__(self, assistant: Assistant) -> None:
+        self.assistant = assistant
+        self.evidence = Evidence.of(assistant.run)
+        self.queue = Queue()
         self.answers: set[Answer] = set()
         self.stopping = False
         self.readers = ThreadPoolExecutor(RUNNING)
-        # One alone: upstream's tokenizer changes its own state while it reads control tokens as text
+        # One thread: upstream's tokenizer changes its own state while it reads control tokens as text
         self.prompts = ThreadPoolExecutor(1)
-        record = speaker.run.record()
-        self.fingerprint: str = record["fingerprint"]
-        self.created = int(speaker.run.weights.stat().st_mtime)
+        self.fingerprint: str = assistant.run.record()["fingerprint"]
+        self.created = int(assistant.run.weights.stat().st_mtime)
 
     def stop(self) -> None:
         """End every answer at its next token."""
@@ -85,113 +82,115 @@ class Desk:
         self.readers.shutdown()
         self.prompts.shutdown()
 
-    def prepare(self, asked: ChatRequest) -> tuple[list[int], dict[str, Any]]:
-        """(prompt ids, notes beside the answer); Refusal where the messages cannot be answered."""
-        messages = asked.conversation()
+    def prepare(self, request: ChatRequest) -> tuple[list[int], dict[str, Any]]:
+        """Return (prompt ids, notes beside the answer); raise ApiError for messages that cannot be answered."""
+        messages = request.conversation()
         try:
             require_conversation(messages)
-            ids = self.speaker.prompt_ids(messages)
+            ids = self.assistant.prompt_ids(messages)
         except RecipeError as error:
             raise ApiError(400, str(error), "messages") from error
         except (jinja2.TemplateError, ValueError) as error:
             raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
-        longest = asked.decoding().max_new_tokens
-        if len(ids) + longest > self.speaker.window:
-            what = (
-                f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {self.speaker.window:,}"
-            )
+        longest, window = request.decoding().max_new_tokens, self.assistant.window
+        if len(ids) + longest > window:
+            what = f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {window:,}"
             raise ApiError(400, what, "messages", "context_length_exceeded")
-        emergency = self.speaker.notice(messages[-1]["content"])
-        return ids, {"notice": self.speaker.about, "emergency": emergency, "evidence": self.evidence_for(messages)}
+        emergency = self.assistant.notice(messages[-1]["content"])
+        notes = {"notice": self.assistant.about, "emergency": emergency, "evidence": self.find_evidence(messages)}
+        return ids, notes
 
-    def evidence_for(self, messages: list[Message]) -> dict[str, Any] | None:
-        """What the training data has that is close, or that nothing is; None for a run that kept no evidence."""
+    def find_evidence(self, messages: list[Message]) -> dict[str, Any] | None:
+        """Return what the training data has that is close; None for a run without evidence."""
         if self.evidence is None:
             return None
-        found = self.evidence.nearest(self.evidence.about([m["content"] for m in messages if m["role"] == "user"]))
-        close = [source for source in found if source.similarity >= self.evidence.threshold]
-        said = CLOSE if close else NO_MATCH
-        return {"close": bool(close), "said": said, "sources": [asdict(source) for source in close or found[:1]]}
+        asked = self.evidence.about([message["content"] for message in messages if message["role"] == "user"])
+        close, shown = self.evidence.find(asked)
+        return {"close": close, "said": CLOSE if close else NO_MATCH, "sources": [asdict(source) for source in shown]}
 
 
 class Answer:
-    """One request's way from the line to its last piece of text. Its place is free once the model is done with it,
-    however slowly the client reads."""
+    """One request's way from the queue to its last piece of text.
 
-    def __init__(self, desk: Desk, asked: ChatRequest) -> None:
-        self.desk, self.asked = desk, asked
-        self.place = desk.line.join()
+    Its place is free once the model is done with it, however slowly the client reads.
+    """
+
+    def __init__(self, service: Service, request: ChatRequest) -> None:
+        self.service, self.request = service, request
+        self.place = service.queue.join()
         self.pieces: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self.reply: Reply | None = None
         self.left = False
-        desk.answers.add(self)
+        service.answers.add(self)
 
     def leave(self) -> None:
-        """The client is gone, or has everything."""
+        """Give up the answer: the client is gone, or has everything."""
         if self.left:
             return
         self.left = True
-        self.desk.answers.discard(self)
+        self.service.answers.discard(self)
         if self.reply is None:
-            self.desk.line.leave(self.place)
+            self.service.queue.leave(self.place)
         else:
             self.reply.cancel()
 
     async def prepare(self) -> ResponseWriter:
+        """Tokenize the messages and look up what comes beside the answer."""
         loop = asyncio.get_running_loop()
-        self.ids, notes = await loop.run_in_executor(self.desk.prompts, self.desk.prepare, self.asked)
-        return ResponseWriter(self.asked, self.desk.fingerprint, notes)
+        self.ids, notes = await loop.run_in_executor(self.service.prompts, self.service.prepare, self.request)
+        return ResponseWriter(self.request, self.service.fingerprint, notes)
 
     async def text(self) -> AsyncGenerator[str]:
-        """The pieces, as soon as they are made; Refusal (500, 503) where the model fails or the server stops."""
+        """Yield pieces as soon as they are made; raise ApiError (500, 503) where the model fails or the server stops."""
         await asyncio.wait({self.place})
         if not self.left:
-            self.reply = Reply(self.desk.speaker, self.ids, 0, self.asked.model, self.asked.decoding())
-            self.desk.readers.submit(self.read, self.reply, asyncio.get_running_loop())
+            self.reply = Reply(self.service.assistant, self.ids, 0, self.request.model, self.request.decoding())
+            self.service.readers.submit(self.read, self.reply, asyncio.get_running_loop())
         while (piece := await self.pieces.get()) is not None:
             if isinstance(piece, Exception):
                 log.error("an answer failed", exc_info=piece)
                 raise ApiError(500, str(piece), None, "model_failed")
             yield piece
-        if self.desk.stopping:
+        if self.service.stopping:
             raise ApiError(503, "the server is stopping", None, "stopping")
 
     def read(self, reply: Reply, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread: pass the pieces on, then free the place."""
+        """Pass the pieces on, in a thread, then free the place."""
         began = time.monotonic()
-        last: Exception | None = None
+        failure: Exception | None = None
         try:
             for piece in reply:
                 loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
         except RuntimeError as error:
-            last = error
-        loop.call_soon_threadsafe(self.done, last, time.monotonic() - began)
+            failure = error
+        loop.call_soon_threadsafe(self.finish, failure, time.monotonic() - began)
 
-    def done(self, last: Exception | None, took: float) -> None:
-        self.desk.line.took = took
-        self.desk.line.leave(self.place)
-        if last is not None:
-            self.pieces.put_nowait(last)
+    def finish(self, failure: Exception | None, seconds: float) -> None:
+        """Free the place, and end the pieces."""
+        self.service.queue.seconds_per_answer = seconds
+        self.service.queue.leave(self.place)
+        if failure is not None:
+            self.pieces.put_nowait(failure)
         self.pieces.put_nowait(None)
 
     def ending(self) -> tuple[str, dict[str, int]]:
-        """(finish reason, usage), once the text is complete."""
+        """Return (finish reason, usage), once the text is complete."""
         assert self.reply is not None
         prompt, completion = self.reply.prompt_tokens, self.reply.completion_tokens
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return self.reply.finish_reason, usage
 
     async def events(self, writer: ResponseWriter) -> AsyncGenerator[str]:
-        """The response as server-sent events."""
+        """Yield the response as server-sent events."""
         yield writer.first()
         try:
             async for piece in self.text():
                 yield writer.chunk({"content": piece})
             yield writer.last(*self.ending())
-        except ApiError as refusal:
-            yield event(refusal.body())
+        except ApiError as error:
+            yield event(error.body())
 
     async def whole(self, writer: ResponseWriter) -> dict[str, Any]:
-        """The response as one object."""
+        """Return the response as one object."""
         text = "".join([piece async for piece in self.text()])
         return writer.whole(text, *self.ending())

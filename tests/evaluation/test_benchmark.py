@@ -28,7 +28,7 @@ PUBMEDQA = {
 
 
 @pytest.fixture
-def at_root(trained, monkeypatch):  # noqa: F811
+def at_root(trained, monkeypatch):
     """A trained run, seen from the repository, where the task files are."""
 
     def make(name: str, *overrides: str):

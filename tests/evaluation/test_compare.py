@@ -11,7 +11,7 @@ from medibot.run import open_run, read_json
 
 
 @pytest.fixture
-def evaluated(trained):  # noqa: F811
+def evaluated(trained):
     """evaluated(name, *overrides): a run in miniature, trained and evaluated."""
 
     def make(name: str, *overrides: str, rows: int | None = None):
@@ -83,7 +83,7 @@ def test_metrics_by_token_are_left_out_between_tokenizers_and_bases_are_not_mixe
     assert not set(found["left_out"]) & set(found["metrics"]["two"])
 
 
-def test_what_cannot_be_compared_is_said_in_a_line(evaluated, trained):  # noqa: F811
+def test_what_cannot_be_compared_is_said_in_a_line(evaluated, trained):
     evaluated("one", rows=4)
     trained("bare", "quantization=null")
     for names, baseline, said in (

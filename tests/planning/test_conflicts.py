@@ -144,7 +144,7 @@ SHARDED = {
 }
 
 
-def test_real_shards_train_what_one_process_trains(miniature, make_model, workplace):  # noqa: F811
+def test_real_shards_train_what_one_process_trains(miniature, make_model, workplace):
     """FSDP2 over two CPU processes with the settings of fsdp2.yaml: weights, losses, checkpoints."""
     recipes = {name: miniature("quickstart", *FOUR_STEPS, *SAME, *method) for name, method in SHARDED.items()}
     for name, recipe in recipes.items():

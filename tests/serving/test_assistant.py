@@ -8,8 +8,9 @@ from medibot.errors import RecipeError
 from medibot.model.generation import generate_answers
 from medibot.model.tokenizer import make_prompt
 from medibot.serving import assistant
-from medibot.serving.assistant import MODELS, Decoding, Turns, generation
+from medibot.serving.assistant import MODELS, Decoding, Turns, generation_config
 
+pytestmark = pytest.mark.slow
 ASK = [{"role": "user", "content": "What is anemia?"}]
 SHORT = Decoding(12)
 
@@ -20,7 +21,7 @@ def text_of(speaker, which, decoding=SHORT, messages=ASK):
 
 def test_reply_is_what_evaluation_would_get(speaker):
     prompts = [make_prompt(ASK[0]["content"], speaker.recipe.data.system, speaker.markers)]
-    config = generation(speaker.config, Decoding(12))
+    config = generation_config(speaker.config, Decoding(12))
     for which in MODELS:
         reply = speaker.reply(ASK, which, Decoding(12))
         text = "".join(reply)
@@ -74,7 +75,7 @@ def test_cancelled_answer_ends_and_frees_the_model(speaker):
 
 def test_a_failing_model_is_an_error_for_its_reader_alone(speaker, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="failed while it answered"):
-        patch.setattr(assistant, "generation", lambda *_: "no config")
+        patch.setattr(assistant, "generation_config", lambda *_: "no config")
         text_of(speaker, "tuned")
     assert text_of(speaker, "tuned")
 
@@ -82,13 +83,13 @@ def test_a_failing_model_is_an_error_for_its_reader_alone(speaker, monkeypatch):
 def test_oldest_turns_go_until_the_conversation_fits(speaker):
     turn = [{"role": "user", "content": "Why? " * 300}, {"role": "assistant", "content": "Because. " * 40}]
     messages = [{"role": "system", "content": "Be brief."}, *turn * 6, *ASK]
-    ids, dropped = speaker.fitted(messages, 100)
+    ids, dropped = speaker.fit_window(messages, 100)
     assert dropped and dropped % 2 == 0 and len(ids) + 100 <= speaker.window
     assert ids == speaker.prompt_ids([messages[0], *messages[1 + dropped :]])
-    longer, _ = speaker.fitted(messages, 90)
+    longer, _ = speaker.fit_window(messages, 90)
     assert len(longer) >= len(ids)
     with pytest.raises(RecipeError, match="write less"):
-        speaker.fitted([{"role": "user", "content": "word " * 9000}], 100)
+        speaker.fit_window([{"role": "user", "content": "word " * 9000}], 100)
 
 
 def test_system_prompt_is_the_runs_own_unless_one_is_given(speaker):

@@ -21,32 +21,34 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from medibot import care
 from medibot.errors import RecipeError
 from medibot.serving import assistant, protocol
 from medibot.serving import server as serving
 from medibot.serving.assistant import MODELS, Decoding
+from medibot.serving.emergencies import EMERGENCY as EMERGENCY_NOTICE
+from medibot.serving.emergencies import NOTICE
 from medibot.serving.evidence import CLOSE, NO_MATCH, Evidence
 from medibot.serving.protocol import ApiError
-from medibot.serving.queue import RUNNING, WAITING, Desk, Queue
-from medibot.serving.server import LARGEST, Server, listening, serve
+from medibot.serving.queue import RUNNING, WAITING, Queue, Service
+from medibot.serving.server import MAX_BODY_BYTES, Server, open_socket, serve
 
+pytestmark = pytest.mark.slow
 ASK = [{"role": "user", "content": "What is anemia?"}]
 EMERGENCY = [{"role": "user", "content": "My dad has crushing chest pain right now and cannot breathe"}]
 SAMPLED = {"temperature": 1.0, "seed": 3, "max_tokens": 40}
 
 
 class Running:
-    """A server in a thread of the tests, and its desk to look behind."""
+    """A server in a thread of the tests, and the service behind it."""
 
-    def __init__(self, speaker):  # noqa: F811
-        self.desk = Desk(speaker)
+    def __init__(self, speaker):
+        self.service = Service(speaker)
         self.speaker = speaker
-        listener = listening(0)
+        listener = open_socket(0)
         self.port = listener.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
-        self.server = Server(self.desk)
+        self.server = Server(self.service)
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
 
@@ -85,12 +87,12 @@ class Running:
     def stop(self):
         self.server.should_exit = True
         self.thread.join(20)
-        self.desk.close()
+        self.service.close()
         assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
-def server(speaker):  # noqa: F811
+def server(speaker):
     running = Running(speaker)
     yield running
     running.stop()
@@ -98,9 +100,6 @@ def server(speaker):  # noqa: F811
 
 def body(**more):
     return {"model": "tuned", "messages": ASK, "max_tokens": 2} | more
-
-
-# --- OpenAI's format --------------------------------------------------------------------------------------------------
 
 
 def test_openai_client_gets_the_answers_of_the_speaker(server):
@@ -114,7 +113,7 @@ def test_openai_client_gets_the_answers_of_the_speaker(server):
             reply.completion_tokens,
         )
         assert whole.usage.prompt_tokens == len(server.speaker.prompt_ids(ASK))
-        assert whole.model == which and whole.system_fingerprint == server.desk.fingerprint
+        assert whole.model == which and whole.system_fingerprint == server.service.fingerprint
         *chunks, last = server.create(which, stream=True, stream_options={"include_usage": True})
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         assert chunks[-1].choices[0].finish_reason == reply.finish_reason and last.usage == whole.usage
@@ -173,9 +172,6 @@ def test_curl_asks_and_streams(server):
     assert text == json.loads(whole.stdout)["choices"][0]["message"]["content"]
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("more", "param", "said"),
     [
@@ -201,7 +197,7 @@ def test_curl_asks_and_streams(server):
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name", "not supported"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "text alone"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "only text"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "the user last"),
         ({"messages": [*ASK, {"role": "system", "content": "x"}, *ASK]}, "messages", "in turn"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages", "empty"),
@@ -228,7 +224,7 @@ def test_a_conversation_too_long_is_refused_with_numbers(server):
         server.request("POST", "/v1/chat/completions", body(messages=[{"role": "user", "content": "a " * 60_000}]))[0]
         == 400
     )
-    assert server.post(body(messages=[{"role": "user", "content": "a" * LARGEST}]))[0] == 413
+    assert server.post(body(messages=[{"role": "user", "content": "a" * MAX_BODY_BYTES}]))[0] == 413
     assert server.line() == (0, 0)
 
 
@@ -268,14 +264,11 @@ def test_own_names_and_own_page_are_answered(server):
 
 
 def test_a_body_that_never_ends_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(serving, "PATIENCE", 0.2)
+    monkeypatch.setattr(serving, "BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         slow.sendall(head.encode())
         assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
-
-
-# --- Control tokens ---------------------------------------------------------------------------------------------------
 
 
 def test_control_tokens_in_a_request_are_text_and_forge_no_role(server, monkeypatch):
@@ -297,18 +290,15 @@ def test_control_tokens_in_a_request_are_text_and_forge_no_role(server, monkeypa
     assert forged in tokenizer.decode(seen[0])
 
 
-# --- Notices ----------------------------------------------------------------------------------------------------------
-
-
 def test_an_emergency_is_told_where_to_call_before_the_model_is_asked(server):
     whole = server.create(messages=EMERGENCY)
-    assert whole.choices[0].message.content.startswith(f"{care.EMERGENCY}\n\n")
+    assert whole.choices[0].message.content.startswith(f"{EMERGENCY_NOTICE}\n\n")
     server.speaker.turns.take()
     try:
         with server.create(messages=EMERGENCY, stream=True) as stream:
             first = next(iter(stream))
-            assert first.choices[0].delta.content == f"{care.EMERGENCY}\n\n"
-            assert first.medibot["emergency"] == care.EMERGENCY and care.NOTICE in first.medibot["notice"]
+            assert first.choices[0].delta.content == f"{EMERGENCY_NOTICE}\n\n"
+            assert first.medibot["emergency"] == EMERGENCY_NOTICE and NOTICE in first.medibot["notice"]
     finally:
         server.speaker.turns.give()
     assert server.create().medibot["emergency"] is None
@@ -316,7 +306,7 @@ def test_an_emergency_is_told_where_to_call_before_the_model_is_asked(server):
 
 def test_the_model_does_not_see_the_notice_as_words_of_its_own(server):
     answer = server.create(messages=EMERGENCY).choices[0].message
-    own = {"role": "assistant", "content": answer.content.removeprefix(f"{care.EMERGENCY}\n\n")}
+    own = {"role": "assistant", "content": answer.content.removeprefix(f"{EMERGENCY_NOTICE}\n\n")}
     later = server.create(messages=[*EMERGENCY, answer, *ASK])
     assert later.usage.prompt_tokens == len(server.speaker.prompt_ids([*EMERGENCY, own, *ASK]))
 
@@ -328,9 +318,6 @@ def test_evidence_stands_beside_each_answer(server):
         assert found["close"] and known["question"] in [source["question"] for source in found["sources"]]
     unknown = server.create(messages=[{"role": "user", "content": "Zzyzx qwfp?"}]).medibot["evidence"]
     assert not unknown["close"] and unknown["said"] == NO_MATCH and len(unknown["sources"]) == 1
-
-
-# --- The line ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -394,7 +381,7 @@ def test_a_client_that_leaves_ends_its_answer(server):
     stream = server.create(stream=True, **long)
     replies = []
     for _, _ in zip(stream, range(4), strict=False):
-        replies = [answer.reply for answer in server.desk.answers]
+        replies = [answer.reply for answer in server.service.answers]
     stream.close()
     server.settle(0, 0)
     replies[0].thread.join(5)
@@ -419,7 +406,7 @@ def test_a_client_that_reads_nothing_does_not_hold_the_model(server):
 
 def test_a_failing_model_is_an_error_of_the_server_and_of_that_answer_alone(server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(assistant, "generation", lambda *_: "no config")
+        patch.setattr(assistant, "generation_config", lambda *_: "no config")
         with pytest.raises(openai.InternalServerError, match="failed while it answered"):
             server.create()
         with pytest.raises(openai.APIError, match="failed while it answered"):
@@ -554,7 +541,7 @@ def status_of(server, raw: bytes) -> int | None:
 
 
 def test_four_hundred_broken_requests_break_nothing(server, monkeypatch):
-    monkeypatch.setattr(serving, "PATIENCE", 0.5)
+    monkeypatch.setattr(serving, "BODY_SECONDS", 0.5)
     draw = random.Random(0)
     raws = [mutated(draw) for _ in range(400)]
     with ThreadPoolExecutor(8) as pool:
@@ -568,10 +555,7 @@ def test_four_hundred_broken_requests_break_nothing(server, monkeypatch):
     assert server.create().choices[0].message.content
 
 
-# --- The process ------------------------------------------------------------------------------------------------------
-
-
-def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):  # noqa: F811
+def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):
     # -o: whatever make thinks of the environment's age, the tests already run in it
     command = ["make", "--no-print-directory", "-o", ".venv/.ready", "serve", "RUN=talker", "PORT=0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -585,7 +569,7 @@ def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):  #
     asked = {"model": "tuned", "messages": EMERGENCY, "stream": True, "max_tokens": 1500}
     stream = iter(client.chat.completions.create(**asked, temperature=1.5, seed=1))
     text = "".join(next(stream).choices[0].delta.content for _ in range(4))
-    assert text.startswith(care.EMERGENCY)
+    assert text.startswith(EMERGENCY_NOTICE)
     (server_process,) = psutil.Process(process.pid).children()
     server_process.send_signal(signal.SIGTERM)
     began = time.monotonic()
@@ -594,7 +578,7 @@ def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):  #
     assert process.stdout.readline() == "stopped\n" and time.monotonic() - began < 60
     more, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and more == ""
-    assert len(lines) == 3 and care.NOTICE in lines[1]
+    assert len(lines) == 3 and NOTICE in lines[1]
     assert set(speaker.run.folder.rglob("*")) == files
 
 
@@ -691,7 +675,7 @@ def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, ser
     monkeypatch.setattr(protocol.secrets, "randbits", lambda _: 7)
     with opened(browser, server) as tab:
         assert tab.evaluate("document.activeElement.id") == "question"
-        assert care.NOTICE in tab.get_by_role("note").text_content()
+        assert NOTICE in tab.get_by_role("note").text_content()
         tab.keyboard.type("What is")
         tab.keyboard.press("Shift+Enter")
         tab.keyboard.type("anemia?")
@@ -754,11 +738,11 @@ def test_page_says_where_to_call_before_any_answer(browser, server):
             alarm.wait_for()
             seen = alarm.bounding_box()
             assert seen["y"] >= 0 and seen["y"] + seen["height"] < 481
-            assert alarm.text_content() == care.EMERGENCY and said_by(tab, "base") == said_by(tab, "tuned") == ""
+            assert alarm.text_content() == EMERGENCY_NOTICE and said_by(tab, "base") == said_by(tab, "tuned") == ""
             above = "document.getElementById('emergency').getBoundingClientRect().bottom <= document.getElementById('answers').getBoundingClientRect().top"
             assert tab.evaluate(above)
         stop_after_some_words(tab)
-        assert not said_by(tab, "tuned").startswith(care.EMERGENCY[:10]) and alarm.is_visible()
+        assert not said_by(tab, "tuned").startswith(EMERGENCY_NOTICE[:10]) and alarm.is_visible()
         # The next question is another one
         tab.get_by_label("Your question").fill("What is anemia?")
         tab.keyboard.press("Enter")

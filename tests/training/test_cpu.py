@@ -77,7 +77,7 @@ def test_the_head_without_a_label_is_a_zero_that_can_be_trained_through(head):
     ],
     ids=["lora", "nf4-lora", "full"],
 )
-def test_a_training_logs_what_it_logs_under_upstreams_head(method, miniature, monkeypatch):  # noqa: F811
+def test_a_training_logs_what_it_logs_under_upstreams_head(method, miniature, monkeypatch):
     recipe = miniature("quickstart", "evaluation.questions=[]", "tracking=null", *method)
     with monkeypatch.context() as patch:
         patch.setattr(upstream, "_ChunkedLogProbFunction", ChunkedLogProbFunction)

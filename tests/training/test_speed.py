@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import speed
 
 
-def test_needed_flop_are_those_of_the_products_of_a_step(miniature):  # noqa: F811
+def test_needed_flop_are_those_of_the_products_of_a_step(miniature):
     rows = "training.per_device_train_batch_size=1"
     prepared = prepare(miniature("quickstart", "quantization=null", "data.limit={train: 1}", rows))
     trainer = build_trainer(prepared, open_run("flop"), lambda: load_weights(prepared))

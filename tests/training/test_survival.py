@@ -240,7 +240,7 @@ class AtStep(Record):
 
 
 @pytest.mark.parametrize("method", [["quantization=null"], ["lora=null", "quantization=null"]], ids=["lora", "full"])
-def test_a_disk_that_is_full_is_said_in_a_line_and_costs_nothing(method, miniature, monkeypatch):  # noqa: F811
+def test_a_disk_that_is_full_is_said_in_a_line_and_costs_nothing(method, miniature, monkeypatch):
     overrides = [*FOUR_STEPS, "training.load_best_model_at_end=false", "tracking=null", *method]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -261,7 +261,7 @@ def test_a_disk_that_is_full_is_said_in_a_line_and_costs_nothing(method, miniatu
     assert losses("mini") == losses("whole")
 
 
-def test_memory_that_runs_out_is_said_with_what_to_lower(miniature, monkeypatch):  # noqa: F811
+def test_memory_that_runs_out_is_said_with_what_to_lower(miniature, monkeypatch):
     class Hungry(AtStep):
         def what(self):
             torch.empty(1 << 50)
@@ -275,13 +275,13 @@ def test_memory_that_runs_out_is_said_with_what_to_lower(miniature, monkeypatch)
         train(miniature("quickstart", *FOUR_STEPS, "tracking=null"), "mini")
 
 
-def test_an_outputs_folder_that_cannot_be_made_is_said_in_a_line(miniature, monkeypatch):  # noqa: F811
+def test_an_outputs_folder_that_cannot_be_made_is_said_in_a_line(miniature, monkeypatch):
     monkeypatch.setenv("MEDIBOT_OUTPUTS", "/proc/outputs")
     with pytest.raises(RecipeError, match=r"/proc/outputs.*cannot be written.*MEDIBOT_OUTPUTS"):
         train(miniature("quickstart", "tracking=null"), "mini")
 
 
-def test_a_clock_that_jumps_back_deletes_no_newer_checkpoint(miniature, monkeypatch):  # noqa: F811
+def test_a_clock_that_jumps_back_deletes_no_newer_checkpoint(miniature, monkeypatch):
     class Jump(AtStep):
         step = 3
 
@@ -296,7 +296,7 @@ def test_a_clock_that_jumps_back_deletes_no_newer_checkpoint(miniature, monkeypa
     assert [folder.name for folder in open_run("mini").all_checkpoints()] == ["checkpoint-4"]
 
 
-def test_the_best_checkpoint_is_remembered_under_its_own_name(miniature):  # noqa: F811
+def test_the_best_checkpoint_is_remembered_under_its_own_name(miniature):
     best_kept = ["training.load_best_model_at_end=true", "training.metric_for_best_model=eval_loss", "tracking=null"]
     train(miniature("quickstart", *FOUR_STEPS, *best_kept), "mini")
     best = Path(open_run("mini").record()["summary"]["best_checkpoint"])
