@@ -28,7 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from medibot.data.prepared import Prepared, prepare
 from medibot.data.sources import open_source
 from medibot.data.splitting import sha256
-from medibot.evaluation.questions import choose, question, reference
+from medibot.evaluation.questions import choose_questions, question, reference
 from medibot.evaluation.scores import likelihood
 from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
@@ -124,7 +124,7 @@ def fit(prepared: Prepared, texts: list[str], steps: int):
 def cost_under_own_prompt(prepared: Prepared, weights, test_rows: int) -> dict[str, float]:
     """Nats a token of the reference answers behind the hand-written prompt, without and with the adapter."""
     found = prepared.load("test")
-    asked = choose(prepared.tokenizer, prepared.generation, found, found, test_rows, "test split", False)
+    asked = choose_questions(prepared.tokenizer, prepared.generation, found, test_rows, "test split")
     rows = []
     for row in asked.rows:
         prompt, rest = written_by_hand(question(row), reference(row))

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from medibot.errors import RecipeError, Stopped
-from medibot.planning.conflicts import LEGEND, matrix, read_hardware
 from medibot.recipe import diff_recipes, list_recipes, load_recipe
+from medibot.run import outputs_folder
 from medibot.training.launch import hardware_config, launch_training, launched_processes, split_launch
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
@@ -79,20 +78,14 @@ def diff(a: str, b: str) -> None:
 
 
 @app.command()
-def strategies() -> None:
-    """Which fine-tuning method goes with which accelerate config: tested, by upstream's word, or refused and why."""
-    from rich.console import Console
-    from rich.table import Table
+def rules(
+    name: Annotated[str | None, typer.Argument(help="A name that stands for several, such as medquad.")] = None,
+) -> None:
+    """List the cleaning rules."""
+    from medibot.cleaning import describe_rules
 
-    names, rows, reasons = matrix()
-    table = Table("", *names)
-    for method, marks in rows:
-        table.add_row(method, *marks)
-    console = Console(width=max(110, shutil.get_terminal_size().columns))
-    console.print(table)
-    print(LEGEND)
-    for reason in reasons:
-        print(f"- {reason}")
+    for rule, purpose in describe_rules(name):
+        print(f"{rule:36} {purpose}")
 
 
 @app.command()
@@ -121,11 +114,13 @@ def plan(
 ) -> None:
     """Memory, largest micro-batch, steps, time and disk of a training; loads no weights."""
     checked = load_recipe(recipe, overrides or [])
-    hardware = read_hardware(hardware_config(accelerate))
-    processes = launched_processes(hardware, split_launch(launch))
-    from medibot.training.inspection import plan_recipe
+    from medibot.planning.hardware import read_hardware
+    from medibot.planning.plan import plan_recipe
+    from medibot.training.launch import split_launch
 
-    plan_recipe(checked, gpu, hardware.settings, processes)
+    hardware = read_hardware(hardware_config(accelerate))
+    show(plan_recipe(checked, gpu, hardware, launched_processes(hardware, split_launch(launch))))
+    print(f"written: {outputs_folder() / 'plans' / checked.name}.json")
 
 
 @app.command()
@@ -203,7 +198,7 @@ def eval_(
     """Base against tuned on held-out questions, with intervals, a page, and one verdict."""
     from medibot.evaluation.evaluate import evaluate
 
-    evaluate(run, rows, data)
+    show(evaluate(run, rows, data))
 
 
 @app.command()
@@ -214,7 +209,7 @@ def compare(
     """Runs side by side: recipes, curves, test metrics with paired intervals, cost, and which one wins."""
     from medibot.evaluation.compare import compare as compare_runs
 
-    compare_runs(runs, baseline)
+    show(compare_runs(runs, baseline))
 
 
 @app.command()
@@ -228,7 +223,7 @@ def benchmark(
     """Did the fine-tune cost knowledge? Multiple-choice questions to base and tuned model, by lm-eval."""
     from medibot.evaluation.benchmark import benchmark as run_benchmark
 
-    run_benchmark(run, tasks or [], limit)
+    show(run_benchmark(run, tasks or [], limit))
 
 
 @app.command()
@@ -239,7 +234,9 @@ def sweep(
     """A grid of trainings: a W&B sweep where this machine is logged in, else here in sequence, then compared."""
     from medibot.evaluation.sweep import sweep as run_sweep
 
-    run_sweep(name, rows)
+    comparison = run_sweep(name, rows)
+    if comparison:
+        show(comparison)
 
 
 @app.command()

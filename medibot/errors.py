@@ -1,4 +1,4 @@
-"""TODO."""
+"""The two ways in which a command ends early: an author's mistake, and a signal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,21 +26,21 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        text = ": ".join(part for part in (place, shortened(self.key), shortened(self.what)) if part)
+        text = ": ".join(part for part in (place, shorten(self.key), shorten(self.what)) if part)
         text += f" ({self.remedy})" if self.remedy else ""
-        # a key may hold anything, and this goes to a terminal as one line
+        # A key may hold anything, and this goes to a terminal as one line
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shortened(text: str, most: int = 600) -> str:
-    """`text`, or its beginning: a value that someone pasted must not fill the screen."""
+def shorten(text: str, most: int = 600) -> str:
+    """Return `text`, or its beginning: a value that someone pasted must not fill the screen."""
     return text if len(text) <= most else f"{text[: most - 30]}… ({len(text):,} characters)"
 
 
 class RecipeError(Exception):
     """The author's mistakes, one a line; never a defect of MediBot."""
 
-    def __init__(self, problems: Sequence[Problem]):
+    def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__(self.problems)
 
@@ -49,9 +49,14 @@ class RecipeError(Exception):
 
     @classmethod
     def of(cls, subject: str, what: str, remedy: str = "") -> "RecipeError":
-        """A mistake that stands at no place of a file: `data.path: no such file (…)`."""
+        """Make a mistake that has no place in a file: `data.path: no such file (…)`."""
         return cls([Problem("", 0, 0, subject, what, remedy)])
 
 
 class Stopped(Exception):
     """A signal ended the training at a step boundary, and the checkpoint of that step is whole."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's text as one line."""
+    return " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -211,17 +212,37 @@ OVERRIDES = [
 ]
 
 
-@pytest.fixture
-def trained(make_model, workplace):
-    """trained(name, *overrides): a finished run in miniature, without W&B unless asked."""
+@pytest.fixture(scope="session")
+def trained_once(make_model, tmp_path_factory) -> Callable:
+    """trained_once(*overrides): a folder with outputs/run and its cache, trained once a session; copy, never change."""
+    made: dict[tuple[str, ...], Path] = {}
 
-    from medibot.recipe import load_recipe
+    def make(*overrides: str) -> Path:
+        from medibot.recipe import load_recipe
+        from medibot.training.session import train
+
+        if overrides not in made:
+            folder = tmp_path_factory.mktemp("trained")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("MEDIBOT_OUTPUTS", str(folder / "outputs"))
+                patch.setenv("MEDIBOT_CACHE", str(folder / "cache"))
+                weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
+                train(load_recipe("quickstart", [weights, *OVERRIDES, *overrides], root=ROOT), "run")
+            made[overrides] = folder
+        return made[overrides]
+
+    return make
+
+
+@pytest.fixture
+def trained(trained_once, workplace):
+    """trained(name, *overrides): a copy of a finished run in miniature, without W&B unless asked."""
     from medibot.run import open_run
-    from medibot.training.session import train
 
     def make(name: str, *overrides: str):
-        weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
-        train(load_recipe("quickstart", [weights, *OVERRIDES, *overrides], root=ROOT), name)
+        folder = trained_once(*overrides)
+        shutil.copytree(folder / "outputs" / "run", workplace / "outputs" / name)
+        shutil.copytree(folder / "cache", workplace / "cache", dirs_exist_ok=True)
         return open_run(name)
 
     return make

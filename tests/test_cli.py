@@ -12,7 +12,7 @@ from conftest import ROOT, SAMPLE
 
 from medibot import cli
 from medibot.errors import RecipeError
-from medibot.planning.conflicts import read_hardware
+from medibot.planning.hardware import read_hardware
 from medibot.serving.emergencies import NOTICE
 from medibot.training.launch import LAUNCHED_ON_CPU, ONE_CPU_PROCESS, hardware_config, launched_processes, split_launch
 

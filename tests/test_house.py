@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 
@@ -96,9 +97,9 @@ def test_public_api_trains_evaluates_compares_merges_and_answers(make_model, wor
     assert run.weights.is_dir() and run.record()["status"] == "finished"
     evaluation = medibot.evaluate("mine", rows=4)
     assert evaluation.results["rows"] == 4 and (evaluation.folder / "results.json").is_file()
-    comparison = medibot.compare(["mine"])
-    assert comparison.verdict
+    shutil.copytree(run.folder, run.folder.with_name("twin"))
+    assert medibot.compare(["mine", "twin"]).verdict.startswith("The data cannot tell")
     merged = medibot.merge("mine")
-    assert merged.proof["greedy_agreement" if "greedy_agreement" in merged.proof else "kept"] and merged.folder.is_dir()
+    assert merged.proof["modes"][merged.proof["kept"]]["greedy_agreement"] == 1.0 and merged.folder.is_dir()
     reply = medibot.Assistant("mine").reply([{"role": "user", "content": "What is anemia?"}])
     assert isinstance("".join(reply), str) and reply.completion_tokens > 0

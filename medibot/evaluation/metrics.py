@@ -1,12 +1,13 @@
-"""What an answer is worth: scores of one answer, totals over rows, and paired differences with their intervals."""
+"""Score one answer against its reference."""
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
 UNITS = {
@@ -21,19 +22,11 @@ UNITS = {
     "millimoles?|mmol": "mmol",
     "percent|per cent|%": "%",
 }
-
-
 NUMBER = re.compile(r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![.,]?\d)")
-
-
 LIST_MARKER = re.compile(r"^\s*\d+[.)](?=\s)", re.MULTILINE)
-
-
 UNIT = re.compile(
     rf"[\s-]?({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])", re.IGNORECASE
 )
-
-
 Row = Mapping[str, Any]
 
 
@@ -54,101 +47,47 @@ class Metric:
     scale: Literal["ratio", "exp", "log_distance"] = "ratio"
 
 
+# fmt: off
 METRICS = (
-    Metric(
-        "nll",
-        "negative log-likelihood (nats a token)",
-        "nll",
-        "tokens",
-        "lower",
-        "Of the reference answer and its stop token, summed over all rows and divided by their tokens.",
-    ),
+    Metric("nll", "negative log-likelihood (nats a token)", "nll", "tokens", "lower",
+           "Of the reference answer and its stop token, summed over all rows and divided by their tokens."),
     Metric("perplexity", "perplexity", "nll", "tokens", "lower", "The exponential of the line above.", "exp"),
-    Metric(
-        "bits_per_byte",
-        "bits per byte",
-        "bits",
-        "bytes",
-        "lower",
-        "The same likelihood in bits, divided by the UTF-8 bytes of the references: independent of the tokenizer.",
-    ),
-    Metric(
-        "token_accuracy",
-        "token accuracy",
-        "correct",
-        "tokens",
-        "higher",
-        "Share of the reference's tokens that were the most likely ones.",
-    ),
-    Metric(
-        "rouge_l",
-        "ROUGE-L",
-        "rouge_l",
-        None,
-        "higher",
-        "F1 of the longest common subsequence of answer and reference over lower-cased [a-z0-9]+ words, no stemming; "
-        "mean over rows (Lin 2004).",
-    ),
+    Metric("bits_per_byte", "bits per byte", "bits", "bytes", "lower",
+           "The same likelihood in bits, divided by the UTF-8 bytes of the references: independent of the tokenizer."),
+    Metric("token_accuracy", "token accuracy", "correct", "tokens", "higher",
+           "Share of the reference's tokens that were the most likely ones."),
+    Metric("rouge_l", "ROUGE-L", "rouge_l", None, "higher",
+           "F1 of the longest common subsequence of answer and reference over lower-cased [a-z0-9]+ words, no stemming; "
+           "mean over rows (Lin 2004)."),
     Metric("chrf", "chrF++", "chrf", None, "higher", "Sentence-level chrF++, mean over rows (Popović 2017)"),
-    Metric(
-        "length_ratio",
-        "length ratio (best at 1)",
-        "answer_words",
-        "reference_words",
-        "lower",
-        "Words of all answers by words of all references; compared by |log ratio|, the distance from 1.",
-        "log_distance",
-    ),
-    Metric(
-        "stop_rate",
-        "stop rate",
-        "stopped",
-        None,
-        "higher",
-        "Share of answers that ended by themselves within the limit.",
-    ),
-    Metric(
-        "repetition",
-        "repetition",
-        "repetition",
-        None,
-        "lower",
-        "Share of an answer's word 4-grams that stood in it before, mean over rows (seq-rep-4, Welleck et al. 2020).",
-    ),
-    Metric(
-        "foreign_numbers",
-        "numbers not in the reference",
-        "foreign_numbers",
-        None,
-        "lower",
-        "Different numbers of an answer that its reference lacks, mean over rows; list markers do not count.",
-    ),
-    Metric(
-        "foreign_doses",
-        "doses not in the reference",
-        "foreign_doses",
-        None,
-        "lower",
-        "Different quantities with a unit (5 mg, 20 %) of an answer that its reference lacks, mean over rows.",
-    ),
+    Metric("length_ratio", "length ratio (best at 1)", "answer_words", "reference_words", "lower",
+           "Words of all answers by words of all references; compared by |log ratio|, the distance from 1.",
+           "log_distance"),
+    Metric("stop_rate", "stop rate", "stopped", None, "higher",
+           "Share of answers that ended by themselves within the limit."),
+    Metric("repetition", "repetition", "repetition", None, "lower",
+           "Share of an answer's word 4-grams that were in it before, mean over rows (seq-rep-4, Welleck et al. 2020)."),
+    Metric("foreign_numbers", "numbers not in the reference", "foreign_numbers", None, "lower",
+           "Different numbers of an answer that its reference lacks, mean over rows; list markers do not count."),
+    Metric("foreign_doses", "doses not in the reference", "foreign_doses", None, "lower",
+           "Different quantities with a unit (5 mg, 20 %) of an answer that its reference lacks, mean over rows."),
 )
-
-
-ACCURACY = Metric(
-    "accuracy", "accuracy", "right", None, "higher", "Share of questions whose most likely option is the right one."
-)
+ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher",
+                  "Share of questions whose most likely option is the right one.")
+# fmt: on
 
 
 def definitions() -> dict[str, str]:
-    """What each metric is, by name; chrF++ with sacrebleu's signature."""
-    return {m.name: m.definition + (f" [{chrf().get_signature()}]." if m.name == "chrf" else "") for m in METRICS}
+    """Return what each metric is, by name; chrF++ with sacrebleu's signature."""
+    found = {metric.name: metric.definition for metric in METRICS}
+    return found | {"chrf": f"{found['chrf']} [{chrf_scorer().get_signature()}]."}
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
-    """The scores of one generated answer that need no model; see METRICS for what each is."""
+    """Return the scores of one generated answer that need no model; see METRICS for what each is."""
     return {
-        "rouge_l": rouge_l(answer, reference),
-        "chrf": chrf().sentence_score(answer, [reference]).score,
+        "rouge_l": rouge_scorer().score(reference, answer)["rougeL"].fmeasure,
+        "chrf": chrf_scorer().sentence_score(answer, [reference]).score,
         "answer_words": len(answer.split()),
         "reference_words": len(reference.split()),
         "repetition": repetition(answer),
@@ -158,35 +97,22 @@ def score_answer(answer: str, reference: str) -> dict[str, float]:
 
 
 @cache
-def chrf() -> CHRF:
+def rouge_scorer() -> RougeScorer:
+    """Return rouge-score's ROUGE-L, without stemming."""
+    return RougeScorer(["rougeL"])
+
+
+@cache
+def chrf_scorer() -> CHRF:
+    """Return sacrebleu's chrF++."""
     scorer = CHRF(word_order=2)
     # The signature counts references, which it knows only after a first score
     scorer.corpus_score(["a"], [["a"]])
     return scorer
 
 
-def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence, as rouge-score 0.1.2 gives it without stemming; 0 to 1."""
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
-    if not a or not b:
-        return 0.0
-    return 2 * longest_common_subsequence(a, b) / (len(a) + len(b))
-
-
-def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Its length, bit-parallel over `a` (Hyyrö 2004)."""
-    places: dict[str, int] = {}
-    for place, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << place
-    whole = (1 << len(a)) - 1
-    unmatched = whole
-    for word in b:
-        found = unmatched & places.get(word, 0)
-        unmatched = ((unmatched + found) | (unmatched - found)) & whole
-    return len(a) - unmatched.bit_count()
-
-
 def repetition(text: str) -> float:
+    """Return the share of word 4-grams that were in the text before."""
     words = text.lower().split()
     grams = Counter(zip(*(words[start:] for start in range(4)), strict=False))
     total = sum(grams.values())
@@ -194,20 +120,17 @@ def repetition(text: str) -> float:
 
 
 def numbers(text: str) -> set[float]:
-    """The different numbers of a text, as values."""
+    """Return the different numbers of a text, as values."""
     return {float(found.group().replace(",", "")) for found in NUMBER.finditer(LIST_MARKER.sub("", text))}
 
 
 def doses(text: str) -> set[tuple[float, str]]:
-    """The different (number, unit) pairs of a text, spelled-out units under their symbols."""
+    """Return the different (number, unit) pairs of a text, spelled-out units under their symbols."""
     found = set()
-    for number in re.finditer(NUMBER.pattern, text):
+    for number in NUMBER.finditer(text):
         unit = UNIT.match(text, number.end())
         if unit:
+            symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit[1], re.IGNORECASE))
             per = f"/{unit[2].lower()}" if unit[2] else ""
-            found.add((float(number.group().replace(",", "")), symbol(unit[1]) + per))
+            found.add((float(number.group().replace(",", "")), symbol + per))
     return found
-
-
-def symbol(unit: str) -> str:
-    return next(short for names, short in UNITS.items() if re.fullmatch(names, unit, re.IGNORECASE))

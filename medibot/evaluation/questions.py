@@ -1,4 +1,4 @@
-"""TODO."""
+"""Choose the held-out rows that both models are asked, and tokenize them as for training."""
 
 import json
 import tempfile
@@ -35,7 +35,10 @@ AS_IT_IS = [
 
 @dataclass(frozen=True)
 class Questions:
-    """The rows that are asked: conversations, and their `input_ids` and `labels` as TRL makes them for training."""
+    """The rows that are asked: conversations, and their `input_ids` and `labels` as TRL makes them for training.
+
+    `of` rows there are; `known` names those that stand in the training split.
+    """
 
     rows: Dataset
     tokens: Dataset
@@ -45,15 +48,16 @@ class Questions:
 
     @property
     def fingerprint(self) -> str:
+        """Return a hash of what is asked and expected."""
         return sha256(json.dumps([[row["prompt"], row["completion"]] for row in self.rows]))
 
 
-def held_out_file(this: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows of a file in the schema of the run's data, prepared as its own are."""
+def held_out_file(run: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return the rows of a file in the schema of the run's data, prepared as its own are."""
     if not file.is_file():
-        raise RecipeError.of("DATA", f"no file {str(file)!r}", "give a .jsonl, .csv or .parquet file")
-    unlimited = ["data.limit=null"] if load_recipe(str(this.recipe)).data.limit else []
-    recipe = load_recipe(str(this.recipe), [*AS_IT_IS, *unlimited, f"data.path={json.dumps(str(file))}"])
+        raise RecipeError.of("DATA", f"{str(file)!r} not found", "give a .jsonl, .csv or .parquet file")
+    unlimited = ["data.limit=null"] if load_recipe(str(run.recipe)).data.limit else []
+    recipe = load_recipe(str(run.recipe), [*AS_IT_IS, *unlimited, f"data.path={json.dumps(str(file))}"])
     prepared = prepare(recipe, tokenizer)
     for line in prepared.ledger:
         if line["dropped"]:
@@ -61,29 +65,30 @@ def held_out_file(this: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> 
     return prepared.load("train")
 
 
-def choose(
+def choose_questions(
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
     found: Dataset | None,
-    train: Dataset,
     most: int | None,
     described: str,
-    check_known: bool,
+    train: Dataset | None = None,
 ) -> Questions:
-    """The rows to ask, with labels that are proven to cover each answer and its stop token and nothing else."""
+    """Return the rows to ask, with labels that are proven to cover each answer and its stop token and nothing else.
+
+    With `train`, rows that are known from it are named. Fewer than all are chosen by a hash of their text, so that
+    everybody asks the same.
+    """
     if found is None:
         raise RecipeError.of("eval", "the recipe keeps no test split (data.test is 0)", "give DATA=file.jsonl")
     order = sorted(range(len(found)), key=lambda place: sha256(f"{question(found[place])}\0{found[place]['row']}"))
     rows = found.select(sorted(order[:most]))
-    tokens = tokenized(tokenizer, rows)
-    report = audit_labels(tokens, rows, tokenizer, config.eos_token_id, None, "test")
-    refuse_faults(report, tokens, tokenizer)
-    known = known_rows(rows, train) if check_known else []
-    return Questions(rows, tokens, len(found), described, known)
+    tokens = tokenize_rows(tokenizer, rows)
+    refuse_faults(audit_labels(tokens, rows, tokenizer, config.eos_token_id, None, "test"), tokens, tokenizer)
+    return Questions(rows, tokens, len(found), described, known_rows(rows, train) if train is not None else [])
 
 
-def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
-    """`input_ids` and `labels` of each row by TRL's own preparation, so that what is scored is what was trained."""
+def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
+    """Return `input_ids` and `labels` of each row by TRL's own preparation: what is scored is what was trained."""
     with tempfile.TemporaryDirectory() as folder:
         switches = {"report_to": "none", "bf16": False, "max_length": None, "disable_tqdm": True}
         args = SFTConfig(folder, use_cpu=True, activation_checkpointing=False, **switches)
@@ -93,15 +98,17 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
 
 
 def known_rows(rows: Dataset, train: Dataset) -> list[int]:
-    """Which of `rows` have a question, or nearly an answer, of the training split."""
+    """Return which rows have a question, or nearly an answer, of the training split."""
     questions = {fold(question(row)) for row in train}
     near = find_near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
     return [row["row"] for row in rows if fold(question(row)) in questions or fold(reference(row)) in near]
 
 
 def question(row: dict[str, Any]) -> str:
+    """Return what a row asks."""
     return row["prompt"][-1]["content"]
 
 
 def reference(row: dict[str, Any]) -> str:
+    """Return the answer that a row expects."""
     return row["completion"][0]["content"]

@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass, and what the logits need on top, in bytes; nothing is computed.
+"""Measure what a forward pass keeps for the backward pass, and what the logits need on top; nothing is computed.
 
 Autograd itself is asked: the forward pass of the first one and two layers runs on fake tensors, and each further layer
 is taken to keep what the second one does.
@@ -19,23 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from medibot.planning.memory import casts, skeleton, text_config
+from medibot.planning.memory import build_skeleton, cast_bytes, load_config
 from medibot.recipe import Recipe
 
 # trl/kernels/chunked_logprob.py: a tile of logits is at most so many positions by so many tokens of the vocabulary
-TILE = (4096, 32768)
+GPU_TILE = (4096, 32768)
 # Positions that the head of medibot/training/cpu.py scores at a time
 CPU_TILE = 128
-
-
-# What is kept of a layer that cannot be traced, in bytes a token for each hidden unit, at two bytes a value
+# What a layer that cannot be traced keeps, in bytes a token for each hidden unit, at two bytes a value
 # (Korthikanti et al., 2022, arXiv 2205.05198, without the attention matrix)
 UNTRACED = 34
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward pass over `rows` x `length` tokens keeps: a layer, what is outside of layers, one hidden state.
+    """Bytes that a forward pass keeps: a layer, what is outside of layers, one hidden state.
 
     `freed` is what a layer allocates and frees again on its way.
     """
@@ -48,7 +46,7 @@ class Kept:
 
 
 class Allocated(TorchDispatchMode):
-    """Every storage that an operation makes; holding on to them keeps their identity."""
+    """Collect every storage that an operation makes; holding on to them keeps their identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,41 +62,38 @@ class Allocated(TorchDispatchMode):
 
 
 class GPUDropout(torch.nn.Dropout):
-    """Dropout as a GPU does it, which keeps one byte a value; torch on a CPU keeps the scaled noise."""
+    """Dropout as on a GPU, which keeps one byte a value; torch on a CPU keeps the scaled noise."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(input, self.p, self.training)[0]
 
 
-def kept(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
-    """Trace the first one and two layers over `rows` x `length` tokens."""
+def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
+    """Trace the first one and two layers over `rows` x `length` tokens; estimate a model that cannot be traced."""
     try:
-        one, two = (traced(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2))
+        one, two = (trace_layers(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        hidden = text_config(recipe).get_text_config().hidden_size
-        values = rows * length * hidden
-        size = compute.itemsize
-        return Kept(values * UNTRACED * size // 2, values * size, values * size, values * UNTRACED * size, traced=False)
+        state = rows * length * load_config(recipe).get_text_config().hidden_size * compute.itemsize
+        return Kept(state * UNTRACED // 2, state, state, state * UNTRACED, traced=False)
     layer = two.layer - one.layer
     return Kept(layer, max(0, one.layer - layer), two.state, two.freed - one.freed, traced=True)
 
 
-def traced(
+def trace_layers(
     recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, rows: int, length: int
 ) -> Kept:
-    """One forward pass of the backbone on fake tensors: `layer` is all that it keeps."""
-    whole = skeleton(recipe, dtype, layers, quantized=False)
-    if gpu:
-        for name, module in list(whole.named_modules()):
-            if isinstance(module, torch.nn.Dropout):
-                whole.set_submodule(name, GPUDropout(module.p))
-    backbone = (whole.get_base_model() if recipe.lora is not None else whole).base_model
-    keeps: dict[int, torch.UntypedStorage] = {}
+    """Run the backbone's first `layers` on fake tensors: `layer` is all that they keep."""
+    model = build_skeleton(recipe, dtype, layers, quantized=False)
+    for name, module in list(model.named_modules()) if gpu else []:
+        if isinstance(module, torch.nn.Dropout):
+            model.set_submodule(name, GPUDropout(module.p))
+    backbone = (model.get_base_model() if recipe.lora is not None else model).base_model
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held:
-            keeps[storage._cdata] = storage
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage
         return tensor
 
     # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name
@@ -108,37 +103,30 @@ def traced(
             name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
             for name, value in [*backbone.named_parameters(), *backbone.named_buffers()]
         }
-        held = {value.untyped_storage()._cdata for value in values.values()}
+        parameters = {value.untyped_storage()._cdata for value in values.values()}
         ids = torch.zeros(rows, length, dtype=torch.long)
         # A single row is never padded, and upstream then drops the mask
         mask = torch.ones_like(ids) if rows > 1 else None
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         with Allocated() as allocated, autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            made = torch.func.functional_call(backbone, values, kwargs=inputs)
-        state = made.last_hidden_state.nbytes
-        saved = sum(storage.nbytes() for storage in keeps.values()) - casts(backbone, compute)
-        everything = sum(storage.nbytes() for key, storage in allocated.storages.items() if key not in held)
-    return Kept(saved, 0, state, everything - saved, traced=True)
+            made = torch.func.functional_call(backbone, values, kwargs=batch)
+        kept = sum(storage.nbytes() for storage in saved.values()) - cast_bytes(backbone, compute)
+        total = sum(storage.nbytes() for key, storage in allocated.storages.items() if key not in parameters)
+        return Kept(kept, 0, made.last_hidden_state.nbytes, total - kept, traced=True)
 
 
-def head(
-    gpu: bool,
-    training: bool,
-    supervised: int,
-    config: PretrainedConfig,
-    compute: torch.dtype,
-    full: bool,
+def head_bytes(
+    gpu: bool, training: bool, supervised: int, config: PretrainedConfig, compute: torch.dtype, full: bool
 ) -> int:
-    """Bytes that the head and the loss need on top, at their highest point; they score the `supervised` positions alone.
+    """Return the bytes that head and loss need on top, at their highest point, to score `supervised` positions.
 
-    On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU `medibot.training.cpu`'s, two tiles in float32. Both
-    keep the hidden states of those positions and their gradient. `full`: the head is trained, too.
+    On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU that of medibot/training/cpu.py, two tiles in
+    float32. Both keep the hidden states of those positions and their gradient. `full`: the head is trained, too.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     if gpu:
-        width = min(TILE[1], vocabulary)
-        logits = min(TILE[0], supervised) * width * compute.itemsize
-        cast = width * hidden * compute.itemsize
+        width = min(GPU_TILE[1], vocabulary)
+        logits, cast = min(GPU_TILE[0], supervised) * width * compute.itemsize, width * hidden * compute.itemsize
     else:
         logits, cast = 2 * 4 * min(CPU_TILE, supervised) * vocabulary, 0
     states = supervised * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))

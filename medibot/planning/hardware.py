@@ -1,19 +1,22 @@
-"""What a training may run on: GPUs by their data sheets, this machine, and how several processes share the work."""
+"""Describe what a training runs on: accelerate configs, GPUs by their data sheets, this machine."""
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
+import yaml
 
 from medibot.errors import RecipeError
+from medibot.recipe.files import search_folders
+
+if TYPE_CHECKING:
+    import torch
 
 GB = 1e9
-
-
 # Memory in GB and dense bfloat16 (T4: float16) tensor TFLOPs with float32 accumulation, from NVIDIA's data sheets (H100
 # and H200: the SXM modules)
 GPUS = {
@@ -29,35 +32,101 @@ GPUS = {
     "H100": (80, 989.0),
     "H200": (141, 989.0),
 }
-
-
-# Not measured here: CUDA context and library workspaces of a process, and NCCL's buffers where there are several
+# Assumed, not measured: CUDA context and library workspaces of a process, and NCCL's buffers where there are several
 CONTEXT, NCCL = 600_000_000, 300_000_000
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device to plan for: its memory in bytes, TFLOPs where a data sheet says them, and the dtype that it computes in."""
+    """One device: its memory in bytes, TFLOPs where a data sheet says them, and the dtype that it computes in."""
 
     name: str
     capacity: float
     tflops: float | None
     gpu: bool
-    compute: torch.dtype
+    compute: "torch.dtype"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many processes train, and what each holds: ddp all of it, zero2 a share of optimizer and gradients, fsdp2 and
-    zero3 a share of the weights, too. `checkpointing`: FSDP's own, in the place of the recipe's."""
+    """How many processes train, and what each holds.
+
+    ddp holds everything, zero2 a share of optimizer and gradients, fsdp2 and zero3 a share of the weights, too.
+    `checkpointing` is FSDP's own, in the place of the recipe's.
+    """
 
     strategy: str = "one process"
     processes: int = 1
     checkpointing: bool = False
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What an accelerate config says: its name, how it shares the work (`kind`), and the settings of that."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+
+    @property
+    def sharded(self) -> bool:
+        """Tell whether a process holds only a share of something."""
+        return self.kind not in ("one process", "DDP")
+
+    def layout(self, processes: int) -> Layout:
+        """Return what each of `processes` would hold."""
+        strategies = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+        strategy = strategies.get(self.kind, "ddp" if processes > 1 else "one process")
+        return Layout(strategy, processes, bool(self.settings.get("fsdp_activation_checkpointing")))
+
+
+def find_config(name: str) -> Path:
+    """Return the accelerate config of that name or path; raise RecipeError if there is none."""
+    folders = search_folders("accelerate_configs")
+    candidates = [Path(name)] if name.endswith((".yaml", ".yml")) else [folder / f"{name}.yaml" for folder in folders]
+    for path in candidates:
+        if path.is_file():
+            return path
+    found = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise RecipeError.of("ACCELERATE", f"{name} not found", f"there are: {', '.join(found)}")
+
+
+def read_hardware(file: Path) -> Hardware:
+    """Read an accelerate config; raise RecipeError if it is none, or of a kind that trains something else."""
+    try:
+        written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        what = f"{file} is not YAML: {' '.join(str(error).split())}"
+        raise RecipeError.of("ACCELERATE", what, "take one of accelerate_configs/") from error
+    if not isinstance(written, dict):
+        raise RecipeError.of("ACCELERATE", f"{file} is not an accelerate config", "take one of accelerate_configs/")
+    plugin = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(written.get("distributed_type", "NO"), "")
+    settings = written | (written.get(plugin) or {})
+    return Hardware(file.stem, read_kind(file, settings), settings)
+
+
+def read_kind(file: Path, settings: Mapping[str, Any]) -> str:
+    """Return how a config shares the work; raise RecipeError for what upstream would not do as written."""
+    written, stage = settings.get("distributed_type", "NO"), settings.get("zero_stage", 2)
+    if written in ("NO", "MULTI_GPU"):
+        return {"NO": "one process", "MULTI_GPU": "DDP"}[written]
+    if written == "FSDP" and settings.get("fsdp_version", 1) == 2:
+        return "FSDP2"
+    if written == "DEEPSPEED" and stage in (2, 3):
+        return f"ZeRO-{stage}"
+    remedies = {
+        "MULTI_CPU": "accelerate starts one process under MULTI_CPU, whatever num_processes says: take cpu-2",
+        "FSDP": "FSDP1 is deprecated upstream: write fsdp_version: 2",
+        "DEEPSPEED": "only ZeRO-2 and ZeRO-3 are supported",
+    }
+    remedy = remedies.get(written, "take one of accelerate_configs/")
+    raise RecipeError.of("ACCELERATE", f"{file}: distributed_type {written} is not supported", remedy)
+
+
 def find_device(written: str, dtype: str | None) -> Device:
-    """`24GB` (memory alone) or a name such as `L4` or `A100 80GB` (speed, too)."""
+    """Return the GPU called `written`: a size such as 24GB, or a name such as L4 or A100 80GB, whose speed is known."""
+    import torch
+
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|G)?", written.strip(), re.I)
     known = {re.sub(r"\W", "", name).upper(): name for name in GPUS}
     name = known.get(re.sub(r"\W", "", written).upper())
@@ -70,18 +139,20 @@ def find_device(written: str, dtype: str | None) -> Device:
     return Device(name or f"{capacity:g} GB GPU", capacity * GB, tflops, True, compute)
 
 
-def detect_device(compute: torch.dtype) -> Device:
-    """What this process may use: the GPU's free memory, or the memory that the machine and its cgroups leave."""
+def detect_device(compute: "torch.dtype") -> Device:
+    """Return what this process may use: the GPU's free memory, or what the machine and its cgroups leave."""
+    import torch
+
     if torch.cuda.is_available():
         return Device(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] + CONTEXT, None, True, compute)
     used = psutil.Process().memory_info().rss
-    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = min([psutil.virtual_memory().available, *cgroup_free()])
-    return Device("this machine's CPU", used + free / shared, None, False, compute)
+    return Device("this machine's CPU", used + free / processes, None, False, compute)
 
 
 def cgroup_free() -> list[int]:
-    """Bytes that each memory limit around this process leaves (cgroup v2)."""
+    """Return the bytes that each memory limit around this process leaves (cgroup v2)."""
     file = Path("/proc/self/cgroup")
     lines = file.read_text().splitlines() if file.is_file() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), "/")
@@ -94,22 +165,14 @@ def cgroup_free() -> list[int]:
 
 
 def detect_layout(processes: int) -> Layout:
-    """What accelerate's launcher told this process."""
+    """Return what accelerate's launcher told this process."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return Layout("fsdp2", processes, os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return layout(int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), processes)
-    return layout(0, processes)
+        return Layout(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", processes)
+    return Layout("ddp" if processes > 1 else "one process", processes)
 
 
-def layout(stage: int, processes: int) -> Layout:
-    """The layout of a ZeRO stage; 0 is plain data parallel."""
-    return Layout({2: "zero2", 3: "zero3"}.get(stage, "ddp" if processes > 1 else "one process"), processes)
-
-
-def read_layout(config: dict[str, Any], processes: int) -> Layout:
-    """The layout that an accelerate config asks for."""
-    if config.get("distributed_type") == "FSDP":
-        return Layout("fsdp2", processes, config.get("fsdp_config", {}).get("fsdp_activation_checkpointing", False))
-    stage = config.get("deepspeed_config", {}).get("zero_stage", 2)
-    return layout(stage if config.get("distributed_type") == "DEEPSPEED" else 0, processes)
+def is_zero3() -> bool:
+    """Tell whether accelerate launched this process for DeepSpeed's ZeRO-3."""
+    return detect_layout(1).strategy == "zero3"

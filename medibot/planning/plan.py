@@ -1,132 +1,116 @@
-"""Whether a training fits, before a weight is loaded: what one device holds, and the largest micro-batch.
+"""Say whether a training fits before a weight is loaded: what one device holds, and the largest micro-batch."""
 
-make plan RECIPE=medquad-qlora GPU="24GB"
-"""
-
+import dataclasses
+import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from medibot.data.prepared import Prepared
+from medibot.data.prepared import Prepared, prepare
 from medibot.model.loading import weights_dtype
-from medibot.planning.activations import Kept, head, kept
+from medibot.planning.activations import Kept, head_bytes, trace
 from medibot.planning.conflicts import share_batch
-from medibot.planning.hardware import CONTEXT, GB, NCCL, Device, Layout
-from medibot.planning.memory import parameters, stored, text_config
-from medibot.planning.schedule import UTILISATION, Schedule, flat, schedule, setting
+from medibot.planning.hardware import CONTEXT, GB, NCCL, Device, Hardware, Layout, detect_device, find_device
+from medibot.planning.memory import Parameters, count_bytes, load_config
+from medibot.planning.schedule import UTILIZATION, Schedule, is_flat, make_schedule, setting
 from medibot.recipe import Recipe
+from medibot.run import outputs_folder
 
 # Measured on CPUs, glibc 2.36 (benchmarks/plan.py): what a training's process grows by beside what is counted here, and
 # the share of what a layer allocates and frees that the heap cannot use again
 LATER, HOLES = 25_000_000, 0.22
 
 
+@dataclass(frozen=True)
 class Plan:
-    """One training on one device; config, tokenizer and prepared conversations are all that is read.
+    """One training on one device.
 
-    Exact: parameters, adapters, gradients, optimizer state. Traced: activations. Estimated: the rest.
+    Exact: parameters, adapters, gradients, optimizer state. Traced: activations. Estimated: the rest. `lengths` are the
+    tokens of each row, `supervised_share` of the longest one is learned from, `evaluated` are the tokens of an
+    evaluation's largest batch, `overhead` the bytes that the process holds whatever it trains.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        prepared: Prepared,
-        weights: torch.dtype,
-        device: Device,
-        layout: Layout,
-    ) -> None:
-        self.recipe, self.weights, self.device, self.layout = recipe, weights, device, layout
-        self.config = text_config(recipe).get_text_config()
-        self.parameters = parameters(recipe, weights, device.compute)
-        rows: Any = prepared.load("train")
-        held_out: Any = prepared.load("validation")
-        self.lengths = np.array(rows["tokens"])
-        longest = rows[int(self.lengths.argmax())]["completion"][0]["content"]
-        answer = len(tokenizer(longest, add_special_tokens=False)["input_ids"])
-        self.supervised_share = min(1.0, answer / int(self.lengths.max()))
-        evaluated = setting(recipe, "per_device_eval_batch_size")
-        self.evaluated = min(evaluated, len(held_out)) * max(held_out["tokens"]) if held_out is not None else 0
-        if setting(recipe, "packing"):
-            whole = setting(recipe, "max_length")
-            self.lengths = np.full(math.ceil(self.lengths.sum() / whole), whole)
-        now = psutil.Process().memory_info().rss
-        self.overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else now + LATER
-        self.traces: dict[int, Kept] = {}
+    recipe: Recipe
+    weights: torch.dtype
+    device: Device
+    layout: Layout
+    config: PretrainedConfig
+    parameters: Parameters
+    lengths: np.ndarray
+    supervised_share: float
+    evaluated: int
+    overhead: int
 
     @property
     def rows(self) -> int:
-        """Rows of the largest micro-batch."""
+        """Return the rows of the largest micro-batch."""
         return min(setting(self.recipe, "per_device_train_batch_size"), len(self.lengths))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row; its whole micro-batch is padded to it."""
+        """Return the tokens of the longest row, to which its whole micro-batch is padded."""
         return int(self.lengths.max())
 
     @property
     def checkpointing(self) -> bool:
+        """Tell whether activations are computed again in the backward pass."""
         return self.layout.checkpointing or self.recipe.training.get("activation_checkpointing", True)
 
     @cached_property
     def schedule(self) -> Schedule:
-        of = (self.recipe, self.lengths, self.parameters, self.config, self.device, self.layout, self.checkpointing)
-        return schedule(*of)
-
-    # --- memory -------------------------------------------------------------------------------------------------------
+        """Return steps, tokens, time and disk."""
+        parts = (self.recipe, self.lengths, self.parameters, self.config, self.device, self.layout, self.checkpointing)
+        return make_schedule(*parts)
 
     def memory(
         self, rows: int | None = None, checkpointing: bool | None = None, layout: Layout | None = None
     ) -> dict[str, int]:
-        """Bytes on one device, by what they are for; `peak` is what has to fit."""
-        layout = self.layout if layout is None else layout
-        parts = self.held(layout) | self.batch(
-            self.rows if rows is None else rows, self.checkpointing if checkpointing is None else checkpointing
-        )
-        passing = parts["activations"] + parts["logits"]
-        always = sum(parts.values()) - passing - parts["gradients"]
+        """Return bytes on one device, by what they are for; `peak` is what has to fit."""
+        layout = layout or self.layout
+        checkpointing = self.checkpointing if checkpointing is None else checkpointing
+        parts = self.fixed(layout) | self.batch(rows or self.rows, checkpointing)
+        passing, gradients = parts["activations"] + parts["logits"], parts["gradients"]
+        always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
         together = setting(self.recipe, "gradient_accumulation_steps") > 1 or layout.strategy == "ddp"
-        gradients = parts["gradients"]
         return parts | {"peak": always + (passing + gradients if together else max(passing, gradients))}
 
-    def held(self, layout: Layout) -> dict[str, int]:
-        """What does not depend on the batch. ZeRO-2 shards gradients and optimizer, ZeRO-3 and FSDP2 weights, too."""
-        own, bits = self.parameters, self.recipe.quantization or {}
-        divided = layout.processes if layout.strategy != "ddp" else 1
-        ways = layout.processes if layout.strategy in {"fsdp2", "zero3"} else 1
+    def fixed(self, layout: Layout) -> dict[str, int]:
+        """Return the bytes that do not depend on the batch.
+
+        ZeRO-2 shards gradients and optimizer, ZeRO-3 and FSDP2 the weights, too.
+        """
+        own, bits, compute = self.parameters, self.recipe.quantization or {}, self.device.compute
+        shares = layout.processes if layout.strategy != "ddp" else 1
+        weight_shares = layout.processes if layout.strategy in {"fsdp2", "zero3"} else 1
         # 4-bit weights stored as bytes are not sharded (accelerate/utils/fsdp_utils.py), and ZeRO-3 loads them whole
         whole = own.quantized and not (layout.strategy == "fsdp2" and "bnb_4bit_quant_storage" in bits)
-        base = 1 if whole else ways
-        weights = {f"weights, {name}": math.ceil(size / base) for name, size in own.base.items()}
-        optimizer, gradients, copies = own.optimizer, own.trained, own.casts
+        base_shares = 1 if whole else weight_shares
+        base, optimizer, gradients = own.base, own.optimizer, own.trained
         if layout.strategy in {"zero2", "zero3"} and own.casts and self.recipe.lora is None:
             # DeepSpeed computes with half-precision weights, and keeps the float32 ones with the optimizer's state
-            name, half = str(self.device.compute).removeprefix("torch."), self.device.compute.itemsize
-            weights = {f"weights, {name}": math.ceil(half * own.total / base)}
-            optimizer, gradients = own.optimizer + own.trained, half * own.trainable
-        if layout.strategy not in {"one process", "ddp"}:
-            copies = 0
+            base = {str(compute).removeprefix("torch."): compute.itemsize * own.total}
+            optimizer, gradients = own.optimizer + own.trained, compute.itemsize * own.trainable
         return {
-            **weights,
-            "adapters": math.ceil(own.adapters / ways),
-            "layers gathered": 2 * own.layer * self.device.compute.itemsize if base > 1 else 0,
-            "copies by autocast": copies,
-            "optimizer": math.ceil(optimizer / divided),
-            "gradients": 2 * gradients if layout.strategy == "ddp" else math.ceil(gradients / divided),
+            **{f"weights, {name}": math.ceil(size / base_shares) for name, size in base.items()},
+            "adapters": math.ceil(own.adapters / weight_shares),
+            "layers gathered": 2 * own.layer * compute.itemsize if base_shares > 1 else 0,
+            "copies by autocast": own.casts if layout.strategy in {"one process", "ddp"} else 0,
+            "optimizer": math.ceil(optimizer / shares),
+            "gradients": 2 * gradients if layout.strategy == "ddp" else math.ceil(gradients / shares),
             "overhead": self.overhead,
         }
 
     def batch(self, rows: int, checkpointing: bool) -> dict[str, int]:
-        """What is kept for the backward pass, and what is on top of it at the peak: logits, or one layer's gradients."""
+        """Return what is kept for the backward pass, and what comes on top: logits, or one layer's gradients."""
         kept, layers = self.kept(rows), self.config.num_hidden_layers
         stored = layers * (kept.state if checkpointing else kept.layer) + kept.outside
         layer = kept.layer * (2 if checkpointing else 1)
@@ -138,29 +122,38 @@ class Plan:
                 logits = max(logits, self.head(self.evaluated, training=False))
         return {"activations": stored, "logits": max(logits, layer)}
 
+    @cached_property
+    def one_row(self) -> Kept:
+        """Return what a forward pass over the longest row keeps."""
+        return trace(self.recipe, self.weights, self.device.compute, self.device.gpu, 1, self.longest)
+
+    @cached_property
+    def two_rows(self) -> Kept:
+        """Return what a forward pass over two of the longest rows keeps; a mask comes with the second."""
+        return trace(self.recipe, self.weights, self.device.compute, self.device.gpu, 2, self.longest)
+
     def kept(self, rows: int) -> Kept:
-        """What a forward pass over `rows` of the longest rows keeps: traced for one and for two, then in proportion."""
-        together = flat(self.recipe)
-        traced = 1 if rows == 1 or together else 2
-        if traced not in self.traces:
-            of = (self.recipe, self.weights, self.device.compute, self.device.gpu, traced, self.longest)
-            self.traces[traced] = kept(*of)
-        one, times = self.traces[traced], rows / traced
-        layer, outside, state, freed = (int(n * times) for n in (one.layer, one.outside, one.state, one.freed))
+        """Return what a forward pass over `rows` of the longest rows keeps: traced for one and two, then in proportion."""
+        flat = is_flat(self.recipe)
+        traced, times = (self.one_row, rows) if rows == 1 or flat else (self.two_rows, rows / 2)
+        scaled = (int(size * times) for size in (traced.layer, traced.outside, traced.state, traced.freed))
+        layer, outside, state, freed = scaled
         # The rows of a flat batch are told apart by a mask over all its tokens
-        mask = (rows * self.longest) ** 2 * self.device.compute.itemsize if together else 0
-        return Kept(layer, outside + mask, state, freed, one.traced)
+        mask = (rows * self.longest) ** 2 * self.device.compute.itemsize if flat else 0
+        return Kept(layer, outside + mask, state, freed, traced.traced)
 
     def head(self, positions: int, training: bool) -> int:
+        """Return what head and loss need for a batch of so many positions."""
         supervised = math.ceil(positions * self.supervised_share)
         full = training and self.recipe.lora is None
-        return head(self.device.gpu, training, supervised, self.config, self.device.compute, full)
+        return head_bytes(self.device.gpu, training, supervised, self.config, self.device.compute, full)
 
     def fits(self, rows: int | None = None, checkpointing: bool | None = None) -> bool:
+        """Tell whether a micro-batch of `rows` of the longest rows fits."""
         return self.memory(rows, checkpointing)["peak"] <= self.device.capacity
 
     def most_rows(self, checkpointing: bool | None = None) -> int:
-        """The largest micro-batch of the longest rows that fits; 0 if none does."""
+        """Return the largest micro-batch of the longest rows that fits; 0 if none does."""
         low, high = 0, 1
         while high <= 1 << 16 and self.fits(high, checkpointing):
             low, high = high, 2 * high
@@ -169,15 +162,12 @@ class Plan:
             low, high = (middle, high) if self.fits(middle, checkpointing) else (low, middle)
         return low
 
-    # --- said ---------------------------------------------------------------------------------------------------------
-
     def advice(self) -> str:
-        """What to lower, in the plan's own figures."""
+        """Return what to lower, in the plan's own figures."""
         most, remedies = min(self.most_rows(), self.rows - 1), []
         if most:
-            remedies.append(
-                f"per_device_train_batch_size={most} would fit: raise gradient_accumulation_steps by as much"
-            )
+            fit = f"per_device_train_batch_size={most} would fit"
+            remedies.append(f"{fit}: raise gradient_accumulation_steps by as much")
         again = 0 if self.checkpointing else min(self.rows, self.most_rows(checkpointing=True))
         if again > most:
             remedies.append(f"with activation_checkpointing=true {again} rows would fit")
@@ -188,16 +178,22 @@ class Plan:
         return f"{fixed:.1f} GB are needed before the first row: shorten max_length, quantize, or take a smaller model"
 
     def require_fit(self) -> None:
-        """Refuse, before a weight is loaded, what cannot fit."""
-        peak, there = self.memory()["peak"] / GB, self.device.capacity / GB
+        """Raise RecipeError, before a weight is loaded, for what cannot fit."""
         if not self.fits():
-            what = f"{self.rows} rows of {self.longest} tokens need {peak:.1f} GB, {self.device.name} has {there:.1f}"
+            peak, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
+            what = (
+                f"{self.rows} rows of {self.longest} tokens need {peak:.1f} GB, {self.device.name} has {capacity:.1f}"
+            )
             raise self.recipe.error("training.per_device_train_batch_size", what, f"{self.advice()}; or ANYWAY=1")
 
+    def planned_peak(self) -> int:
+        """Return what `training.record.peak_memory` measures: on a GPU what is allocated, without the context."""
+        return self.memory()["peak"] - (self.overhead if self.device.gpu else 0)
+
     def as_dict(self) -> dict[str, Any]:
-        """All figures: bytes, tokens, hours."""
+        """Return all figures: bytes, tokens, hours."""
         quantiles = np.percentile(self.lengths, (5, 50, 95)).tolist()
-        done = self.schedule
+        schedule = self.schedule
         return {
             "device": self.device.name,
             "capacity_bytes": int(self.device.capacity),
@@ -207,85 +203,100 @@ class Plan:
             "micro_batch": self.rows,
             "activation_checkpointing": self.checkpointing,
             "activations_traced": self.kept(self.rows).traced,
-            "stored_bytes": stored(self.recipe),
             "memory_bytes": self.memory(),
             "fits": self.fits(),
             "largest_micro_batch": self.most_rows(),
             "lengths": dict(zip(("p5", "median", "p95"), quantiles, strict=True)) | {"longest": self.longest},
             "rows": len(self.lengths),
-            "steps": done.steps,
-            "tokens": done.tokens,
-            "flops": done.flops,
-            "hours_estimated": done.hours,
-            "utilisation_assumed": UTILISATION if done.hours else None,
-            "disk_bytes": done.disk,
+            "steps": schedule.steps,
+            "tokens": schedule.tokens,
+            "flops": schedule.flops,
+            "hours_estimated": schedule.hours,
+            "utilization_assumed": UTILIZATION if schedule.hours else None,
+            "disk_bytes": schedule.disk,
         }
 
-    def planned_peak(self) -> int:
-        """What `train.peak_memory` measures: on a GPU what is allocated, without the context."""
-        return self.memory()["peak"] - (self.overhead if self.device.gpu else 0)
+    def __rich__(self) -> Group:
+        """Return the verdict, memory by part and strategy, and the figures below it."""
+        fit = "fits" if self.fits() else f"does NOT fit: {self.advice()}"
+        peak, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
+        verdict = f"{self.recipe.name} {fit} ({peak:.1f} of {capacity:.1f} GB, {self.device.name})"
+        return Group(verdict, self.memory_table(), *(f"{name:14}{value}" for name, value in self.figures()))
 
+    def memory_table(self) -> Table:
+        """Return memory by what it is for, for this layout, or for every strategy where several processes train."""
+        ways, other = self.layout.processes, not self.checkpointing
+        names = ("ddp", "zero2", "zero3", "fsdp2")
+        layouts = [Layout(name, ways) for name in names] if ways > 1 else [self.layout]
+        title = f"GB on one device of {ways}, {self.rows} rows of {self.longest} tokens"
+        table = Table("", *(layout.strategy for layout in layouts), title=title, title_justify="left")
+        columns = [self.memory(layout=layout) for layout in layouts]
+        for part in dict.fromkeys(part for column in columns for part in column):
+            if any(column.get(part) for column in columns):
+                table.add_row(part, *(f"{column.get(part, 0) / GB:.3f}" for column in columns))
+        again = [self.memory(checkpointing=other, layout=layout)["peak"] for layout in layouts]
+        table.add_row(f"peak {'with' if other else 'without'} checkpointing", *(f"{size / GB:.3f}" for size in again))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        return table
 
-def show(plan: Plan) -> None:
-    """The plan as tables: memory by what it is for and by strategy, then batch, steps, time and disk."""
-    console, ways = Console(highlight=False), plan.layout.processes
-    layouts = [plan.layout]
-    if ways > 1:
-        layouts = [Layout(name, ways) for name in ("ddp", "zero2", "zero3", "fsdp2")]
-    other = not plan.checkpointing
-    title = f"{plan.recipe.name}: GB on one device of {ways}, {plan.rows} rows of {plan.longest} tokens"
-    table = Table("", *(layout.strategy for layout in layouts), title=title, title_justify="left")
-    columns = [plan.memory(layout=layout) for layout in layouts]
-    for part in dict.fromkeys(part for column in columns for part in column):
-        if any(column.get(part) for column in columns):
-            table.add_row(part, *(f"{column.get(part, 0) / GB:.3f}" for column in columns))
-    again = [plan.memory(checkpointing=other, layout=layout)["peak"] for layout in layouts]
-    table.add_row(f"peak {'with' if other else 'without'} checkpointing", *(f"{peak / GB:.3f}" for peak in again))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
-    for name, value in figures(plan):
-        console.print(f"{name:14}{value}", markup=False)
-
-
-def figures(plan: Plan) -> list[tuple[str, str]]:
-    """Name and value of each line below the table."""
-    all_figures, own = plan.as_dict(), plan.parameters
-    lengths, hours = all_figures["lengths"], all_figures["hours_estimated"]
-    fit = "fits" if all_figures["fits"] else "does NOT fit: " + plan.advice()
-    other = plan.most_rows(checkpointing=not plan.checkpointing)
-    time = "not estimated: no data sheet is known for this device"
-    if hours is not None:
-        long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-        time = f"{long} (estimate: {UTILISATION:.0%} of {plan.device.tflops} data-sheet TFLOPs a device)"
-    files = all_figures["stored_bytes"] or {}
-    stored = ", ".join(f"{size / GB:.2f} GB {dtype}" for dtype, size in files.items())
-    traced = "traced" if all_figures["activations_traced"] else "a rule of thumb: this architecture cannot be traced"
-    return [
-        ("device", f"{plan.device.name}, {plan.device.capacity / GB:.1f} GB, {all_figures['computes_in']}: {fit}"),
-        ("parameters", f"{own.trainable:,} of {own.total:,} trained; files: {stored or 'not on this machine'}"),
-        ("activations", f"{traced}; checkpointing {'on' if plan.checkpointing else 'off'}"),
-        (
-            "micro-batch",
-            f"at most {all_figures['largest_micro_batch']} rows; "
-            f"{'without' if plan.checkpointing else 'with'} checkpointing {other}",
-        ),
-        ("row lengths", ", ".join(f"{name} {value:.0f}" for name, value in lengths.items()) + " tokens"),
-        ("steps", f"{plan.schedule.steps:,}; {plan.schedule.tokens:,} tokens, padding included"),
-        ("compute", f"{plan.schedule.flops:.2e} FLOPs"),
-        ("time", time),
-        ("disk", f"{plan.schedule.disk / GB:.2f} GB for checkpoints and model"),
-    ]
+    def figures(self) -> list[tuple[str, str]]:
+        """Return name and value of each line below the table."""
+        own, schedule, compute = self.parameters, self.schedule, str(self.device.compute).removeprefix("torch.")
+        time = "not estimated: no data sheet is known for this device"
+        if schedule.hours is not None:
+            long = f"{schedule.hours:.1f} h" if schedule.hours >= 1 else f"{60 * schedule.hours:.0f} min"
+            time = f"{long} (estimate: {UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device)"
+        traced = "traced" if self.kept(self.rows).traced else "a rule of thumb: this architecture cannot be traced"
+        other = self.most_rows(checkpointing=not self.checkpointing)
+        lengths = self.as_dict()["lengths"].items()
+        return [
+            ("computes in", compute),
+            ("parameters", f"{own.trainable:,} of {own.total:,} trained"),
+            ("activations", f"{traced}; checkpointing {'on' if self.checkpointing else 'off'}"),
+            ("micro-batch", f"at most {self.most_rows()} rows; checkpointing the other way {other}"),
+            ("row lengths", ", ".join(f"{name} {value:.0f}" for name, value in lengths) + " tokens"),
+            ("steps", f"{schedule.steps:,}; {schedule.tokens:,} tokens, padding included"),
+            ("compute", f"{schedule.flops:.2e} FLOPs"),
+            ("time", time),
+            ("disk", f"{schedule.disk / GB:.2f} GB for checkpoints and model"),
+        ]
 
 
 def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
-    """The settings with which each process takes its share of the recipe's batch."""
+    """Return the settings with which each process takes its share of the recipe's batch."""
     rows, accumulated = share_batch(recipe, processes)
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
 
 
 def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
-    """The plan of a training on `device`, with the weights and the rows that each process would hold."""
-    held = weights_dtype(prepared.recipe, device.compute)
+    """Return the plan of a training on `device`, with the weights and rows that each process would hold."""
     training = prepared.recipe.training | per_process(prepared.recipe, layout.processes)
-    return Plan(replace(prepared.recipe, training=training), prepared.tokenizer, prepared, held, device, layout)
+    recipe = dataclasses.replace(prepared.recipe, training=training)
+    weights = weights_dtype(recipe, device.compute)
+    rows: Any = prepared.load("train")
+    held_out: Any = prepared.load("validation")
+    lengths = np.array(rows["tokens"])
+    answer = rows[int(lengths.argmax())]["completion"][0]["content"]
+    supervised = len(prepared.tokenizer(answer, add_special_tokens=False)["input_ids"])
+    share = min(1.0, supervised / int(lengths.max()))
+    size = setting(recipe, "per_device_eval_batch_size")
+    evaluated = min(size, len(held_out)) * max(held_out["tokens"]) if held_out is not None else 0
+    if setting(recipe, "packing"):
+        whole = setting(recipe, "max_length")
+        lengths = np.full(math.ceil(lengths.sum() / whole), whole)
+    now = psutil.Process().memory_info().rss
+    overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else now + LATER
+    config, parameters = load_config(recipe).get_text_config(), count_bytes(recipe, weights, device.compute)
+    return Plan(recipe, weights, device, layout, config, parameters, lengths, share, evaluated, overhead)
+
+
+def plan_recipe(recipe: Recipe, gpu: str | None, hardware: Hardware, processes: int) -> Plan:
+    """Return what the training needs on `gpu` (this machine if None), and write it to outputs/plans/ as JSON."""
+    device = find_device(gpu, recipe.model.get("dtype")) if gpu else None
+    prepared = prepare(recipe)
+    plan = make_plan(prepared, device or detect_device(prepared.precision.dtype), hardware.layout(processes))
+    file = outputs_folder() / "plans" / f"{recipe.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
+    return plan

@@ -1,4 +1,4 @@
-"""How long a training is: steps, tokens, floating-point operations, time on a GPU by its data sheet, disk."""
+"""Say how long a training is: steps, tokens, floating-point operations, hours by a GPU's data sheet, disk."""
 
 import math
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from medibot.planning.memory import Parameters
 from medibot.recipe import Recipe
 
 # The share of a data sheet's TFLOPs that a fine-tuning is taken to reach; 0.3 to 0.45 is usual
-UTILISATION = 0.35
+UTILIZATION = 0.35
 
 
 def setting(recipe: Recipe, name: str) -> Any:
-    """What the recipe's training section says, or upstream's default."""
+    """Return what the recipe's training section says, or upstream's default."""
     return recipe.training.get(name, SFTConfig.__dataclass_fields__[name].default)
 
 
-def flat(recipe: Recipe) -> bool:
-    """Whether the rows of a batch stand one behind the other, without padding."""
+def is_flat(recipe: Recipe) -> bool:
+    """Tell whether a batch is one sequence without padding."""
     return setting(recipe, "packing") or setting(recipe, "padding_free")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`tokens` are padded ones, on all devices; `hours` is an estimate, None where no data sheet says the speed.
+    """Steps; tokens, padding included, on all devices; hours as an estimate, None where no data sheet says the speed.
 
-    `disk` are the bytes of the checkpoints that are there at once, the one being written included, and of the model.
+    `disk` are the bytes of the checkpoints that exist at once, the one being written included, and of the model.
     """
 
     steps: int
@@ -40,29 +40,30 @@ class Schedule:
     disk: int
 
 
-def schedule(
+def make_schedule(
     recipe: Recipe,
     lengths: np.ndarray,
-    own: Parameters,
+    parameters: Parameters,
     config: PretrainedConfig,
     device: Device,
     layout: Layout,
     checkpointing: bool,
 ) -> Schedule:
-    """The schedule of a training on rows of `lengths` tokens."""
+    """Return the schedule of a training on rows of `lengths` tokens."""
     accumulated = setting(recipe, "gradient_accumulation_steps")
-    each = setting(recipe, "per_device_train_batch_size") * layout.processes
-    epoch = math.ceil(math.ceil(len(lengths) / each) / accumulated)
+    batch = setting(recipe, "per_device_train_batch_size") * layout.processes
+    epoch = math.ceil(math.ceil(len(lengths) / batch) / accumulated)
     most = setting(recipe, "max_steps")
     steps = most if most > 0 else math.ceil(epoch * setting(recipe, "num_train_epochs"))
-    tokens = round(steps * accumulated * layout.processes * padded(recipe, lengths))
-    flops = tokens * flops_per_token(lengths, own, config, checkpointing)
-    speed = (device.tflops or 0) * 1e12 * UTILISATION * layout.processes
-    return Schedule(steps, tokens, flops, flops / speed / 3600 if speed else None, disk(recipe, own, steps))
+    tokens = round(steps * accumulated * layout.processes * padded_tokens(recipe, lengths))
+    flops = tokens * flops_per_token(lengths, parameters, config, checkpointing)
+    speed = (device.tflops or 0) * 1e12 * UTILIZATION * layout.processes
+    hours = flops / speed / 3600 if speed else None
+    return Schedule(steps, tokens, flops, hours, disk_bytes(recipe, parameters, steps))
 
 
-def padded(recipe: Recipe, lengths: np.ndarray) -> float:
-    """Tokens of a micro-batch, padding included: the mean over one epoch in the recipe's order."""
+def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
+    """Return the tokens of a micro-batch, padding included: the mean over one epoch in the recipe's order."""
     size = setting(recipe, "per_device_train_batch_size")
     order = np.random.default_rng(setting(recipe, "seed")).permutation(lengths)
     if setting(recipe, "train_sampling_strategy") == "group_by_length":
@@ -70,22 +71,28 @@ def padded(recipe: Recipe, lengths: np.ndarray) -> float:
         chunks = [order[start : start + 50 * size] for start in range(0, len(order), 50 * size)]
         order = np.concatenate([np.sort(chunk)[::-1] for chunk in chunks])
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    return float(np.mean([batch.sum() if flat(recipe) else len(batch) * batch.max() for batch in batches]))
+    return float(np.mean([batch.sum() if is_flat(recipe) else len(batch) * batch.max() for batch in batches]))
 
 
-def flops_per_token(lengths: np.ndarray, own: Parameters, config: PretrainedConfig, checkpointing: bool) -> float:
-    """Two a weight forward; as many for the gradient of the inputs, for that of trained weights, and for what
-    checkpointing computes twice. Attention as upstream computes it, over all pairs of a row."""
-    weights = own.total - (0 if config.tie_word_embeddings else own.embedding)
+def flops_per_token(
+    lengths: np.ndarray, parameters: Parameters, config: PretrainedConfig, checkpointing: bool
+) -> float:
+    """Return the floating-point operations of one token, forward and backward.
+
+    Two a weight forward; as many for the gradient of the inputs, for that of trained weights, and for what checkpointing
+    computes twice (Kaplan et al., 2020, arXiv 2001.08361). Attention as upstream computes it, over all pairs of a row.
+    """
+    weights = parameters.total - (0 if config.tie_word_embeddings else parameters.embedding)
     head = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     # A token of a long row meets more others: the mean over tokens, not over rows
     met = float(np.average(lengths, weights=lengths))
     linear, attention = 2 * weights, 4 * config.num_hidden_layers * config.num_attention_heads * head * met
     forward = linear + attention
-    return forward * (2 if checkpointing else 1) + linear + 2 * attention + 2 * own.trainable
+    return forward * (2 if checkpointing else 1) + linear + 2 * attention + 2 * parameters.trainable
 
 
-def disk(recipe: Recipe, own: Parameters, steps: int) -> int:
+def disk_bytes(recipe: Recipe, parameters: Parameters, steps: int) -> int:
+    """Return the bytes of the checkpoints that exist at once, and of the model."""
     every = setting(recipe, "save_steps")
     saves = {
         "no": 0,
@@ -95,5 +102,5 @@ def disk(recipe: Recipe, own: Parameters, steps: int) -> int:
     limit = setting(recipe, "save_total_limit")
     # The best one is kept beside the last one, and one is written before another goes
     least = 2 if setting(recipe, "load_best_model_at_end") else 1
-    there = min(saves, max(limit, least) + 1) if limit else saves
-    return there * (own.trained + own.optimizer) + own.trained
+    at_once = min(saves, max(limit, least) + 1) if limit else saves
+    return at_once * (parameters.trained + parameters.optimizer) + parameters.trained

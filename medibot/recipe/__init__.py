@@ -1,8 +1,10 @@
-"""A recipe: one YAML file, plus `section.key=value` overrides, read strictly into a checked, frozen `Recipe`.
+"""Read a recipe: one YAML file whose sections are the keyword arguments of upstream's constructors.
+
+A recipe's name or path comes in, with `section.key=value` overrides. A checked, frozen `Recipe` goes out, or every
+mistake of the author at once, each with file, line and column. It never loads data or weights, and never fills in a
+setting that nobody wrote.
 
     recipe = load_recipe("quickstart", ["training.learning_rate=1e-4", "quantization=null"])
-
-Every mistake of the file is reported at once, each with its line and column, as one `RecipeError`.
 """
 
 import copy
@@ -15,26 +17,16 @@ from typing import Any
 from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.document import ABSENT, Document, apply_override, place_of, read_document, read_text
 from medibot.recipe.files import search_folders
-from medibot.recipe.refusals import check, described
+from medibot.recipe.refusals import check
 from medibot.recipe.schema import SECTIONS, DataSection, EvaluationSection, as_written
+from medibot.recipe.suggestions import describe
 
-__all__ = [
-    "ABSENT",
-    "DataSection",
-    "EvaluationSection",
-    "Place",
-    "Problem",
-    "Recipe",
-    "RecipeError",
-    "diff_recipes",
-    "list_recipes",
-    "load_recipe",
-]
+__all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe", "diff_recipes", "list_recipes", "load_recipe"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. Each section holds exactly what was written; None or defaults stand for an absent one."""
+    """A checked recipe. Each section holds exactly what was written; None or defaults take an absent one's place."""
 
     name: str
     path: Path
@@ -49,19 +41,25 @@ class Recipe:
     written: Mapping[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     def error(self, key: str, what: str, remedy: str = "") -> RecipeError:
-        """A mistake at `key`, to be raised; an absent key is placed at the nearest thing around it."""
+        """Make a mistake at `key`, to be raised; an absent key is placed at the nearest thing around it."""
         return RecipeError([Problem(*place_of(key, self.places, str(self.path)), key, what, remedy)])
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """What the recipe says as plain values: equal for two recipes that say the same, whatever their order."""
+        """Return what the recipe says as plain values: equal for two recipes that say the same, in any order."""
         return copy.deepcopy(dict(self.written))
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = None) -> Recipe:
-    """Read and check the recipe of that name (in recipes/) or path, with `section.key=value` overrides applied."""
+    """Read and check the recipe of that name (in recipes/) or path, with `section.key=value` overrides applied.
+
+    Raises RecipeError with all mistakes at once.
+    """
     path = find_recipe(name, root)
     document = read_document(read_text(path), str(path))
-    require_sections(document, str(path))
+    if not isinstance(document.value, dict):
+        what = "holds nothing" if document.value is None else f"must be a mapping, not {describe(document.value)}"
+        remedy = "sections at the left margin: model, data, training, …"
+        raise RecipeError([Problem(str(path), 1, 1, "", what, remedy)])
     for number, override in enumerate(overrides, start=1):
         apply_override(document, override, number)
     seen = {problem.key for problem in document.problems}
@@ -75,16 +73,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
     return assemble(path, document)
 
 
-def require_sections(document: "Document", file: str) -> None:
-    """A recipe is a mapping; there is nothing else to check in a document that is none."""
-    if not isinstance(document.value, dict):
-        shape = f"must be a mapping, not {described(document.value)}"
-        what = "holds nothing" if document.value is None else shape
-        raise RecipeError([Problem(file, 1, 1, "", what, "sections at the left margin: model, data, training, …")])
-
-
-def assemble(path: Path, document: "Document") -> Recipe:
-    """The Recipe of a document without problems."""
+def assemble(path: Path, document: Document) -> Recipe:
+    """Make the Recipe of a document without problems."""
     written = {name: as_written(name, document.value[name]) for name in SECTIONS if name in document.value}
     sections: dict[str, Any] = {
         **written,
@@ -94,17 +84,36 @@ def assemble(path: Path, document: "Document") -> Recipe:
     return Recipe(name=path.stem, path=path, places=document.places, written=written, **sections)
 
 
+def recipe_folders(root: Path | None) -> list[Path]:
+    """Return where recipes are looked for by name."""
+    return search_folders("recipes") if root is None else [root / "recipes"]
+
+
+def find_recipe(name: str, root: Path | None) -> Path:
+    """Return the file of a recipe's name or path."""
+    candidates = [Path(name)]
+    if not name.endswith((".yaml", ".yml")):
+        candidates = [folder / f"{name}{end}" for folder in recipe_folders(root) for end in (".yaml", ".yml")]
+    for path in candidates:
+        if "\0" not in name and path.is_file():
+            return path
+    known = [known for known, _ in list_recipes(root)]
+    close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise RecipeError.of(name, "no such recipe", f"{hint}there are: {', '.join(known) or 'none'}")
+
+
 def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
-    """Name and purpose (the first comment line) of every recipe, sorted by name."""
+    """Return name and purpose (the first comment line) of every recipe, sorted by name."""
     folder = next((folder for folder in recipe_folders(root) if folder.is_dir()), None)
     if folder is None:
         return []
     paths = sorted(path for pattern in ("*.yaml", "*.yml") for path in folder.glob(pattern))
-    return [(path.stem, purpose(path)) for path in paths]
+    return [(path.stem, read_purpose(path)) for path in paths]
 
 
-def purpose(path: Path) -> str:
-    """The first comment that speaks to a reader rather than to an editor."""
+def read_purpose(path: Path) -> str:
+    """Return the first comment that speaks to a reader rather than to an editor."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         text = line.lstrip("#").strip()
         if line.startswith("#") and text and not text.startswith("yaml-language-server"):
@@ -115,7 +124,7 @@ def purpose(path: Path) -> str:
 
 
 def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """Dotted key, value in a, value in b of all that the two say differently; ABSENT where one says nothing."""
+    """Return (dotted key, value in a, value in b) of all that they say differently; ABSENT where one says nothing."""
     left, right = dict(flattened(a.as_dict())), dict(flattened(b.as_dict()))
     keys = list(left) + [key for key in right if key not in left]
     pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys)
@@ -123,29 +132,9 @@ def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings; an empty mapping is a value."""
+    """Yield dotted keys and values of nested mappings; an empty mapping is a value."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def recipe_folders(root: Path | None) -> list[Path]:
-    """Where recipes of a name are looked for."""
-    return search_folders("recipes") if root is None else [root / "recipes"]
-
-
-def find_recipe(name: str, root: Path | None) -> Path:
-    """The file of a recipe's name or path."""
-    if name.endswith((".yaml", ".yml")):
-        candidates = [Path(name)]
-    else:
-        candidates = [folder / f"{name}{end}" for folder in recipe_folders(root) for end in (".yaml", ".yml")]
-    for path in candidates:
-        if "\0" not in name and path.is_file():
-            return path
-    known = [known for known, _ in list_recipes(root)]
-    close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise RecipeError.of(name, "no such recipe", f"{hint}there are: {', '.join(known) or 'none'}")

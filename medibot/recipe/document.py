@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read YAML strictly: plain values, where each was written, and every mistake at its place."""
 
 import json
 import math
@@ -12,39 +12,31 @@ from typing import Any
 import yaml
 
 from medibot.errors import Place, Problem, RecipeError
-from medibot.recipe.refusals import is_secret
 from medibot.recipe.schema import NULL_IS_A_VALUE, SECTIONS
+from medibot.recipe.suggestions import is_secret
 
-MAX_BYTES = 1_000_000
-
-
-MAX_DEPTH = 20
-
-
-def read_text(path: Path) -> str:
-    """The file as text; what cannot be text is an error at its place."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError.of(str(path), f"cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise RecipeError.of(str(path), f"is larger than {MAX_BYTES:,} bytes", "a recipe is a page of settings")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8", errors="replace")
-        raise syntax_error(str(path), before, len(before), "is not UTF-8 text", "save it as UTF-8") from error
-
-
-def syntax_error(file: str, text: str, position: int, what: str, remedy: str = "") -> RecipeError:
-    """A mistake at a position of the text."""
-    line = text.count("\n", 0, position) + 1
-    return RecipeError([Problem(file, line, position - text.rfind("\n", 0, position), "", what, remedy)])
+MAX_BYTES, MAX_DEPTH = 1_000_000, 20
+# YAML 1.2's core schema: `2e-4` is a number, `no` is a word, `010` is ten; YAML 1.1, as PyYAML reads it, differs in all
+WORDS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+# PyYAML's words for the usual mistakes, and what to say instead
+COMPLAINTS = (
+    ("'\\t'", "a tab cannot indent", "use spaces"),
+    ("single document", "a recipe is one document", "remove the `---`"),
+    ("mapping values are not allowed", "a second `:` in one line", "put text with a colon in quotes"),
+    ("<stream end>", "a bracket or a quote is never closed", "close it"),
+    ("end of stream", "a bracket or a quote is never closed", "close it"),
+    ("got '?'", "a bare `?` inside brackets", "put questions in quotes"),
+)
 
 
 class Absent(Enum):
-    """Tells an absent key from one that is null."""
+    """Tell an absent key from one that is null."""
 
     ABSENT = "absent"
 
@@ -64,8 +56,30 @@ class Document:
     problems: list[Problem]
 
 
+def read_text(path: Path) -> str:
+    """Return the file as text; raise RecipeError at the place of what is not text."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError.of(str(path), f"cannot be read: {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise RecipeError.of(str(path), f"is larger than {MAX_BYTES:,} bytes", "a recipe is a page of settings")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8", errors="replace")
+        raise syntax_error(str(path), before, len(before), "is not UTF-8 text", "save it as UTF-8") from error
+
+
+def syntax_error(file: str, text: str, position: int, what: str, remedy: str = "") -> RecipeError:
+    """Return the error for a position in the text."""
+    line = text.count("\n", 0, position) + 1
+    return RecipeError([Problem(file, line, position - text.rfind("\n", 0, position), "", what, remedy)])
+
+
 def place_of(key: str, places: Mapping[str, Place], file: str) -> Place:
-    """The place of a dotted key, or of the nearest thing around it."""
+    """Return the place of a dotted key, or of the nearest thing around it."""
     while key:
         if key in places:
             return places[key]
@@ -74,31 +88,34 @@ def place_of(key: str, places: Mapping[str, Place], file: str) -> Place:
 
 
 class NodeLoader(yaml.BaseLoader):
-    """Composes plain nodes only: what a reader of the file would have to look up elsewhere is refused."""
+    """Compose plain nodes; refuse what a reader of the file would have to look up elsewhere."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse indirection and bottomless nesting before the node is built."""
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            self.refuse(event, "anchors and aliases are not read", "write the value out, or put text in quotes")
-        if not isinstance(event, yaml.AliasEvent) and event.tag is not None:
-            self.refuse(event, "tags are not read", "leave it out, or put text in quotes")
-        if self.depth >= MAX_DEPTH:
-            self.refuse(event, "is nested too deep")
+        alias = isinstance(event, yaml.AliasEvent)
+        refusals = (
+            (
+                alias or event.anchor is not None,
+                "anchors and aliases are not read",
+                "write the value out, or quote text",
+            ),
+            (not alias and event.tag is not None, "tags are not read", "leave it out, or put text in quotes"),
+            (self.depth >= MAX_DEPTH, "is nested too deep", ""),
+        )
+        for refused, what, remedy in refusals:
+            if refused:
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
-    def refuse(self, event: yaml.Event, what: str, remedy: str = "") -> None:
-        """Stop at the event."""
-        raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
-
 
 def read_document(text: str, file: str) -> Document:
-    """Parse one strict YAML document; RecipeError if it is none."""
+    """Parse one strict YAML document; raise RecipeError for text that is none."""
     loader: Any = None
     try:
         loader = NodeLoader(text)
@@ -108,38 +125,29 @@ def read_document(text: str, file: str) -> Document:
         raise syntax_error(file, text, error.position, what, "remove it") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError([Problem(file, mark.line + 1, mark.column + 1, "", *yaml_complaint(error))]) from error
+        raise RecipeError([Problem(file, mark.line + 1, mark.column + 1, "", *explain_syntax(error))]) from error
     except (ValueError, OverflowError) as error:  # PyYAML turns the number of an escape into a character unchecked
         raise RecipeError([Problem(file, loader.line + 1, loader.column + 1, "", "escape is no character")]) from error
     document = Document(None, {}, [])
     if node is not None:
-        document.value = plain_value(node, "", document, file)
+        document.value = read_node(node, "", document, file)
     return document
 
 
-def yaml_complaint(error: yaml.MarkedYAMLError) -> tuple[str, str]:
-    """PyYAML's message in a line, with a remedy for the usual ones."""
+def explain_syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """Return PyYAML's message in a line, with a remedy for the usual ones."""
     problem = error.problem or error.context or "cannot be read"
-    if "'\\t'" in problem:
-        return "a tab cannot indent", "use spaces"
-    if "single document" in (error.context or ""):
-        return "a recipe is one document", "remove the `---`"
-    if "mapping values are not allowed" in problem:
-        return "a second `:` in one line", "put text with a colon in quotes"
-    if "<stream end>" in problem or "end of stream" in problem:
-        return "a bracket or a quote is never closed", "close it"
-    if problem.endswith("got '?'"):
-        return "a bare `?` inside brackets", "put questions in quotes"
-    if error.note is not None:
-        return problem, error.note
-    return f"is not YAML: {problem}", ""
+    for words, what, remedy in COMPLAINTS:
+        if words in f"{error.context}\n{problem}":
+            return what, remedy
+    return (f"is not YAML: {problem}", "") if error.note is None else (problem, error.note)
 
 
-def plain_value(node: yaml.Node, key: str, document: Document, file: str) -> Any:
-    """The node's value; places and problems go to the document."""
+def read_node(node: yaml.Node, key: str, document: Document, file: str) -> Any:
+    """Return the node's value; places and problems go to the document."""
     if isinstance(node, yaml.ScalarNode):
         try:
-            return scalar(node.value) if node.style is None else plain_text(node.value)
+            return read_scalar(node)
         except ValueError as error:
             document.problems.append(Problem(*place_of(key, document.places, file), key, str(error)))
             return None
@@ -147,11 +155,11 @@ def plain_value(node: yaml.Node, key: str, document: Document, file: str) -> Any
         values = []
         for index, item in enumerate(node.value):
             document.places[f"{key}[{index}]"] = mark_place(item, file)
-            values.append(plain_value(item, f"{key}[{index}]", document, file))
+            values.append(read_node(item, f"{key}[{index}]", document, file))
         return values
     mapping: dict[str, Any] = {}
     for name_node, value_node in node.value:
-        place, name = mark_place(name_node, file), key_name(name_node)
+        place, name = mark_place(name_node, file), read_name(name_node)
         inner = f"{key}.{name}" if key else str(name)
         if name is None:
             document.problems.append(Problem(*place, key, "a key must be text", "put it in quotes"))
@@ -160,41 +168,31 @@ def plain_value(node: yaml.Node, key: str, document: Document, file: str) -> Any
             document.problems.append(Problem(*place, inner, "is repeated", f"first on line {first}"))
         else:
             document.places[inner] = place
-            mapping[name] = plain_value(value_node, inner, document, file)
+            mapping[name] = read_node(value_node, inner, document, file)
     return mapping
 
 
 def mark_place(node: yaml.Node, file: str) -> Place:
-    """Where the node begins, counted from 1."""
+    """Return where the node begins, counted from 1."""
     return Place(file, node.start_mark.line + 1, node.start_mark.column + 1)
 
 
-def key_name(node: yaml.Node) -> str | None:
-    """A mapping's key, or None where it is not text."""
-    if not isinstance(node, yaml.ScalarNode):
-        return None
+def read_name(node: yaml.Node) -> str | None:
+    """Return a mapping's key, or None where it is not text."""
     try:
-        name = scalar(node.value) if node.style is None else plain_text(node.value)
+        name = read_scalar(node) if isinstance(node, yaml.ScalarNode) else None
     except ValueError:
         return None
     return name if isinstance(name, str) else None
 
 
-WORDS = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
-
-
-INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-
-
-FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+def read_scalar(node: yaml.ScalarNode) -> bool | int | float | str | None:
+    """Return a scalar's value: text where it is quoted."""
+    return scalar(node.value) if node.style is None else plain_text(node.value)
 
 
 def scalar(plain: str) -> bool | int | float | str | None:
-    """An unquoted scalar by YAML 1.2's core schema: `2e-4` is a number, `no` is a word, `010` is ten."""
+    """Return the value of an unquoted scalar; raise ValueError for a number that is none."""
     if plain in WORDS:
         return WORDS[plain]
     if not FLOAT.fullmatch(plain) and not INTEGER.fullmatch(plain):
@@ -210,7 +208,7 @@ def scalar(plain: str) -> bool | int | float | str | None:
 
 
 def plain_text(value: str) -> str:
-    """The text itself; the escapes of a quoted one can put in what no file can hold."""
+    """Return the text; raise ValueError for what a quoted one's escapes can put in and no file can hold."""
     if re.search(r"[\0\ud800-\udfff]", value):
         raise ValueError("holds a character that is not text")
     return value
@@ -224,7 +222,7 @@ def apply_override(document: Document, override: str, number: int) -> None:
     if not equals or not all(steps):
         document.problems.append(Problem(*place, "", "is not an override", "write section.key=value"))
         return
-    value = override_value(document, key, written, place)
+    value = read_override(document, key, written, place)
     values = document.value
     for depth, step in enumerate(steps[:-1], start=1):
         outer = ".".join(steps[:depth])
@@ -234,8 +232,12 @@ def apply_override(document: Document, override: str, number: int) -> None:
         if not isinstance(values, dict):
             document.problems.append(Problem(*place, key, f"{outer} is not a mapping"))
             return
-    document.places = {old: at for old, at in document.places.items() if not within(old, key)}
-    document.problems = [old for old in document.problems if old.line == 0 or not within(old.key, key)]
+    # What the override replaces is neither a place nor a problem any more
+    within = (key, f"{key}.", f"{key}[")
+    document.places = {old: at for old, at in document.places.items() if old != key and not old.startswith(within[1:])}
+    document.problems = [
+        old for old in document.problems if old.line == 0 or (old.key != key and not old.key.startswith(within[1:]))
+    ]
     if value is not None or (written and key in NULL_IS_A_VALUE):
         document.places[key] = place
         values[steps[-1]] = value
@@ -243,13 +245,8 @@ def apply_override(document: Document, override: str, number: int) -> None:
         document.problems.append(Problem(*place, key, "is not in the recipe", "nothing to take away"))
 
 
-def within(key: str, outer: str) -> bool:
-    """Whether a dotted key is the outer one or lies in it."""
-    return key == outer or key.startswith((f"{outer}.", f"{outer}["))
-
-
-def override_value(document: Document, key: str, written: str, place: Place) -> Any:
-    """The value of an override: a list, a mapping or quoted text is YAML, the rest one plain scalar to its end."""
+def read_override(document: Document, key: str, written: str, place: Place) -> Any:
+    """Return the value of an override: a list, a mapping or quoted text is YAML, the rest one plain scalar."""
     try:
         if not written.startswith(("[", "{", '"', "'")):
             return scalar(written)

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Describe every section of a recipe, from the constructor that its settings go to.
+
+`training`, `lora` and `quantization` are read off trl, peft and transformers themselves, so a new release brings its new
+settings along. What upstream leaves unchecked (choices that are any string, sizes below zero) is typed here.
+"""
 
 import inspect
 import json
@@ -10,18 +14,17 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
+from medibot.recipe.renames import REFUSED, RENAMED, each
+
 SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
-
-
 REQUIRED = ("model", "data", "training")
-
 
 # Upstream's default is not null here, so null says something; everywhere else an override to null removes the key.
 NULL_IS_A_VALUE = {"training.max_length", "training.pad_to_multiple_of"}
 
 
 class Finding(NamedTuple):
-    """One mistake, by the dotted key it stands at."""
+    """One mistake, at a dotted key."""
 
     key: str
     what: str
@@ -29,54 +32,28 @@ class Finding(NamedTuple):
 
 
 Text = Annotated[str, Field(min_length=1)]
-
-
 Count = Annotated[int, Field(ge=1)]
-
-
 Natural = Annotated[int, Field(ge=0)]
-
-
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
 Positive = Annotated[float, Field(gt=0)]
-
-
 NotNegative = Annotated[float, Field(ge=0)]
-
-
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-
-
 Share = Annotated[float, Field(ge=0, le=0.5)]
 
 
 def whole_or_ratio(value: float) -> float:
-    """Steps are a whole number, or a share of the run below 1."""
+    """Check that steps are a whole number, or a share of the run below 1."""
     if value > 1 and value != int(value):
         raise ValueError("must be a whole number, or below 1 for a share of the run")
     return int(value) if value >= 1 else value
 
 
 Steps = Annotated[float, Field(gt=0), AfterValidator(whole_or_ratio)]
-
-
 Warmup = Annotated[float, Field(ge=0), AfterValidator(whole_or_ratio)]
-
-
 HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
-
-
 PISSA_STEPS = r"^pissa_niter_\d+$"
-
-
 LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
-
-
 LANGUAGE = r"^[a-z]{2,3}$"
-
-
 PATTERNS = {
     HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])",
     PISSA_STEPS: "pissa_niter_<steps>",
@@ -188,16 +165,10 @@ class TrackingSection(Section):
     mode: Literal["online", "offline", "disabled", "shared"] | None = None
 
 
-def each(names: str, value: Any) -> dict[str, Any]:
-    """The same value under several names."""
-    return dict.fromkeys(names.split(), value)
-
-
 TRAINING_TYPES: dict[str, Any] = {
     **each("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout", Count),
-    **each(
-        "max_length save_total_limit dataset_num_proc eval_accumulation_steps torch_empty_cache_steps", Count | None
-    ),
+    **each("max_length save_total_limit dataset_num_proc eval_accumulation_steps", Count | None),
+    **each("torch_empty_cache_steps", Count | None),
     **each("dataloader_prefetch_factor ddp_bucket_cap_mb", Count | None),
     **each("weight_decay max_grad_norm eval_delay label_smoothing_factor", NotNegative),
     **each("neftune_noise_alpha router_aux_loss_coef", NotNegative | None),
@@ -220,11 +191,7 @@ TRAINING_TYPES: dict[str, Any] = {
     "pad_to_multiple_of": Count | Literal["auto"] | None,
     "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
 }
-
-
 INITIALISATION = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga"]
-
-
 LORA_TYPES: dict[str, Any] = {
     **each("r lora_alpha qalora_group_size", Count),
     **each("rank_pattern alpha_pattern", dict[str, Count]),
@@ -234,8 +201,6 @@ LORA_TYPES: dict[str, Any] = {
     "layers_to_transform": Natural | list[Natural] | None,
     "layer_replication": list[list[Natural]] | None,  # strict mode wants real tuples, and YAML has none
 }
-
-
 QUANTIZATION_TYPES: dict[str, Any] = {
     **each("load_in_8bit load_in_4bit bnb_4bit_use_double_quant", bool),
     **each("llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight", bool),
@@ -245,8 +210,6 @@ QUANTIZATION_TYPES: dict[str, Any] = {
     "bnb_4bit_quant_type": Literal["fp4", "nf4"],
     "bnb_4bit_quant_storage": Literal["uint8", "int8", "float16", "float32", "float64", "bfloat16"] | None,
 }
-
-
 GENERATION_TYPES: dict[str, Any] = {
     **each("do_sample use_cache renormalize_logits remove_invalid_values", bool),
     **each("temperature repetition_penalty", Positive),
@@ -260,77 +223,10 @@ GENERATION_TYPES: dict[str, Any] = {
 }
 
 
-HARDWARE = "hardware stands in accelerate_configs/"
-
-
-THE_RUN = "the run decides it"
-
-
-REFUSED_NAMES = {
-    ("model", HARDWARE): "device_map max_memory offload_folder tp_plan",
-    ("model", "no secrets in recipes: `hf auth login`, or HF_TOKEN"): "token use_auth_token",
-    ("model", "it has a section of its own: quantization"): "quantization_config",
-    ("model", "always on: pickled weights can run code"): "use_safetensors",
-    ("lora", "always LoRA for CAUSAL_LM"): "task_type peft_type auto_mapping",
-    ("lora", "section model says it"): "base_model_name_or_path revision",
-    ("lora", THE_RUN): "inference_mode peft_version runtime_config",
-    ("lora", "MediBot trains one plain adapter"): "megatron_config megatron_core arrow_config use_bdlora",
-    ("lora", "it needs a pass over the data first, which nobody makes"): "eva_config corda_config lora_ga_config",
-    ("lora", "it crashes upstream on models with tied embeddings"): "trainable_token_indices",
-    ("training", f"{THE_RUN}: outputs/<run>/, RUN=name"): "output_dir run_name logging_dir",
-    ("training", "section tracking decides it"): (
-        "report_to project trackio_space_id trackio_bucket_id trackio_static_space_id"
-    ),
-    ("training", "the machine decides it; the weights' own type is model.dtype"): (
-        "use_cpu no_cuda bf16 fp16 bf16_full_eval fp16_full_eval tf32"
-    ),
-    ("training", HARDWARE): "deepspeed fsdp fsdp_config accelerator_config parallelism_config ddp_backend local_rank",
-    ("training", "nothing leaves this machine while it trains"): (
-        "push_to_hub push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push"
-        " hub_revision"
-    ),
-    ("training", "the same command resumes an unfinished run"): "resume_from_checkpoint",
-    ("training", "MediBot saves a whole checkpoint on a signal itself"): "enable_jit_checkpoint",
-    ("training", "the command decides it"): "do_train do_eval do_predict",
-    ("training", "it has a section of its own: model"): "model_init_kwargs trust_remote_code",
-    ("training", "skip_prepare_dataset would switch off the check of the loss mask"): "dataset_kwargs",
-    ("training", "rows are conversations: data.prompt and data.completion"): "dataset_text_field",
-    ("training", "the tokenizer's own tokens are used"): "eos_token pad_token",
-    ("training", "deprecated upstream: write model.use_kernels: true"): "use_liger_kernel liger_kernel_config",
-    ("tracking", THE_RUN): (
-        "dir id resume resume_from fork_from config config_include_keys config_exclude_keys reinit save_code force"
-        " settings allow_val_change monitor_gym sync_tensorboard tensorboard anonymous"
-    ),
-    ("evaluation.generate", "write evaluation.max_new_tokens"): "max_new_tokens max_length",
-    ("evaluation.generate", "the tokenizer decides it"): "eos_token_id pad_token_id bos_token_id",
-    ("evaluation.generate", "one plain answer is compared for each question"): (
-        "num_return_sequences return_dict_in_generate output_scores output_logits output_attentions"
-        " output_hidden_states"
-    ),
-}
-
-
-REFUSED = {f"{section}.{name}": reason for (section, reason), names in REFUSED_NAMES.items() for name in names.split()}
-
-
-RENAMED = {
-    "max_seq_length": "training.max_length",
-    "warmup_ratio": "training.warmup_steps, where a number below 1 is a ratio",
-    "evaluation_strategy": "training.eval_strategy",
-    "group_by_length": "training.train_sampling_strategy: group_by_length",
-    "gradient_checkpointing": "training.activation_checkpointing",
-    "gradient_checkpointing_kwargs": "training.activation_checkpointing_kwargs",
-    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
-    "torch_dtype": "model.dtype",
-    "use_flash_attention_2": "model.attn_implementation: flash_attention_2",
-}
-
-
-def narrowed(hint: Any) -> Any:
-    """A constructor's type hint as a recipe may fill it: enums by their values, no JSON strings, no config objects."""
+def narrow(hint: Any) -> Any:
+    """Return a type hint as a recipe may fill it: enums by their values, no JSON strings, no config objects."""
     if get_origin(hint) in (Union, types.UnionType):
-        parts = [narrowed(part) for part in get_args(hint)]
+        parts = [narrow(part) for part in get_args(hint)]
         # `SchedulerType | str` and `dict | str` would let every typing error through
         typed = any(get_origin(part) in (Literal, dict) or part is dict for part in parts)
         return Union[tuple(part for part in parts if not (typed and part is str))]  # noqa: UP007
@@ -342,7 +238,7 @@ def narrowed(hint: Any) -> Any:
 
 
 def constructor_section(name: str, constructor: Any, hints: dict[str, Any]) -> type[Section]:
-    """The section whose settings are the constructor's parameters, less those that a recipe may not decide."""
+    """Make a section of a constructor's parameters, less those that a recipe may not decide."""
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(constructor).parameters.values():
         key = parameter.name
@@ -360,13 +256,13 @@ def constructor_section(name: str, constructor: Any, hints: dict[str, Any]) -> t
 
 @cache
 def section_models() -> dict[str, type[Section]]:
-    """Every section's model; importing the libraries behind three of them takes seconds, so not at the top."""
+    """Return every section's model; importing the libraries behind three of them takes seconds, so not at the top."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, GenerationConfig
     from trl import SFTConfig
 
     def hints(constructor: Any, ours: dict[str, Any]) -> dict[str, Any]:
-        return {name: narrowed(hint) for name, hint in get_type_hints(constructor).items()} | ours
+        return {name: narrow(hint) for name, hint in get_type_hints(constructor).items()} | ours
 
     generation = {
         name: (GENERATION_TYPES.get(name, Any), None)
@@ -386,12 +282,12 @@ def section_models() -> dict[str, type[Section]]:
 
 
 def as_written(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A checked section in the constructor's order with its numbers made uniform (1 where a float is meant is 1.0)."""
+    """Return a checked section in the constructor's order, its numbers made uniform (1 where a float is meant is 1.0)."""
     return section_models()[name].model_validate(values).model_dump(exclude_unset=True)
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe for editors, made from the same models that check it."""
+    """Return the JSON Schema of a recipe for editors, made from the same models that check it."""
     models = section_models()
     sections = {name: (models[name], ... if name in REQUIRED else Field(default_factory=dict)) for name in SECTIONS}
     schema = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections).model_json_schema()  # ty: ignore[no-matching-overload]

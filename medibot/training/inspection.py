@@ -1,6 +1,5 @@
 """`medibot inspect` and `medibot plan`: what a recipe will train on and what it will need, before a weight is loaded."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,8 @@ from medibot.data.painting import choose_examples, paint, paint_html, paint_text
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model, method_name
-from medibot.planning.hardware import detect_device, find_device, read_layout
-from medibot.planning.plan import make_plan
-from medibot.planning.plan import show as show_plan
 from medibot.recipe import Recipe
-from medibot.run import Run, outputs_folder
+from medibot.run import Run
 from medibot.training.trainer import build_trainer
 
 PAGE = Environment(autoescape=True).from_string(
@@ -125,15 +121,3 @@ def mask_table(reports: list[Audit]) -> tuple[str, list[str], list[list[Any]]]:
     rows = [[key.replace("_", " "), *(f"{c[key]:,}" for c in counts)] for key in keys]
     rows += [[text, *(c["violations"][key] for c in counts)] for key, text in NAMES.items()]
     return "Loss mask", ["", *(report.split for report in reports)], rows
-
-
-def plan_recipe(recipe: Recipe, gpu: str | None, accelerate: dict[str, Any], processes: int) -> None:
-    """Print what the training needs on `gpu` (this machine if None), and leave it in outputs/plans/ as JSON."""
-    device = find_device(gpu, recipe.model.get("dtype")) if gpu else None
-    prepared = prepare(recipe)
-    planned = make_plan(prepared, device or detect_device(prepared.precision.dtype), read_layout(accelerate, processes))
-    show_plan(planned)
-    file = outputs_folder() / "plans" / f"{recipe.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(planned.as_dict(), indent=1) + "\n", encoding="utf-8")
-    print(f"written: {file}")

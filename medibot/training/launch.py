@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from medibot.errors import RecipeError
-from medibot.planning.conflicts import CONFIGS, Hardware, read_hardware, refuse_conflicts, share_batch
+from medibot.planning.conflicts import refuse_conflicts, share_batch
+from medibot.planning.hardware import Hardware, find_config, read_hardware
 from medibot.recipe import load_recipe
 
 # Seconds that a training has to come to the end of its step after a signal
@@ -128,11 +129,7 @@ def forward(launcher: subprocess.Popen, folder: Path) -> list[int]:
 def hardware_config(name: str | None) -> Path:
     """The accelerate config that `name` says, or the one for what this machine has."""
     chosen = name or {0: "cpu", 1: "single-gpu"}.get(visible_gpus(), "multi-gpu")
-    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else CONFIGS / f"{chosen}.yaml"
-    if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-        raise RecipeError.of("ACCELERATE", f"no file {path}", f"there are: {there}")
-    return path
+    return find_config(chosen)
 
 
 def split_launch(launch: str) -> list[str]:

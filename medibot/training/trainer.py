@@ -20,7 +20,7 @@ from medibot.data.prepared import Prepared
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base, weights_dtype
 from medibot.model.precision import make_lora_config
-from medibot.planning.conflicts import is_zero3
+from medibot.planning.hardware import is_zero3
 from medibot.planning.plan import per_process
 from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu

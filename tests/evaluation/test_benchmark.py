@@ -73,14 +73,15 @@ def test_sample_is_well_formed_and_its_answers_are_spread():
     assert {sum(row["answer"] == place for row in rows) for place in range(4)} <= {7, 8}
 
 
-def test_scores_are_those_of_base_and_tuned_weights_behind_the_chat_template(at_root, capsys):
+def test_scores_are_those_of_base_and_tuned_weights_behind_the_chat_template(at_root):
     this = at_root("mine", "training.max_steps=4", "training.learning_rate=0.05")
-    found = benchmark("mine", ["sample"])
+    done = benchmark("mine", ["sample"])
+    found = done.results
     lines = read_lines(this.folder / "benchmark" / "rows.jsonl")
     recipe = load_recipe(str(this.recipe))
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     weights = load_tuned(recipe, this.weights, torch.float32)
-    questions = [json.loads(line) for line in (TASKS / "sample.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (ROOT / TASKS / "sample.jsonl").read_text().splitlines()]
     assert len(lines) == len(questions) == found["all"]["rows"]
     for line, question in zip(lines, questions, strict=True):
         assert recipe.data.system in line["prompt"] and question["options"][3] in line["prompt"]
@@ -93,17 +94,17 @@ def test_scores_are_those_of_base_and_tuned_weights_behind_the_chat_template(at_
     for which, key in (("base", "baseline"), ("tuned", "value")):
         assert found["all"][key] == pytest.approx(sum(line[which] for line in lines) / len(lines))
     assert [line["base"] for line in lines] != [line["tuned"] for line in lines]
-    said = capsys.readouterr().out
-    assert found["verdict"] in said and "points" in said
+    assert found["verdict"] == done.__rich__().renderables[0] and "points" in found["verdict"]
     assert read_json(this.folder / "benchmark" / "results.json") == found
 
 
-def test_an_untrained_adapter_costs_exactly_nothing_and_a_limit_is_said(at_root, capsys):
+def test_an_untrained_adapter_costs_exactly_nothing_and_a_limit_is_said(at_root):
     at_root("mine", "training.learning_rate=1e-30")
-    found = benchmark("mine", ["sample"], limit=5)
+    done = benchmark("mine", ["sample"], limit=5)
+    found = done.results
     assert found["all"]["difference"] == 0.0 == found["all"]["low"] == found["all"]["high"]
     assert found["all"]["rows"] == 5 and found["verdict"].startswith("no evidence that mine gained or lost knowledge")
-    assert "A quick look: at most 5 questions" in capsys.readouterr().out
+    assert done.__rich__().renderables[1].startswith("A quick look: at most 5 questions")
 
 
 def test_what_cannot_be_asked_is_said_in_a_line(at_root, monkeypatch, capsys):

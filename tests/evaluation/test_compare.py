@@ -1,13 +1,17 @@
 """Runs side by side: only what was asked the same is compared, and the winner is the one with the evidence."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from medibot.errors import RecipeError
 from medibot.evaluation.compare import compare
 from medibot.evaluation.evaluate import evaluate
 from medibot.run import open_run, read_json
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -31,10 +35,11 @@ def rewrite(name: str, change) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_comparison_shows_what_differs_and_against_base_what_evaluation_found(evaluated, workplace, capsys):
+def test_comparison_shows_what_differs_and_against_base_what_evaluation_found(evaluated, workplace):
     evaluated("one")
     evaluated("two", "lora.r=4", "training.max_steps=3")
-    found = compare(["one", "two"])
+    comparison = compare(["one", "two"])
+    found = comparison.results
     assert [row[0] for row in found["differences"]] == ["lora.r", "training.max_steps"]
     assert found["differences"][0][1:] == ["16", "4"]
     for name in ("one", "two"):
@@ -45,7 +50,11 @@ def test_comparison_shows_what_differs_and_against_base_what_evaluation_found(ev
         assert found["curves"][name]["train"] and found["cost"][name]["supervised_tokens"] > 0
     assert found["cost"]["one"]["weights_bytes"] > found["cost"]["two"]["weights_bytes"]
     folder = workplace / "outputs" / "comparisons" / "one-two"
-    assert read_json(folder / "comparison.json")["sentence"] in capsys.readouterr().out
+    assert read_json(folder / "comparison.json")["sentence"] == comparison.verdict
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(comparison)
+    assert shown.getvalue().split(":")[0] in comparison.verdict and "written: " in shown.getvalue()
+    assert all(len(line) <= 80 for line in shown.getvalue().splitlines())
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 3 and "lora.r" in page and "<script" not in page
 
@@ -53,9 +62,9 @@ def test_comparison_shows_what_differs_and_against_base_what_evaluation_found(ev
 def test_winner_is_named_only_with_evidence(evaluated):
     for name in ("one", "two", "three"):
         evaluated(name, rows=12)
-    assert compare(["one", "two", "three"])["sentence"].startswith("The data cannot tell")
+    assert compare(["one", "two", "three"]).verdict.startswith("The data cannot tell")
     rewrite("two", lambda row: row["tuned"] | {"nll": row["tuned"]["nll"] - 0.5 * row["tuned"]["tokens"]})
-    found = compare(["one", "two", "three"], baseline="one")
+    found = compare(["one", "two", "three"], baseline="one").results
     assert found["sentence"].startswith("two predicts the reference answers best, -0.5000 nats a token")
     assert found["metrics"]["two"]["nll"]["verdict"] == "better"
     assert found["metrics"]["three"]["nll"]["difference"] == 0.0 and "one" not in found["metrics"]
@@ -78,7 +87,7 @@ def test_metrics_by_token_are_left_out_between_tokenizers_and_bases_are_not_mixe
     evaluated("two", weights, rows=6)
     with pytest.raises(RecipeError, match=r"different base models .*BASELINE=one"):
         compare(["one", "two"])
-    found = compare(["one", "two"], baseline="one")
+    found = compare(["one", "two"], baseline="one").results
     assert found["left_out"] == ["nll", "perplexity", "token_accuracy"] and "bits a byte" in found["sentence"]
     assert not set(found["left_out"]) & set(found["metrics"]["two"])
 

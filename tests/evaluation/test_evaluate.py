@@ -14,11 +14,13 @@ from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.evaluation import scores
 from medibot.evaluation.evaluate import evaluate
-from medibot.evaluation.questions import question, reference, tokenized
+from medibot.evaluation.questions import question, reference, tokenize_rows
 from medibot.evaluation.scores import likelihood
 from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
+
+pytestmark = pytest.mark.slow
 
 
 def results(name: str, folder: str = "eval"):
@@ -48,7 +50,7 @@ def test_likelihood_is_upstreams_loss_and_independent_of_the_batch(trained):
     recipe = load_recipe(str(this.recipe))
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     rows = prepare(recipe).load("test")
-    tokens = tokenized(tokenizer, rows).to_list()
+    tokens = tokenize_rows(tokenizer, rows).to_list()
     weights = load_tuned(recipe, this.weights, torch.float32)
     together = likelihood(weights, tokens)
     alone = [likelihood(weights, [row])[0] for row in tokens]
@@ -66,7 +68,7 @@ def test_what_is_scored_is_the_answer_and_its_stop_token(trained):
     tokenizer = AutoTokenizer.from_pretrained(this.weights)
     recipe = load_recipe(str(this.recipe))
     rows = prepare(recipe).load("test")
-    for row, tokens in zip(rows, tokenized(tokenizer, rows), strict=True):
+    for row, tokens in zip(rows, tokenize_rows(tokenizer, rows), strict=True):
         text = tokenizer.decode([label for label in tokens["labels"] if label != -100])
         assert text == reference(row) + "<|im_end|>\n"
 
@@ -76,7 +78,7 @@ def test_untrained_adapter_gives_no_evidence_and_exactly_no_difference(trained):
     tensors = load_file(file)
     # As an adapter is before step 1: nothing is added to the base
     save_file({k: t.zero_() if "lora_B" in k else t for k, t in tensors.items()}, file, metadata={"format": "pt"})
-    for metric in evaluate("idle")["metrics"].values():
+    for metric in evaluate("idle").results["metrics"].values():
         assert metric["difference"] == metric["low"] == metric["high"] == 0.0
         assert metric["verdict"] == "no evidence"
 
@@ -104,15 +106,15 @@ def test_interrupted_evaluation_goes_on_and_gives_the_same(trained, monkeypatch,
     with half.open("a") as stream:
         stream.write('{"batch": ["likelihood", 3], "sco')
     again = evaluate("mine")
-    assert again["metrics"] == whole["metrics"]
+    assert again.results["metrics"] == whole.results["metrics"]
 
 
 def test_second_recipe_takes_the_bases_scores_from_the_first(trained, capsys):
     trained("one", "quantization=null")
     trained("two", "quantization=null", "lora.r=4")
-    first = evaluate("one")
+    first = evaluate("one").results
     capsys.readouterr()
-    second = evaluate("two")
+    second = evaluate("two").results
     said = capsys.readouterr().out
     known = [line for line in said.splitlines() if "known already" in line]
     assert len(known) == 1 and known[0].startswith("base: ")
@@ -121,10 +123,9 @@ def test_second_recipe_takes_the_bases_scores_from_the_first(trained, capsys):
         assert metric["baseline"] == second["metrics"][name]["baseline"]
 
 
-def test_quick_look_says_so_and_asks_the_same_rows_each_time(trained, capsys):
+def test_quick_look_says_so_and_asks_the_same_rows_each_time(trained):
     this = trained("mine")
-    evaluate("mine", rows=5)
-    assert "quick look: 5 of" in capsys.readouterr().out
+    assert evaluate("mine", rows=5).__rich__().renderables[1].startswith("A quick look: 5 of")
     found = results("mine")
     assert found["rows"] == 5 < found["of"]
     five = {line["row"] for line in read_lines(this.folder / "eval" / "rows.jsonl")}
@@ -144,7 +145,7 @@ def test_changed_data_is_refused(trained, make_model, tmp_path):
 
 def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp_path, capsys):
     this = trained("mine")
-    known = prepare(load_recipe(str(this.recipe))).prepared.load("train")[0]
+    known = prepare(load_recipe(str(this.recipe))).load("train")[0]
     rows = [
         {"question": "What is a made-up ailment?", "answer": "It is an ailment that nobody has, made up for a test."},
         {"question": question(known), "answer": "Something else altogether."},
@@ -154,7 +155,7 @@ def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate("mine", data=file)
     said = capsys.readouterr().out
-    assert "warning: row 1 of my rows.jsonl stands in the training split" in said
+    assert "warning: row 1 of my rows.jsonl is in the training split" in said
     assert "1 rows dropped by drop_unanswered" in said
     assert results("mine", "eval-my rows")["found_in_training"] == [1]
     assert not (this.folder / "eval").exists()

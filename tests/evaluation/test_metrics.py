@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import sentence_chrf
 
+from medibot.evaluation import statistics
 from medibot.evaluation.metrics import METRICS, definitions, doses, numbers, repetition, score_answer
-from medibot.evaluation.metrics import rouge_l as rouge
-from medibot.evaluation.statistics import compare_scores, t_quantile
+from medibot.evaluation.statistics import compare_scores, tails
+
+
+def rouge_of(answer: str, reference: str) -> float:
+    return score_answer(answer, reference)["rouge_l"]
+
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=False)
 WORDS = st.lists(st.sampled_from(["a", "b", "The", "fever,", "10", "Crohn's", "Ã©", ""]), max_size=30).map(" ".join)
@@ -21,13 +26,15 @@ WORDS = st.lists(st.sampled_from(["a", "b", "The", "fever,", "10", "Crohn's", "Ã
 @settings(max_examples=300, deadline=None)
 @given(WORDS, WORDS)
 def test_rouge_l_is_that_of_rouge_score(answer, reference):
-    assert rouge(answer, reference) == pytest.approx(ROUGE.score(reference, answer)["rougeL"].fmeasure)
+    assert score_answer(answer, reference)["rouge_l"] == pytest.approx(
+        ROUGE.score(reference, answer)["rougeL"].fmeasure
+    )
 
 
 def test_rouge_l_of_real_sentences_is_that_of_rouge_score():
     a = "Anemia is a condition in which the blood carries too little oxygen. It can make you tired; see a doctor."
     b = "In anemia, your blood does not carry enough oxygen, so you may feel tired or weak."
-    assert rouge(a, b) == pytest.approx(ROUGE.score(b, a)["rougeL"].fmeasure) and 0 < rouge(a, b) < 1
+    assert rouge_of(a, b) == pytest.approx(ROUGE.score(b, a)["rougeL"].fmeasure) and 0 < rouge_of(a, b) < 1
 
 
 def test_chrf_is_that_of_sacrebleu_and_is_named_by_its_signature():
@@ -105,11 +112,11 @@ GROUPS = [f"g{row // 3}" for row in range(120)]
 
 def test_likelihood_is_weighted_by_tokens_whatever_the_order():
     a, b = scores(120, 1), scores(120, 2)
-    found = compare_scores(a, b, GROUPS, resamples=50)["nll"]
+    found = compare_scores(a, b, GROUPS)["nll"]
     assert found["baseline"] == pytest.approx(sum(row["nll"] for row in a) / sum(row["tokens"] for row in a))
     assert found["difference"] == pytest.approx(found["value"] - found["baseline"])
     order = random.Random(0).sample(range(120), 120)
-    mixed = compare_scores([a[i] for i in order], [b[i] for i in order], [GROUPS[i] for i in order], resamples=50)
+    mixed = compare_scores([a[i] for i in order], [b[i] for i in order], [GROUPS[i] for i in order])
     for key, value in found.items():
         assert mixed["nll"][key] == (pytest.approx(value) if isinstance(value, float) else value)
 
@@ -143,38 +150,37 @@ def test_length_is_compared_by_its_distance_from_the_references():
 
 def test_nothing_said_and_nothing_counted_stays_finite():
     empty = [row | {"answer_words": 0, "tokens": 0, "nll": 0.0} for row in scores(12, 1)]
-    for found in compare_scores(empty, scores(12, 1), GROUPS[:12], resamples=200).values():
+    for found in compare_scores(empty, scores(12, 1), GROUPS[:12]).values():
         assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
 
 
-@pytest.mark.parametrize(
-    ("df", "value"), [(1, 12.706), (2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042), (100, 1.984), (5000, 1.960)]
-)
-def test_t_quantile_is_that_of_the_tables(df, value):
-    assert t_quantile(0.975, df) == pytest.approx(value, abs=0.001)
+@pytest.mark.parametrize(("groups", "t"), [(2, 12.706), (3, 4.303), (6, 2.571), (11, 2.228), (101, 1.984)])
+def test_percentiles_are_widened_for_few_groups_by_students_t(groups, t):
+    low, high = tails(groups)
+    assert low == pytest.approx(statistics.norm.cdf(-math.sqrt(groups / (groups - 1)) * t), abs=2e-5)
+    assert low + high == pytest.approx(1) and (low < 0.025 or groups > 1000)
 
 
-def test_interval_covers_the_truth_95_times_in_100_and_only_if_groups_are_drawn_whole():
+def test_interval_covers_the_truth_95_times_in_100_and_only_if_groups_are_drawn_whole(monkeypatch):
     """1,000 data sets of 60 groups with 1 to 5 rows, a true difference of -0.1 nats a token, and an effect of the group."""
-    names = {metric.name for metric in METRICS} - {"nll"}
-    zeros = {"bits": 0, "bytes": 1, "correct": 0, "stopped": 0, "chrf": 0, "repetition": 0, "rouge_l": 0}
-    zeros |= dict.fromkeys(["answer_words", "reference_words", "foreign_numbers", "foreign_doses"], 0)
+    monkeypatch.setattr(statistics, "RESAMPLES", 600)
+    nll = METRICS[:1]
     generator = np.random.default_rng(7)
     covered, covered_alone, repeats = 0, 0, 1000
     for repeat in range(repeats):
+        monkeypatch.setattr(statistics, "SEED", repeat)
         a, b, groups = [], [], []
         for group in range(60):
             effect = generator.normal(0.0, 0.2)
             for _ in range(generator.integers(1, 6)):
                 tokens = int(generator.integers(20, 200))
                 gain = 0.1 + effect + generator.normal(0.0, 0.1)
-                a.append(zeros | {"nll": 2.0 * tokens, "tokens": tokens})
-                b.append(zeros | {"nll": (2.0 - gain) * tokens, "tokens": tokens})
+                a.append({"nll": 2.0 * tokens, "tokens": tokens})
+                b.append({"nll": (2.0 - gain) * tokens, "tokens": tokens})
                 groups.append(str(group))
-        found = compare_scores(a, b, groups, seed=repeat, resamples=600)
-        covered += found["nll"]["low"] <= -0.1 <= found["nll"]["high"]
-        alone = compare_scores(a, b, [str(row) for row in range(len(a))], seed=repeat, resamples=600)["nll"]
+        found = compare_scores(a, b, groups, nll)["nll"]
+        covered += found["low"] <= -0.1 <= found["high"]
+        alone = compare_scores(a, b, [str(row) for row in range(len(a))], nll)["nll"]
         covered_alone += alone["low"] <= -0.1 <= alone["high"]
-        assert all(found[name]["difference"] == 0.0 for name in names - {"perplexity"})
     assert 0.93 <= covered / repeats <= 0.97, covered / repeats
     assert covered_alone / repeats < 0.90, covered_alone / repeats

@@ -8,7 +8,7 @@ from conftest import OVERRIDES, ROOT
 
 from medibot import cli
 from medibot.errors import RecipeError
-from medibot.evaluation.sweep import RECIPE, arguments, cells, label, named, read_sweep, sweep
+from medibot.evaluation.sweep import RECIPE, cell_arguments, cell_name, grid_cells, in_command, read_sweep, sweep
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 
@@ -41,10 +41,10 @@ def write(tmp_path, make_model, monkeypatch):
 def test_every_sweep_on_disk_is_a_grid_of_recipes_that_load(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     spec = read_sweep(file)
-    grid = cells(file, spec)
-    assert len(grid) == 4 == len({label(cell) for cell in grid})
+    grid = grid_cells(file, spec)
+    assert len(grid) == 4 == len({cell_name(cell) for cell in grid})
     for cell in grid:
-        recipe = load_recipe(named(spec, RECIPE), arguments(cell))
+        recipe = load_recipe(in_command(spec, RECIPE), cell_arguments(cell))
         for key, value in cell.items():
             section, _, setting = key.partition(".")
             assert recipe.as_dict()[section][setting] == value
@@ -55,14 +55,15 @@ def test_the_command_is_the_one_that_wandbs_agent_makes():
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     spec = read_sweep(ROOT / "recipes" / "sweeps" / "rank-and-rate.yaml")
-    for cell in cells(ROOT, spec):
+    for cell in grid_cells(ROOT, spec):
         theirs = create_sweep_command_args({"args": {key: {"value": value} for key, value in cell.items()}})
-        assert theirs["args_no_hyphens"] == arguments(cell)
+        assert theirs["args_no_hyphens"] == cell_arguments(cell)
         assert "${args_no_hyphens}" in create_sweep_command(spec["command"])
 
 
+@pytest.mark.slow
 def test_a_grid_trains_evaluates_and_compares_here(write, tmp_path, capfd):
-    sweep(write(), rows=4)
+    comparison = sweep(write(), rows=4)
     names = ["mini-r4-seed1", "mini-r8-seed1"]
     for name, rank in zip(names, (4, 8), strict=True):
         assert load_recipe(str(open_run(name).recipe)).lora["r"] == rank
@@ -70,7 +71,9 @@ def test_a_grid_trains_evaluates_and_compares_here(write, tmp_path, capfd):
     compared = read_json(tmp_path / "outputs" / "comparisons" / "-".join(names) / "comparison.json")
     assert compared["differences"] == [["lora.r", "4", "8"]]
     said = capfd.readouterr().out
-    assert "[1/2] mini-r4-seed1" in said and "[2/2] mini-r8-seed1" in said and compared["sentence"] in said
+    assert (
+        "[1/2] mini-r4-seed1" in said and "[2/2] mini-r8-seed1" in said and comparison.verdict == compared["sentence"]
+    )
 
 
 def test_a_mistake_in_the_last_cell_stops_the_sweep_before_the_first(write, tmp_path):
@@ -79,6 +82,7 @@ def test_a_mistake_in_the_last_cell_stops_the_sweep_before_the_first(write, tmp_
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_does_not_stop_the_others(write, tmp_path, capfd):
     modules = {"lora.target_modules": {"values": ["no_such_module", "all-linear"]}}
     with pytest.raises(RecipeError, match=r"1 of 2 trainings failed: mini-target_modulesno_such_module"):
@@ -112,9 +116,10 @@ def test_unknown_and_broken_files_are_said_in_a_line(tmp_path, monkeypatch):
         sweep(str(tmp_path / "broken.yaml"))
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_sweep_is_said_in_a_line(write, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(RecipeError, match=r"W&B did not take it: .*WANDB_MODE=offline runs it here"):
+    with pytest.raises(RecipeError, match=r"W&B refused it: .*WANDB_MODE=offline runs it here"):
         sweep(write())

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from medibot.errors import RecipeError
 from medibot.recipe import ABSENT, diff_recipes, list_recipes, load_recipe
-from medibot.recipe.refusals import ALIASES, REFUSED_VALUES, SECTION_ALIASES
+from medibot.recipe.renames import ALIASES, REFUSED_VALUES, RENAMED, SECTION_ALIASES
 from medibot.recipe.schema import (
     GENERATION_TYPES,
     LORA_TYPES,
     NULL_IS_A_VALUE,
     QUANTIZATION_TYPES,
-    RENAMED,
     SECTIONS,
     TRAINING_TYPES,
     json_schema,
@@ -178,7 +177,7 @@ SETTINGS = [
     ("training", "optim_args: {a: 1}", "must be text, not a mapping"),
     ("training", "lr_scheduler_kwargs: '{}'", "must be a mapping, not the text '{}'"),
     ("training", "padding_free: true", "packing: true, or max_length: null"),
-    ("training", "load_best_model_at_end: true", "needs evaluations to choose by"),
+    ("training", "load_best_model_at_end: true", "requires the save and eval strategy to match"),
     ("training", "lr_scheduler_type: greedy", "needs evaluations"),
     ("training", "dataloader_prefetch_factor: 2", "dataloader_num_workers"),
     ("training", "activation_checkpointing_kwargs: {use_reentrant: false}", "activation_checkpointing: true"),
@@ -202,7 +201,7 @@ SETTINGS = [
     ("lora", "init_lora_weights: pisa", "did you mean pissa?"),
     ("lora", "init_lora_weights: pissa_niter_x", "pissa_niter_<steps>"),
     ("lora", "init_lora_weights: eva", "a pass over the data first"),
-    ("lora", "init_lora_weights: loftq", "loftq_config: {loftq_bits: 4}"),
+    ("lora", "init_lora_weights: loftq", "loftq_config must be specified"),
     ("lora", "trainable_token_indices: [1]", "tied embeddings"),
     ("quantization", "load_in_4bt: true", "did you mean load_in_4bit?"),
     ("quantization", "load_in_4bit: 'true'", "must be true or false"),
@@ -300,7 +299,7 @@ FILES = [
         14,
         36,
         "lora.layers_to_transform",
-        "a list",
+        "when target_modules is a str",
     ),
     (GOOD + "lora: {lora_bias: true, use_dora: true}\n", 14, 8, "lora.lora_bias", "DoRA"),
     (GOOD + "lora: {r: 3, init_lora_weights: orthogonal}\n", 14, 8, "lora.r", "must be even"),
@@ -310,9 +309,9 @@ FILES = [
     (
         GOOD + QLORA.replace("}", ", load_in_8bit: true}") + "lora: {}\n",
         14,
-        62,
-        "quantization.load_in_8bit",
-        "choose one",
+        16,
+        "quantization.load_in_4bit",
+        "only one can be used at the same time",
     ),
     *[
         (GOOD + QLORA + f"lora: {{init_lora_weights: {start}}}\n", 15, 8, "lora.init_lora_weights", "4-bit weights")
@@ -323,21 +322,21 @@ FILES = [
         15,
         3,
         "training.load_best_model_at_end",
-        "saves by epoch but evaluates by steps",
+        "Save strategy: SaveStrategy.EPOCH",
     ),
     (
         GOOD + "  eval_strategy: steps\n  load_best_model_at_end: true\n  eval_steps: 30\n  save_steps: 100\n",
         15,
         3,
         "training.load_best_model_at_end",
-        "saves every 100 steps but evaluates every 30",
+        "found 100, which is not a round multiple of 30",
     ),
     (
         GOOD + "  eval_strategy: steps\n  load_best_model_at_end: true\n  eval_steps: 0.1\n",
         15,
         3,
         "training.load_best_model_at_end",
-        "saves every 500 steps but evaluates every 0.1",
+        "mixing ratio and absolute steps",
     ),
     (
         GOOD + "  activation_checkpointing: true\n  activation_checkpointing_kwargs: {offload: true}\n",
