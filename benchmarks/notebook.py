@@ -32,7 +32,8 @@ from medibot.evaluation.questions import choose_questions, question, reference
 from medibot.evaluation.scores import likelihood
 from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
-from medibot.run import dump_resolved_recipe, find_finished_run, open_run, read_json, read_lines
+from medibot.recipe.resolved import dump_resolved_recipe
+from medibot.run import find_finished_run, open_run, read_json, read_lines
 from medibot.training.record import count_parameters, peak_memory
 
 WIDTH, BATCH = 1000, 4

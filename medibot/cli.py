@@ -1,4 +1,4 @@
-"""The verbs. Each Makefile target is one of them; an author's mistake is one line and exit code 2."""
+"""The verbs: arguments in, one call, exit code out. An author's mistake is one line and exit code 2."""
 
 import logging
 import os
@@ -11,23 +11,16 @@ import typer
 
 from medibot.errors import RecipeError, Stopped
 from medibot.recipe import diff_recipes, list_recipes, load_recipe
-from medibot.run import outputs_folder
-from medibot.training.launch import hardware_config, launch_training, launched_processes, split_launch
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
 STOPPED = 75
-
-
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
-
-
 RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
-
-
-TrainedRun = Annotated[str, typer.Option(help="A trained run of outputs/.")]
-
-
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
+TrainedRun = Annotated[str, typer.Option(help="A trained run of outputs/.")]
+Accelerate = Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")]
+Launch = Annotated[str, typer.Option(help="More arguments for accelerate launch.")]
+Longest = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 
 
 @app.callback()
@@ -36,7 +29,7 @@ def describe() -> None:
 
 
 def show(result: Any) -> None:
-    """Print a result: it says itself what its table is."""
+    """Print a result; it says itself what its tables are."""
     from rich.console import Console
 
     Console(markup=False, highlight=False).print(result)
@@ -44,7 +37,7 @@ def show(result: Any) -> None:
 
 @app.command("list")
 def list_() -> None:
-    """The recipes, and what each is for."""
+    """List the recipes, and what each is for."""
     for name, purpose in list_recipes():
         print(f"{name:24} {purpose}")
 
@@ -65,22 +58,19 @@ def validate(recipes: Annotated[list[str] | None, typer.Argument()] = None) -> N
 
 @app.command()
 def diff(a: str, b: str) -> None:
-    """What differs between two recipes, key by key."""
-    from rich.console import Console
-    from rich.markup import escape
+    """Show what differs between two recipes, key by key."""
     from rich.table import Table
+    from rich.text import Text
 
     # Text such as `[topic]` would be read as rich's markup
-    table = Table("key", escape(a), escape(b))
+    table = Table("key", Text(a), Text(b))
     for row in diff_recipes(load_recipe(a), load_recipe(b)):
-        table.add_row(*(escape(str(cell)) for cell in row))
-    Console().print(table if table.row_count else escape(f"{a} and {b} say the same"))
+        table.add_row(*(Text(str(cell)) for cell in row))
+    show(table if table.row_count else f"{a} and {b} say the same")
 
 
 @app.command()
-def rules(
-    name: Annotated[str | None, typer.Argument(help="A name that stands for several, such as medquad.")] = None,
-) -> None:
+def rules(name: Annotated[str | None, typer.Argument(help="A name for several, such as medquad.")] = None) -> None:
     """List the cleaning rules."""
     from medibot.cleaning import describe_rules
 
@@ -95,13 +85,18 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write the painted page here, too.")] = None,
     row: Annotated[int | None, typer.Option(help="Paint this row of the training split as well.")] = None,
 ) -> None:
-    """Ledger, leak report, loss-mask report and painted examples; loads no weights."""
+    """Show ledger, leak report, loss-mask report and painted examples; load no weights."""
     checked = load_recipe(recipe, overrides or [])
     if html:
         require_folder(html, "--html")
     from medibot.training.inspection import inspect_recipe
 
-    inspect_recipe(checked, html, row)
+    found = inspect_recipe(checked, row)
+    show(found)
+    if html:
+        html.write_text(found.html(), encoding="utf-8")
+        print(f"\nwritten: {html}")
+    found.refuse_faults()
 
 
 @app.command()
@@ -109,17 +104,20 @@ def plan(
     recipe: RecipeName = "quickstart",
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="24GB, or a name such as L4; default: this machine.")] = None,
-    accelerate: Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")] = None,
-    launch: Annotated[str, typer.Option(help="More arguments for accelerate launch.")] = "",
+    accelerate: Accelerate = None,
+    launch: Launch = "",
 ) -> None:
-    """Memory, largest micro-batch, steps, time and disk of a training; loads no weights."""
-    checked = load_recipe(recipe, overrides or [])
+    """Plan memory, largest micro-batch, steps, time and disk of a training; load no weights."""
     from medibot.planning.hardware import read_hardware
-    from medibot.planning.plan import plan_recipe
-    from medibot.training.launch import split_launch
+    from medibot.run import outputs_folder
+    from medibot.training.launch import hardware_config, launched_processes, split_launch
 
+    checked = load_recipe(recipe, overrides or [])
     hardware = read_hardware(hardware_config(accelerate))
-    show(plan_recipe(checked, gpu, hardware, launched_processes(hardware, split_launch(launch))))
+    processes = launched_processes(hardware, split_launch(launch))
+    from medibot.planning.plan import plan_recipe
+
+    show(plan_recipe(checked, gpu, hardware, processes))
     print(f"written: {outputs_folder() / 'plans' / checked.name}.json")
 
 
@@ -128,34 +126,39 @@ def train(
     recipe: RecipeName = "quickstart",
     overrides: Overrides = None,
     run: Annotated[str | None, typer.Option(help="Name of the outputs folder; default: the recipe's.")] = None,
-    accelerate: Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")] = None,
-    launch: Annotated[str, typer.Option(help="More arguments for accelerate launch.")] = "",
+    accelerate: Accelerate = None,
+    launch: Launch = "",
     anyway: Annotated[bool, typer.Option("--anyway", help="Start even what by its plan cannot fit.")] = False,
 ) -> None:
     """Train a recipe through accelerate launch; the same command again goes on, or says that it is done."""
-    # Every accelerate launcher sets this for the processes that it starts
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        if "MEDIBOT_EXIT" in os.environ:
-            rank = os.environ.get("LOCAL_RANK", "0")
-            Path(os.environ["MEDIBOT_EXIT"]).with_name(f"process-{rank}").write_text(str(os.getpid()))
-        # Until there is something to save, a signal just ends it, without Python's traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        checked = load_recipe(recipe, overrides or [])
-        from medibot.training.session import train as train_here
+    from medibot.training import launch as launching
 
-        train_here(checked, run or checked.name, anyway)
-    else:
-        own = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
-        sys.exit(launch_training(recipe, overrides or [], own, accelerate, split_launch(launch)))
+    if not launching.is_launched():
+        options = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
+        more = launching.split_launch(launch)
+        sys.exit(launching.launch(recipe, overrides or [], options, accelerate, more))
+    launching.register_process()
+    # Until there is something to save, a signal just ends it, without Python's traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    checked = load_recipe(recipe, overrides or [])
+    from medibot.run import open_run
+    from medibot.training.session import print_next_steps
+    from medibot.training.session import train as train_recipe
+
+    name = run or checked.name
+    finished = open_run(name).record().get("status") == "finished"
+    trained = train_recipe(checked, name, anyway)
+    if not finished and os.environ.get("RANK", "0") == "0":
+        print_next_steps(trained)
 
 
 @app.command()
 def ask(
-    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    run: TrainedRun = "quickstart",
     question: Annotated[str, typer.Option("--question", "-q")] = "What is anemia?",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    max_new_tokens: Longest = 256,
 ) -> None:
-    """One question to a run: the base model's answer and the tuned one's."""
+    """Ask a run one question: print the base model's answer and the tuned one's."""
     from medibot.serving.chat import ask as ask_run
 
     ask_run(run, question, max_new_tokens)
@@ -163,8 +166,8 @@ def ask(
 
 @app.command()
 def chat(
-    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
+    run: TrainedRun = "quickstart",
+    max_new_tokens: Longest = 256,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0: greedy; default: as the run was evaluated.")
     ] = None,
@@ -178,10 +181,10 @@ def chat(
 
 @app.command()
 def serve(
-    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    run: TrainedRun = "quickstart",
     port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")] = 8000,
 ) -> None:
-    """A web page and an OpenAI-style endpoint on this machine: base and tuned model, until Ctrl-C."""
+    """Serve a web page and an OpenAI-style endpoint on this machine: base and tuned model, until Ctrl-C."""
     from medibot.serving.server import serve as serve_run
 
     serve_run(run, port)
@@ -189,13 +192,13 @@ def serve(
 
 @app.command("eval")
 def eval_(
-    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    run: TrainedRun = "quickstart",
     rows: Annotated[int | None, typer.Option(min=1, help="Only so many rows: a quick look.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="A file in the schema of the recipe's data; default: the test split.")
     ] = None,
 ) -> None:
-    """Base against tuned on held-out questions, with intervals, a page, and one verdict."""
+    """Compare base and tuned model on held-out questions, with intervals, a page, and one verdict."""
     from medibot.evaluation.evaluate import evaluate
 
     show(evaluate(run, rows, data))
@@ -206,7 +209,7 @@ def compare(
     runs: Annotated[list[str], typer.Argument(help="Evaluated runs of outputs/.")],
     baseline: Annotated[str, typer.Option(help="What each is compared with: base, or one of them.")] = "base",
 ) -> None:
-    """Runs side by side: recipes, curves, test metrics with paired intervals, cost, and which one wins."""
+    """Compare runs: recipes, curves, test metrics with paired intervals, cost, and which one wins."""
     from medibot.evaluation.compare import compare as compare_runs
 
     show(compare_runs(runs, baseline))
@@ -217,10 +220,10 @@ def benchmark(
     tasks: Annotated[
         list[str] | None, typer.Argument(help="Of benchmarks/tasks, or lm-eval's own; default: medical.")
     ] = None,
-    run: Annotated[str, typer.Option(help="A trained run of outputs/.")] = "quickstart",
+    run: TrainedRun = "quickstart",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
 ) -> None:
-    """Did the fine-tune cost knowledge? Multiple-choice questions to base and tuned model, by lm-eval."""
+    """Ask base and tuned model multiple-choice questions by lm-eval: did the fine-tune cost knowledge?"""
     from medibot.evaluation.benchmark import benchmark as run_benchmark
 
     show(run_benchmark(run, tasks or [], limit))
@@ -231,17 +234,16 @@ def sweep(
     name: Annotated[str, typer.Argument(help="A file of recipes/sweeps/, by name or path.")],
     rows: Annotated[int | None, typer.Option(min=1, help="Evaluate each training on only so many rows.")] = None,
 ) -> None:
-    """A grid of trainings: a W&B sweep where this machine is logged in, else here in sequence, then compared."""
+    """Train a grid: as a W&B sweep where this machine is logged in, else here in sequence, then compared."""
     from medibot.evaluation.sweep import sweep as run_sweep
 
-    comparison = run_sweep(name, rows)
-    if comparison:
+    if comparison := run_sweep(name, rows):
         show(comparison)
 
 
 @app.command()
 def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "medibot") -> None:
-    """Recipes side by side in W&B; without a key, in the terminal."""
+    """Show recipes side by side in W&B; without a key, in the terminal."""
     from medibot.tracking import dashboard as open_dashboard
 
     open_dashboard(project)
@@ -249,7 +251,7 @@ def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "
 
 @app.command()
 def merge(run: TrainedRun = "quickstart") -> None:
-    """Whole weights of base and adapter, proven to answer as the trained model does."""
+    """Merge base and adapter into whole weights, proven to answer as the trained model does."""
     from medibot.export.merge import merge as merge_run
 
     show(merge_run(run))
@@ -257,7 +259,7 @@ def merge(run: TrainedRun = "quickstart") -> None:
 
 @app.command("export-gguf")
 def export_gguf(run: TrainedRun = "quickstart") -> None:
-    """One GGUF file and Ollama's Modelfile, checked against the merged weights."""
+    """Write one GGUF file and Ollama's Modelfile, checked against the merged weights."""
     from medibot.export.gguf import export_gguf as export
 
     show(export(run))
@@ -268,7 +270,7 @@ def card(
     run: TrainedRun = "quickstart",
     html: Annotated[Path | None, typer.Option(help="Write the card as a page here, too.")] = None,
 ) -> None:
-    """The run's model card, into each of its folders that can be shared."""
+    """Write the run's model card into each of its folders that can be shared."""
     if html:
         require_folder(html, "--html")
     from medibot.export.card import write_cards
@@ -303,44 +305,31 @@ def schema() -> None:
 @app.command("convert-gguf")
 def convert_gguf(file: Path, folder: Path) -> None:
     """Turn a GGUF file into a model folder that recipes can name."""
-    from medibot.model.loading import convert_gguf as convert
+    from medibot.model.convert import convert_gguf as convert
 
     convert(file, folder)
 
 
 def require_folder(file: Path, subject: str) -> None:
-    """Refuse, before any work, a file that could not be written afterwards."""
+    """Raise RecipeError, before any work, for a file that could not be written afterwards."""
     if file.is_dir():
         raise RecipeError.of(subject, f"{file} is a folder", "name a file")
     if not file.parent.is_dir():
-        raise RecipeError.of(subject, f"no folder {file.parent}", "make it, or go to where it is")
+        raise RecipeError.of(subject, f"folder {file.parent} not found", "make it, or go to where it is")
 
 
 def fail(code: int, message: str) -> NoReturn:
-    """Say why once on each machine, and leave the exit code where the launcher cannot lose it.
+    """Print why, once on each machine, and exit."""
+    from medibot.training.launch import leave_exit_code
 
-    The first process to fail has the reason; what the others run into afterwards is only that it is gone.
-    """
-    if first_to_fail(code):
+    if leave_exit_code(code):
         print(message, file=sys.stderr, flush=True)
     # torchrun kills the other processes when one fails, and stopping is no failure
     sys.exit(0 if code == STOPPED and "MEDIBOT_EXIT" in os.environ else code)
 
 
-def first_to_fail(code: int) -> bool:
-    """Whether no other process of this machine has left an exit code; leaves `code` if so."""
-    if "MEDIBOT_EXIT" not in os.environ:
-        return True
-    try:
-        with Path(os.environ["MEDIBOT_EXIT"]).open("x") as file:
-            file.write(str(code))
-    except FileExistsError:
-        return False
-    return True
-
-
 def main() -> None:
-    """Entry point: private by default, and one line for an author's mistake."""
+    """Run the command line: private by default, and one line for an author's mistake."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")

@@ -1,4 +1,4 @@
-"""W&B as a mirror: one run per training, on the main process, never in the way. The local record is the truth."""
+"""Mirror a run in W&B: one W&B run per training, on the main process, never in the way. The local record is the truth."""
 
 import hashlib
 import netrc
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, one_line
 from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder, read_json
 
@@ -26,30 +26,27 @@ AXES = (
     "train/epoch",
     "train/seconds",
 )
-# Seconds that the end of a run waits for a server that died
-FINISH_TIMEOUT = 30
+# Seconds that the beginning and the end of a run wait for a server that does not answer
+INIT_TIMEOUT, FINISH_TIMEOUT = 20, 30
 
 
 class Mirror:
-    """The W&B run, or nothing at all: every method is safe to call either way, and none of them raises."""
+    """The W&B run, or nothing: every method is safe to call either way, and none of them raises."""
 
     def __init__(self, wandb_run: Any = None) -> None:
         self.wandb_run = wandb_run
         self.failed: set[str] = set()
 
     def log(self, metrics: dict[str, Any]) -> None:
+        """Send one step's metrics."""
         self.send("metrics", lambda: self.wandb_run.log(metrics))
 
     def summary(self, values: dict[str, Any]) -> None:
+        """Send values of the whole run."""
         self.send("summary", lambda: self.wandb_run.summary.update(values))
 
-    def answers(self, rows: list[dict[str, Any]]) -> None:
-        """All answers given so far to the fixed questions, as one table."""
-        columns = ["global_step", "question", "answer", "tokens", "stopped"]
-        self.table("answers", columns, [[row[column] for column in columns] for row in rows])
-
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """One table, under `name`."""
+        """Send one table under `name`, in the place of the one before."""
 
         def call() -> None:
             import wandb
@@ -59,7 +56,7 @@ class Mirror:
         self.send("tables and artifacts", call)
 
     def artifact(self, kind: str, name: str, files: list[Path], manifest: dict[str, Any], uses: dict[str, str]) -> None:
-        """`files` (a folder: all that it holds) as one artifact; `uses` are the {name: type} that it was made from.
+        """Send `files` (of a folder, all that it holds) as one artifact; `uses` are the {name: type} it was made from.
 
         W&B draws lineage online only: offline, `manifest` and `uses` say the same in the artifact's metadata.
         """
@@ -75,35 +72,35 @@ class Mirror:
             # W&B takes no other characters in a name
             artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", name), kind, metadata=manifest | {"uses": uses})
             for file in files:
-                # They stay where they are: no second copy is staged
-                if file.is_dir():
-                    artifact.add_dir(str(file), policy="immutable")
-                else:
-                    artifact.add_file(str(file), policy="immutable")
-            if online and kind == "dataset":
-                self.wandb_run.use_artifact(artifact)
-            else:
-                self.wandb_run.log_artifact(artifact)
+                # Immutable: they stay where they are, and no second copy is staged
+                add = artifact.add_dir if file.is_dir() else artifact.add_file
+                add(str(file), policy="immutable")
+            record = self.wandb_run.use_artifact if online and kind == "dataset" else self.wandb_run.log_artifact
+            record(artifact)
 
         self.send("tables and artifacts", call)
 
     def send(self, what: str, call: Callable[[], None]) -> None:
-        """`call`, unless there is no W&B run or `what` failed before: a broken server costs one line, not a training."""
+        """Call, unless there is no W&B run or `what` failed before: a broken server costs one line, not a training."""
         if self.wandb_run is None or what in self.failed:
             return
         try:
             call()
         except Exception as error:  # wandb's errors have no base of their own
             self.failed.add(what)
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"W&B: {why}; no more {what} are sent, the run's folder has them all")
+            print(f"W&B: {name_error(error)}; no more {what} are sent, the run's folder has them all")
+
+
+def name_error(error: Exception) -> str:
+    """Return an error's type and text as one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 @contextmanager
 def tracked(
     recipe: Recipe, run: Run, config: dict[str, Any], main_process: bool, job_type: str = "train"
 ) -> Generator[Mirror]:
-    """A `Mirror` for the duration of a training or an evaluation; silent where the recipe has no tracking section."""
+    """Give a `Mirror` for a training or an evaluation; an empty one where the recipe has no tracking section."""
     if recipe.tracking is None or not main_process:
         yield Mirror()
         return
@@ -116,15 +113,57 @@ def tracked(
     finish(wandb_run, run)
 
 
+def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> Any:
+    """Start the W&B run by the recipe's tracking section; offline without a key, and where the server fails."""
+    # Staged artifacts and error reports would otherwise leave the run's folder
+    os.environ.setdefault("WANDB_DATA_DIR", str(run.folder.absolute() / "wandb"))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",
+        disable_code=True,
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT,
+        finish_timeout_raises=True,
+        silent=True,
+        disable_job_creation=True,
+    )
+    identity = hashlib.sha256((run.record()["fingerprint"] + run.name + job_type).encode()).hexdigest()[:16]
+    options: dict[str, Any] = {
+        "project": "medibot",
+        "group": comparison_group(recipe, run),
+        "job_type": job_type,
+        "name": run.name if job_type == "train" else f"{run.name}-{job_type}",
+        "dir": str(run.folder),
+        # A sweep's agent has given the run its id already
+        "id": os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else identity,
+        "resume": "allow",
+        "config": config,
+    } | (recipe.tracking or {})
+    mode = options.pop("mode", None) or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    try:
+        wandb_run = wandb.init(mode=mode, settings=settings, **options)
+    except (wandb.Error, OSError) as error:
+        print(f"W&B: {str(error).splitlines()[0]}; tracking offline instead")
+        # The failed attempt would hold on to the run's id
+        wandb.teardown()
+        wandb_run = wandb.init(mode="offline", settings=settings, **options)
+    for axis in AXES:
+        wandb_run.define_metric(axis)
+    wandb_run.define_metric("*", step_metric="train/global_step")
+    print(f"W&B: {f'offline in {run.folder}/wandb' if wandb_run.settings.mode == 'offline' else wandb_run.url}")
+    return wandb_run
+
+
 def finish(wandb_run: Any, run: Run, exit_code: int = 0) -> None:
-    """End the W&B run; whatever it could not send stays in the folder, and one line says how to send it later."""
+    """End the W&B run; what it could not send stays in the folder, and one line says how to send it later."""
     import wandb
 
     try:
         wandb_run.finish(exit_code)
     except Exception as error:  # a timeout, or any of wandb's errors, which have no base of their own
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"W&B: {why.rstrip('.')}; to upload the rest: wandb sync {wandb_run.settings.sync_dir}")
+        print(f"W&B: {name_error(error).rstrip('.')}; to upload the rest: wandb sync {wandb_run.settings.sync_dir}")
         # What wandb would do at exit, where its error would be a traceback
         with suppress(Exception):
             wandb.teardown()
@@ -133,63 +172,18 @@ def finish(wandb_run: Any, run: Run, exit_code: int = 0) -> None:
         print(f"W&B: kept offline; to upload: wandb sync {run.folder}/wandb/offline-run-*")
 
 
-def group(recipe: Recipe, run: Run) -> str:
-    """What runs must share to be comparable: the data and its split, not the recipe."""
+def comparison_group(recipe: Recipe, run: Run) -> str:
+    """Return what runs must share to be comparable: the data and its split, not the recipe."""
     return f"{Path(recipe.data.path).stem}-{read_json(run.folder / 'split.json')['fingerprint'][:8]}"
 
 
-def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> Any:
-    """`wandb.init` with the recipe's tracking section; offline without a key, and offline again if the server fails."""
-    # Staged artifacts and error reports would otherwise leave the run's folder
-    os.environ.setdefault("WANDB_DATA_DIR", str(run.folder.absolute() / "wandb"))
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    settings = {
-        "console": "off",
-        "disable_code": True,
-        "init_timeout": 20,
-        "finish_timeout": FINISH_TIMEOUT,
-        "finish_timeout_raises": True,
-        "silent": True,
-        "disable_job_creation": True,
-    }
-    options: dict[str, Any] = {
-        "project": "medibot",
-        "group": group(recipe, run),
-        "job_type": job_type,
-        "name": run.name if job_type == "train" else f"{run.name}-{job_type}",
-        "dir": str(run.folder),
-        # A sweep's agent has given the run its id already
-        "id": os.environ.get("WANDB_RUN_ID")
-        if "WANDB_SWEEP_ID" in os.environ
-        else hashlib.sha256((run.record()["fingerprint"] + run.name + job_type).encode()).hexdigest()[:16],
-        "resume": "allow",
-        "config": config,
-    } | (recipe.tracking or {})
-    mode = options.pop("mode", None) or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-    try:
-        wandb_run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
-    except (wandb.Error, OSError) as error:
-        print(f"W&B: {str(error).splitlines()[0]}; tracking offline instead")
-        # The failed attempt would hold on to the run's id
-        wandb.teardown()
-        wandb_run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
-    for axis in AXES:
-        wandb_run.define_metric(axis)
-    wandb_run.define_metric("*", step_metric="train/global_step")
-    offline = wandb_run.settings.mode == "offline"
-    print(f"W&B: {f'offline in {run.folder}/wandb' if offline else wandb_run.url}")
-    return wandb_run
-
-
 def offline() -> bool:
-    """Whether runs of this machine stay on it."""
+    """Tell whether runs of this machine stay on it."""
     return os.environ.get("WANDB_MODE") in {"offline", "disabled"} or not has_key()
 
 
 def has_key() -> bool:
-    """Whether this machine is logged in to W&B (environment or netrc); asks no server."""
+    """Tell whether this machine is logged in to W&B (environment or netrc), without asking a server."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY"):
@@ -201,11 +195,8 @@ def has_key() -> bool:
     return logins.authenticators(urlsplit(wandb.setup().settings.base_url).hostname) is not None
 
 
-# --- the dashboard ----------------------------------------------------------------------------------------------------
-
-
 def dashboard(project: str) -> None:
-    """Save the project's view in W&B and say where it is; without a key, open `wandb leet` on the runs of outputs/."""
+    """Save the project's view in W&B and print where it is; without a key, open `wandb leet` on the runs of outputs/."""
     if offline():
         browse()
         return
@@ -216,65 +207,67 @@ def dashboard(project: str) -> None:
         remedy = "run: make dashboard, or pip install -e '.[dashboard]'"
         raise RecipeError.of("dashboard", "wandb-workspaces is not installed", remedy) from error
     try:
-        view = workspace(wandb.Api().default_entity, project)
+        view = make_view(wandb.Api().default_entity, project)
         view.save()
     except Exception as error:  # wandb's and requests' errors have no base of their own
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        remedy = "log in again, or WANDB_MODE=offline make dashboard"
-        raise RecipeError.of("dashboard", f"W&B did not take the view: {why}", remedy) from error
+        what, remedy = (
+            f"W&B refused the view: {name_error(error)}",
+            "log in again, or WANDB_MODE=offline make dashboard",
+        )
+        raise RecipeError.of("dashboard", what, remedy) from error
     print(f"W&B: {view.url}")
 
 
-def workspace(entity: str, project: str) -> Any:
-    """The view that compares recipes: curves, cost against quality, what differs, answers; not saved yet."""
+def make_view(entity: str, project: str) -> Any:
+    """Return the view that compares recipes: curves, cost against quality, what differs, answers; not saved yet."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
     axes = {"supervised tokens": "train/num_supervised_tokens_seen", "seconds": "train/seconds"}
     losses = {"validation loss": "eval/loss", "training loss": "train/loss"}
-    curves = [
-        wr.LinePlot(title=f"{loss} by {name}", x=axis, y=[metric], max_runs_to_show=20)
-        for loss, metric in losses.items()
-        for name, axis in axes.items()
-    ]
     quality = {
         "test nats a token": "test/nll/value",
         "difference from base": "test/nll/difference",
         "best validation loss": "eval_loss_best",
     }
     costs = {"seconds of steps": "cost.training_seconds", "peak bytes": "cost.peak_memory_bytes"}
+    curves = [
+        wr.LinePlot(title=f"{loss} by {name}", x=axis, y=[metric], max_runs_to_show=20)
+        for loss, metric in losses.items()
+        for name, axis in axes.items()
+    ]
     against = [
         wr.ScatterPlot(title=f"{good} against {price}", x=wr.SummaryMetric(cost), y=wr.SummaryMetric(metric))
         for good, metric in quality.items()
         for price, cost in costs.items()
     ]
     tables = [wr.WeavePanelSummaryTable(table_name=name) for name in ("test/metrics", "test/answers", "answers")]
+    sections = {
+        "Curves": curves,
+        "Cost against quality": against,
+        "What differs": [wr.RunComparer(diff_only="split")],
+        "Answers": tables,
+    }
     return ws.Workspace(
         entity=entity,
         project=project,
         name="MediBot recipes compared",
-        sections=[
-            ws.Section(name="Curves", panels=curves, is_open=True),
-            ws.Section(name="Cost against quality", panels=against, is_open=True),
-            ws.Section(name="What differs", panels=[wr.RunComparer(diff_only="split")], is_open=True),
-            ws.Section(name="Answers", panels=tables, is_open=True),
-        ],
+        sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()],
         settings=ws.WorkspaceSettings(x_axis=axes["supervised tokens"]),
     )
 
 
 def browse() -> None:
-    """`wandb leet` on all runs of outputs/ at once."""
-    folder = leet_folder()
+    """Open `wandb leet` on all runs of outputs/ at once."""
+    folder = link_logs()
     if not sys.stdout.isatty():
-        raise RecipeError.of(
-            "dashboard", "without a W&B key it needs a terminal", f"open one, and: wandb leet {folder}"
-        )
+        remedy = f"open one, and: wandb leet {folder}"
+        raise RecipeError.of("dashboard", "without a W&B key it needs a terminal", remedy)
     subprocess.run([sys.executable, "-m", "wandb", "leet", str(folder)], check=False)
 
 
-def leet_folder() -> Path:
-    """outputs/.leet/: every run's W&B log under one roof, by links, as leet wants to have them."""
+def link_logs() -> Path:
+    """Link every run's W&B log into outputs/.leet/, one folder a run, as leet wants to have them."""
     logs = sorted(outputs_folder().glob("*/wandb/*run-*/run-*.wandb"))
     if not logs:
         raise RecipeError.of("dashboard", f"no W&B run in {outputs_folder()}", "run: make train")

@@ -344,13 +344,18 @@ CONTENT = [
 ]
 MODELS = [
     in_recipe(
-        "no model folder", "./model", "./modle", "no model folder './modle'", "or a folder", at="pretrained_model"
+        "no model folder",
+        "./model",
+        "./modle",
+        "model folder './modle' not found",
+        "or a folder",
+        at="pretrained_model",
     ),
     in_recipe(
         "model not made",
         "./model",
         "models/none",
-        "no model folder 'models/none'",
+        "model folder 'models/none' not found",
         "run: make model",
         at="pretrained_model",
     ),
@@ -402,7 +407,11 @@ MODELS = [
         "no safetensors weights in 'model'",
     ),
     in_recipe(
-        "no template file", "  max_steps: 1", "  chat_template_path: t.jinja", "no file 't.jinja'", "give a .jinja file"
+        "no template file",
+        "  max_steps: 1",
+        "  chat_template_path: t.jinja",
+        "'t.jinja' not found",
+        "give a .jinja file",
     ),
     in_recipe(
         "broken template file",
@@ -436,13 +445,13 @@ MODELS = [
     ),
 ]
 RUNS = [
-    case("run with a slash", "train mine.yaml --run a/b", "RUN: 'a/b' is no run name", "use letters"),
-    case("run above the outputs", "train mine.yaml --run ..", "RUN: '..' is no run name"),
-    case("run of no name", "ask --run ''", "RUN: '' is no run name"),
-    case("hidden run", "ask --run .git", "RUN: '.git' is no run name"),
-    case("unknown run", "ask --run none", "RUN: no run 'none'", "run: make train"),
+    case("run with a slash", "train mine.yaml --run a/b", "RUN: 'a/b' is not a run name", "use letters"),
+    case("run above the outputs", "train mine.yaml --run ..", "RUN: '..' is not a run name"),
+    case("run of no name", "ask --run ''", "RUN: '' is not a run name"),
+    case("hidden run", "ask --run .git", "RUN: '.git' is not a run name"),
+    case("unknown run", "ask --run none", "run 'none' not found in ", "run: make train"),
     case(
-        "misspelt run", "ask --run min", "RUN: no run 'min'", "there are: mine", files={"outputs/mine/run.json": "{}"}
+        "misspelt run", "ask --run min", "run 'min' not found in ", "found: mine", files={"outputs/mine/run.json": "{}"}
     ),
     case(
         "unfinished run",
@@ -464,13 +473,15 @@ RUNS = [
     case("row below zero", "inspect mine.yaml --row -1", "--row: no row -1", "rows 0 to "),
     case("page in no folder", "inspect mine.yaml --html none/page.html", "--html: no folder none", "make it"),
     case("page that is a folder", "inspect mine.yaml --html model", "--html: model is a folder"),
-    case("no GGUF file", "convert-gguf none.gguf there", "no GGUF file none.gguf", "make model"),
+    case("no GGUF file", "convert-gguf none.gguf there", "GGUF file none.gguf not found", "make model"),
     case("schema elsewhere", "schema", "recipes"),
 ]
 
 LAUNCHES = [
-    case("no accelerate config", "train mine.yaml --accelerate gpu", "ACCELERATE: no file accelerate_configs/gpu.yaml"),
-    case("no accelerate file", "train mine.yaml --accelerate a/b.yaml", "ACCELERATE: no file a/b.yaml", "there are: "),
+    case("no accelerate config", "train mine.yaml --accelerate gpu", "ACCELERATE: gpu not found"),
+    case(
+        "no accelerate file", "train mine.yaml --accelerate a/b.yaml", "ACCELERATE: a/b.yaml not found", "there are: "
+    ),
     case(
         "broken accelerate file", "train mine.yaml --accelerate a.yaml", "a.yaml is not YAML", files={"a.yaml": "a: [1"}
     ),

@@ -23,6 +23,8 @@ from medibot.run import open_run
 from medibot.training.inspection import inspect_recipe
 from medibot.training.session import train
 
+pytestmark = pytest.mark.slow
+
 LONG = os.environ.get("MEDIBOT_FUZZ") == "long"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 ROWS = [json.loads(line) for line in SAMPLE.read_text().splitlines()[:24]]
@@ -159,7 +161,7 @@ def test_a_mutated_data_file_is_trained_on_or_said_in_a_line(small, workplace, c
         file.write_bytes(content)
         try:
             recipe = small(file)
-            inspect_recipe(recipe, None, None)
+            inspect_recipe(recipe).refuse_faults()
             outcomes["read"] += 1
             if LONG or outcomes["read"] % 6 == 0:
                 train(recipe, f"fuzzed-{seed}")
@@ -197,7 +199,7 @@ def test_a_mutated_recipe_that_loads_also_inspects_and_trains(make_model, workpl
         name = f"fuzzed-{seed}"
         try:
             recipe = load_recipe(str(file), [*overrides, "training.gradient_accumulation_steps=1"])
-            inspect_recipe(recipe, None, None)
+            inspect_recipe(recipe).refuse_faults()
             train(recipe, name)
             assert open_run(name).record()["status"] == "finished"
             trained += 1

@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
+from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
 from medibot.run import (
-    describe_environment,
-    dump_resolved_recipe,
     find_finished_run,
     locked,
     open_run,
@@ -34,7 +33,7 @@ def fingerprint(*overrides: str, data: str = "d", processes: int = 1) -> str:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", ".hidden", "a b", "-x", "a\n", "x" * 200])
 def test_name_that_would_leave_the_outputs_folder_is_refused(name, workplace):
-    with pytest.raises(RecipeError, match="is no run name"):
+    with pytest.raises(RecipeError, match="is not a run name"):
         open_run(name)
 
 

@@ -14,9 +14,11 @@ from medibot import tracking
 from medibot.errors import RecipeError
 from medibot.run import open_run
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_saved_view_shows_curves_cost_against_quality_differences_and_answers():
-    written = json.loads(tracking.workspace("me", "medibot")._to_model().model_dump_json(by_alias=True))
+    written = json.loads(tracking.make_view("me", "medibot")._to_model().model_dump_json(by_alias=True))
     sections = {s["name"]: s["panels"] for s in written["spec"]["section"]["panelBankConfig"]["sections"]}
     assert list(sections) == ["Curves", "Cost against quality", "What differs", "Answers"]
     drawn = {(panel["config"]["xAxis"], panel["config"]["metrics"][0]) for panel in sections["Curves"]}
@@ -32,7 +34,7 @@ def test_the_saved_view_shows_curves_cost_against_quality_differences_and_answer
 def test_without_a_key_the_terminal_shows_every_run(trained, monkeypatch):
     for name in ("one", "two"):
         trained(name, "quantization=null", "tracking={project: mine}")
-    folder = tracking.leet_folder()
+    folder = tracking.link_logs()
     logs = sorted(open_run("one").folder.parent.glob("*/wandb/offline-run-*/run-*.wandb"))
     assert sorted(path.resolve() for path in folder.glob("*/*.wandb")) == sorted(path.resolve() for path in logs)
     assert len(logs) == 2
@@ -86,5 +88,5 @@ def test_a_server_that_does_not_take_the_view_is_said_in_a_line(monkeypatch, wor
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(RecipeError, match=r"W&B did not take the view: .*WANDB_MODE=offline make dashboard"):
+    with pytest.raises(RecipeError, match=r"W&B refused the view: .*WANDB_MODE=offline make dashboard"):
         tracking.dashboard("medibot")

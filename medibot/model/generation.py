@@ -1,4 +1,4 @@
-"""TODO."""
+"""Answer prompts in batches, decoding as the run says."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,9 +13,9 @@ from medibot.recipe import Recipe
 
 
 def load_generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation config, stopping at the template's end of turn too, padding as the tokenizer does.
+    """Return the model's generation config, stopping at the template's end of turn too, padding as the tokenizer does.
 
-    Adapters are saved without one upstream, and several chat models name only the end of text: both never stop.
+    Adapters are saved without one upstream, and several chat models name only the end of text: neither would ever stop.
     """
     try:
         config = GenerationConfig.from_pretrained(model_path(recipe), **source_kwargs(recipe))
@@ -40,7 +40,7 @@ def generate_answers(
     template: dict[str, Any],
     batch_size: int = 8,
 ) -> Iterator[dict[str, Any]]:
-    """Answer each prompt (a list of chat messages): yields `text`, `tokens`, and `stopped` (ended by itself).
+    """Yield `text`, `tokens` and `stopped` (ended by itself) for each prompt, a list of chat messages.
 
     Prompts go through the chat template as in training (`template`: see template_kwargs), left-padded in batches.
     """

@@ -1,4 +1,4 @@
-"""The recipe's model: tokenizer, precision, quantization, LoRA; loaded the same way for training and for answering."""
+"""Load weights: the base as the recipe says, the tuned model from a run's folder."""
 
 import hashlib
 import sys
@@ -13,14 +13,12 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from medibot.errors import RecipeError
 from medibot.model.precision import make_quantization_config
 from medibot.recipe import Recipe
 
@@ -29,26 +27,26 @@ IDENTIFYING = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 
 
 def source_kwargs(recipe: Recipe) -> dict[str, Any]:
-    """Where config, tokenizer and weights come from: `from_pretrained`'s keyword arguments that all three share."""
+    """Return `from_pretrained`'s keyword arguments that config, tokenizer and weights share."""
     shared = ("revision", "subfolder", "trust_remote_code", "local_files_only", "cache_dir")
     # Unset, upstream asks at the terminal whether to run the folder's code
     return {"trust_remote_code": False} | {key: recipe.model[key] for key in shared if key in recipe.model}
 
 
 def model_path(recipe: Recipe) -> str:
-    """The hub id or the local folder; a folder that should be there and is not is the author's mistake."""
+    """Return the hub id or the local folder; raise RecipeError for a local folder that is not there."""
     path = recipe.model["pretrained_model_name_or_path"]
     looks_local = path.startswith((".", "/", "~", "models/", "outputs/")) or path.count("/") != 1
     if Path(path).expanduser().is_dir():
         return str(Path(path).expanduser())
     if looks_local:
         remedy = "run: make model" if path.startswith("models/") else "write a hub id such as org/name, or a folder"
-        raise recipe.error("model.pretrained_model_name_or_path", f"no model folder {path!r}", remedy)
+        raise recipe.error("model.pretrained_model_name_or_path", f"model folder {path!r} not found", remedy)
     return path
 
 
 def call_loader(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
-    """Call an upstream loader; what it cannot find or reach is the author's to mend, in one line."""
+    """Call an upstream loader; turn what it cannot find or reach into a RecipeError."""
     path = model_path(recipe)
     try:
         return load(path, **source_kwargs(recipe), **kwargs)
@@ -60,7 +58,7 @@ def call_loader(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
 
 
 def loading_remedy(what: str, error: Exception) -> str:
-    """What the author can do about something that upstream could not load."""
+    """Return what the author can do about something that upstream could not load."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own: read that, then write model.trust_remote_code: true"
     converted = ", or convert other weights to safetensors" if "safetensors" in what else ""
@@ -68,7 +66,7 @@ def loading_remedy(what: str, error: Exception) -> str:
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
-    """The base model's weights, safetensors only, quantized if the recipe says so; on `device`, or by upstream's rules."""
+    """Load the base weights, safetensors only, quantized if the recipe says so; on `device`, or by upstream's rules."""
     written = ("attn_implementation", "variant", "use_kernels")
     kwargs = {key: recipe.model[key] for key in written if key in recipe.model}
     kwargs |= {"dtype": dtype, "use_safetensors": True, "quantization_config": make_quantization_config(recipe, dtype)}
@@ -97,7 +95,7 @@ def keep_4bit_trainable(model: PreTrainedModel) -> None:
 
 
 def load_tuned(recipe: Recipe, weights: Path, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
-    """The trained model from a run's `weights` folder: base plus adapter, or the full fine-tuned weights."""
+    """Load the trained model from a run's `weights` folder: base plus adapter, or the full fine-tuned weights."""
     if recipe.lora is None:
         model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True)
     else:
@@ -108,7 +106,7 @@ def load_tuned(recipe: Recipe, weights: Path, dtype: torch.dtype) -> PreTrainedM
 
 
 def identify_base(recipe: Recipe) -> dict[str, str]:
-    """What pins the base model: the hub's commit, or the sha256 of each file of a local folder."""
+    """Identify the base model by its hub commit or by the sha256 of each file of a local folder."""
     path = model_path(recipe)
     if not Path(path).is_dir():
         config = call_loader(recipe, "config", AutoConfig.from_pretrained)
@@ -118,64 +116,38 @@ def identify_base(recipe: Recipe) -> dict[str, str]:
 
 
 def hash_file(path: Path) -> str:
+    """Return a file's sha256."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Turn a GGUF file into a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all.
-
-    A README.md there says the licence that the file states: a model card of what is trained from it repeats it.
-    """
-    from gguf import GGUFReader
-    from transformers import GgufConfig
-
-    silence_progress_bars()
-    if not file.is_file():
-        raise RecipeError.of("model", f"no GGUF file {file}", "run: make model")
-    if folder.exists():
-        raise RecipeError.of("model", f"{folder} is there already", "delete it, or name another folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    kwargs = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **kwargs
-    )
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(partial)
-    licence = GGUFReader(file).fields.get("general.license")
-    if licence is not None:
-        text = f"---\nlicense: {licence.contents()}\n---\n\nMade from {file.name} by `medibot convert-gguf`.\n"
-        (partial / "README.md").write_text(text, encoding="utf-8")
-    partial.rename(folder)
-
-
 def silence_upstream() -> None:
-    """One voice: no upstream warnings that repeat what MediBot reports itself."""
+    """Silence upstream warnings that MediBot reports itself."""
     transformers.logging.set_verbosity_error()
     silence_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
 
 
 def silence_progress_bars() -> None:
-    """Progress bars, the training's own among them, belong on a terminal and nowhere else."""
+    """Switch off progress bars, the training's own among them, where there is no terminal."""
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
 
 
 def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
-    """What the base weights are held in: float32 master weights for full fine-tuning, else what is computed in."""
+    """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in."""
     full = recipe.lora is None and "dtype" not in recipe.model
     return torch.float32 if full else compute
 
 
 def make_tiny_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The smallest model there is: with it the trainer prepares its dataset and no weights are loaded."""
+    """Build a one-layer model, enough for the trainer to prepare its dataset."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
 
 
 def method_name(recipe: Recipe) -> str:
-    """The fine-tuning method in its usual name."""
+    """Return the fine-tuning method by its usual name."""
     if recipe.lora is None:
         return "full fine-tuning"
     lora = "DoRA" if recipe.lora.get("use_dora") else "rsLoRA" if recipe.lora.get("use_rslora") else "LoRA"

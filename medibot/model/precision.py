@@ -1,4 +1,4 @@
-"""TODO."""
+"""Choose the dtype that the machine computes in, and build the configs of quantization and LoRA."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,19 @@ from medibot.recipe import Recipe
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype that the machine computes in, and SFTConfig's switches that say so."""
+    """The dtype that the machine computes in, and why."""
 
     dtype: torch.dtype
     reason: str
 
     @property
     def name(self) -> str:
+        """Return the dtype as recipes write it."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def training(self) -> dict[str, bool]:
+        """Return SFTConfig's switches that say the same."""
         return {
             "use_cpu": not torch.cuda.is_available(),
             "bf16": self.dtype == torch.bfloat16,
@@ -30,7 +32,7 @@ class Precision:
 
 
 def choose_precision(written: str | None = None) -> Precision:
-    """bfloat16 where the device computes in it natively, float16 on older GPUs, else float32; `written` wins."""
+    """Return bfloat16 where the device computes in it natively, float16 on older GPUs, else float32; `written` wins."""
     if written and written != "auto":
         return Precision(getattr(torch, written), "the recipe's model.dtype")
     if torch.cuda.is_available():
@@ -44,7 +46,7 @@ def choose_precision(written: str | None = None) -> Precision:
 
 
 def make_quantization_config(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' config; computes in the machine's dtype unless the recipe writes another."""
+    """Return bitsandbytes' config, which computes in the machine's dtype unless the recipe writes another."""
     if recipe.quantization is None:
         return None
     compute = {"bnb_4bit_compute_dtype": dtype} if recipe.quantization.get("load_in_4bit") else {}
@@ -52,5 +54,5 @@ def make_quantization_config(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytes
 
 
 def make_lora_config(recipe: Recipe) -> LoraConfig | None:
-    """peft's config; None for full fine-tuning."""
+    """Return peft's config; None for full fine-tuning."""
     return None if recipe.lora is None else LoraConfig(task_type="CAUSAL_LM", **recipe.lora)

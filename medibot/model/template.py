@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read the chat template and check that it renders a conversation."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ SAMPLE_CHAT = [{"role": "user", "content": "question"}, {"role": "assistant", "c
 
 
 def read_template(recipe: Recipe, file: Path) -> str:
+    """Return the template file that the recipe names."""
     if not file.is_file():
-        raise recipe.error("training.chat_template_path", f"no file {str(file)!r}", "give a .jinja file")
+        raise recipe.error("training.chat_template_path", f"{str(file)!r} not found", "give a .jinja file")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -21,7 +22,7 @@ def read_template(recipe: Recipe, file: Path) -> str:
 
 
 def require_working_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that cannot render one question and its answer."""
+    """Raise RecipeError for a chat template that cannot render one question and its answer."""
     own = "training.chat_template_path" in recipe.places
     key = "training.chat_template_path" if own else "model.pretrained_model_name_or_path"
     remedy = "repair it" if own else "name a .jinja file in training.chat_template_path"
@@ -34,5 +35,5 @@ def require_working_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase)
 
 
 def template_kwargs(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of every rendering of a chat; a message's content is text, whatever control token it looks like."""
+    """Return the arguments of every rendering of a chat; control tokens in a message's content are plain text."""
     return {"sanitize_control_tokens": True} | recipe.data.chat_template_kwargs

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Load the tokenizer, and keep user text from forging a turn."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with its own chat template (or the file that `training.chat_template_path` names)."""
+    """Return the tokenizer with its own chat template, or the file that `training.chat_template_path` names."""
     tokenizer = call_loader(recipe, "tokenizer", AutoTokenizer.from_pretrained)
     template = recipe.training.get("chat_template_path")
     if template:
@@ -39,7 +39,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the tokenizer's own serialisation and its chat template."""
+    """Return a sha256 over the tokenizer's own serialization and its chat template."""
     # Padding and truncation are call-time state that transformers leaves in the backend
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     text = json.dumps([state, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token], sort_keys=True)
@@ -47,23 +47,23 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def role_markers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The chat template's role and turn markers that are plain text to the tokenizer, longest first.
+    """Return the chat template's role and turn markers that are plain text to the tokenizer, longest first.
 
-    Markers that are tokens need no care here: upstream's `sanitize_control_tokens` reads them in a message as text.
+    Markers that are tokens are harmless: upstream's `sanitize_control_tokens` reads them in a message as text.
     """
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return tuple(sorted(set(MARKER.findall(tokenizer.chat_template)) - tokens, key=len, reverse=True))
 
 
 def escape_markers(text: str, markers: Sequence[str]) -> str:
-    """`text` with a space behind the first character of each plain-text marker, so that it cannot open a turn."""
+    """Return `text` with a space behind the first character of each plain-text marker, so that it opens no turn."""
     for marker in markers:
         text = text.replace(marker, f"{marker[0]} {marker[1:]}")
     return text
 
 
 def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token with which the chat template closes an assistant's turn; None if it closes with plain text.
+    """Return the id of the token that closes an assistant's turn; None if the chat template closes it with plain text.
 
     Where it writes several, as Phi-3 does, it is the one right behind the answer.
     """
@@ -78,6 +78,6 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def make_prompt(question: str, system: str | None, markers: Sequence[str]) -> list[dict[str, str]]:
-    """The prompt of one question, exactly as training rows have it."""
+    """Return the prompt of one question, exactly as training rows have it."""
     user = [{"role": "user", "content": escape_markers(question, markers)}]
     return ([{"role": "system", "content": system}] if system else []) + user

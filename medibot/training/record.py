@@ -1,4 +1,4 @@
-"""TODO."""
+"""Record a training: every logged step, the answers to the fixed questions, and what it cost."""
 
 import math
 import resource
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, TrainerCallback
-from trl import SFTTrainer
 
 from medibot import tracking
 from medibot.data.prepared import Prepared
@@ -19,63 +18,28 @@ from medibot.model.generation import generate_answers
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import make_prompt, role_markers
 from medibot.planning.plan import Plan
-from medibot.run import Run, read_json, read_lines, rewind_record
+from medibot.run import Run, checkpoint_step, read_json, read_lines, rewind_record
 from medibot.training.signals import Signals
 from medibot.training.trainer import CountingTrainer
 
 
-def compare_memory(planned: Plan, measured: float) -> dict[str, float]:
-    """Planned against measured peak memory of this process."""
-    expected = planned.planned_peak()
-    return {"planned_bytes": expected, "measured_bytes": measured, "planned_over_measured": expected / measured}
-
-
-def upload(prepared: Prepared, this: Run, mirror: tracking.Mirror) -> None:
-    """What was trained on and what came of it, as W&B artifacts; a full model is too large to go without being asked."""
-    record = this.record()
-    data = f"data-{prepared.fingerprint[:12]}"
-    made_from = {
-        "data_fingerprint": prepared.fingerprint,
-        "split_fingerprint": prepared.split["fingerprint"],
-    }
-    mirror.artifact("dataset", data, [this.folder / name for name in ("ledger.json", "split.json")], made_from, {})
-    if prepared.recipe.lora:
-        of_run = {"run": this.name, "run_fingerprint": record["fingerprint"], "base": record["parts"]["base"]}
-        mirror.artifact("model", f"{this.name}-adapter", [this.weights], of_run | made_from, {data: "dataset"})
-
-
-def cost(trainer: CountingTrainer, this: Run) -> dict[str, float]:
-    """What the training took; `training_seconds` is the steps alone, without evaluations, answers and saving."""
-    last = read_lines(this.metrics)[-1]
-    tokens = trainer.num_supervised_tokens_seen
-    return {
-        "seconds": last["seconds"],
-        "training_seconds": last["training_seconds"],
-        "supervised_tokens": tokens,
-        "supervised_tokens_per_second": round(tokens / last["training_seconds"], 2),
-        "peak_memory_bytes": last["peak_memory_bytes"],
-        "trainable_parameters": count_parameters(trainer.model)[0],
-        "weights_bytes": sum(file.stat().st_size for file in this.weights.glob("*.safetensors")),
-    }
-
-
 class Record(TrainerCallback):
-    """The local record (metrics.jsonl, answers.jsonl), its mirror, and the stop on a loss that is no loss."""
+    """Write metrics.jsonl and answers.jsonl, mirror them, and stop on a loss that is not a number or on a signal."""
 
     def __init__(
         self,
         trainer: CountingTrainer,
-        this: Run,
+        run: Run,
         mirror: tracking.Mirror,
         prepared: Prepared,
         checkpoint: Path | None,
         signals: Signals,
     ) -> None:
-        self.trainer, self.this, self.mirror, self.prepared = trainer, this, mirror, prepared
+        self.trainer, self.run, self.mirror, self.prepared = trainer, run, mirror, prepared
         self.checkpoint, self.signals, self.stopped = checkpoint, signals, False
         # Without a checkpoint everything is done again, the start included
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        before = rewind_record(this, step) if PartialState().is_main_process else {}
+        step = checkpoint_step(checkpoint) if checkpoint else -1
+        before = rewind_record(run, step) if PartialState().is_main_process else {}
         self.started = time.monotonic() - before.get("seconds", 0.0)
         self.training_seconds = before.get("training_seconds", 0.0)
         self.peak_memory = int(before.get("peak_memory_bytes", 0))
@@ -92,7 +56,7 @@ class Record(TrainerCallback):
             args.load_best_model_at_end = False
         if control.should_save and not control.should_log and state.is_world_process_zero:
             # A resume from the checkpoint that is about to be written counts on from here
-            self.this.append(self.this.metrics, self.progress(state))
+            self.run.append(self.run.metrics, self.progress(state))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped and state.epoch % 1:
@@ -100,7 +64,7 @@ class Record(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
     def asked_to_stop(self) -> bool:
-        """Whether any process of the run has got a signal."""
+        """Tell whether any process of the run has got a signal."""
         asked = self.signals.received is not None
         if PartialState().num_processes == 1:
             return asked
@@ -108,7 +72,7 @@ class Record(TrainerCallback):
         return bool(self.trainer.accelerator.gather(flag).max().item())
 
     def progress(self, state: Any) -> dict[str, Any]:
-        """Where the training stands, on every axis that runs are compared on."""
+        """Return where the training is, on every axis that runs are compared on."""
         self.peak_memory = max(self.peak_memory, peak_memory())
         return {
             "step": state.global_step,
@@ -151,7 +115,7 @@ class Record(TrainerCallback):
         if not state.is_world_process_zero or (self.stopped and "train_loss" in logs):
             return
         line = self.progress(state)
-        self.this.append(self.this.metrics, line | logs)
+        self.run.append(self.run.metrics, line | logs)
         named = {k if k.startswith("eval_") else f"train/{k}": v for k, v in (logs | line).items()}
         named = {k.replace("eval_", "eval/", 1): v for k, v in named.items()}
         self.mirror.log(named | {"train/global_step": state.global_step})
@@ -159,37 +123,73 @@ class Record(TrainerCallback):
             kind = "loss" if "loss" in logs else "validation loss"
             print(f"step {state.global_step}/{state.max_steps}  {kind} {loss:.4f}  {line['seconds']:.0f} s", flush=True)
 
-    def ask(self, weights: PreTrainedModel, step: int) -> None:
-        """The recipe's fixed questions, once for each step; every process answers, since shards answer only together."""
-        questions = self.prepared.recipe.evaluation.questions
-        file = self.this.folder / "answers.jsonl"
+    def ask(self, model: PreTrainedModel, step: int) -> None:
+        """Ask the fixed questions, once for each step; every process answers, since shards answer only together."""
+        recipe, tokenizer = self.prepared.recipe, self.prepared.tokenizer
+        questions, file = recipe.evaluation.questions, self.run.answers
         if not questions or any(row["global_step"] == step for row in read_lines(file)):
             return
-        system, tokenizer = self.prepared.recipe.data.system, self.prepared.tokenizer
         markers = role_markers(tokenizer)
-        prompts = [make_prompt(question, system, markers) for question in questions]
-        template = template_kwargs(self.prepared.recipe)
-        answers = generate_answers(weights, tokenizer, prompts, self.prepared.generation, template)
+        prompts = [make_prompt(question, recipe.data.system, markers) for question in questions]
+        answers = generate_answers(model, tokenizer, prompts, self.prepared.generation, template_kwargs(recipe))
         for question, got in zip(questions, answers, strict=True):
             if PartialState().is_main_process:
-                self.this.append(file, {"global_step": step, "question": question, "answer": got.pop("text"), **got})
-        self.mirror.answers(read_lines(file))
+                self.run.append(file, {"global_step": step, "question": question, "answer": got.pop("text"), **got})
+        columns = ["global_step", "question", "answer", "tokens", "stopped"]
+        self.mirror.table("answers", columns, [[row[column] for column in columns] for row in read_lines(file)])
 
 
-def say(text: str) -> None:
-    if PartialState().is_main_process:
-        print(text, flush=True)
+def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
+    """Return what a finished training came to: steps, losses, cost, and planned beside measured memory."""
+    last, tokens = read_lines(run.metrics)[-1], trainer.num_supervised_tokens_seen
+    measured, planned = last["peak_memory_bytes"], plan.planned_peak()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
+    if losses:
+        summary |= {"eval_loss_first": losses[0], "eval_loss_last": losses[-1], "eval_loss_best": min(losses)}
+    # `training_seconds` is the steps alone, without evaluations, answers and saving
+    cost = {
+        "seconds": last["seconds"],
+        "training_seconds": last["training_seconds"],
+        "supervised_tokens": tokens,
+        "supervised_tokens_per_second": round(tokens / last["training_seconds"], 2),
+        "peak_memory_bytes": measured,
+        "trainable_parameters": count_parameters(trainer.model)[0],
+        "weights_bytes": sum(file.stat().st_size for file in run.weights.glob("*.safetensors")),
+    }
+    memory = {"planned_bytes": planned, "measured_bytes": measured, "planned_over_measured": planned / measured}
+    return summary | {"cost": cost, "memory": memory}
 
 
-def global_batch_size(trainer: SFTTrainer) -> int:
-    args = trainer.args
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+def upload(prepared: Prepared, run: Run, mirror: tracking.Mirror) -> None:
+    """Send what was trained on and what came of it as W&B artifacts; a full model is too large to go unasked."""
+    record, data = run.record(), f"data-{prepared.fingerprint[:12]}"
+    made_from = {"data_fingerprint": prepared.fingerprint, "split_fingerprint": prepared.split["fingerprint"]}
+    mirror.artifact("dataset", data, [run.folder / name for name in ("ledger.json", "split.json")], made_from, {})
+    if prepared.recipe.lora:
+        of_run = {"run": run.name, "run_fingerprint": record["fingerprint"], "base": record["parts"]["base"]}
+        mirror.artifact("model", f"{run.name}-adapter", [run.weights], of_run | made_from, {data: "dataset"})
 
 
-def count_parameters(weights: PreTrainedModel) -> tuple[int, int]:
-    """(trainable, all) parameters, shards elsewhere included; a byte of 4-bit weights holds two values."""
+def wandb_config(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """Return the recipe under one key, and what identifies data, split, machine and code."""
+    if not PartialState().is_main_process:
+        return {}
+    # Counts only: the ledger's examples are rows
+    counted = [{key: value for key, value in line.items() if key != "examples"} for line in prepared.ledger]
+    return {
+        "recipe": prepared.recipe.as_dict(),
+        "split": prepared.split | {"data": prepared.fingerprint},
+        "environment": read_json(run.folder / "environment.json"),
+        "ledger": counted,
+        "leaks": prepared.leaks,
+    }
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Return (trainable, all) parameters, shards elsewhere included; a byte of 4-bit weights holds two values."""
     counts = {True: 0, False: 0}
-    for parameter in weights.parameters():
+    for parameter in model.parameters():
         packed = 2 * parameter.element_size() if parameter.__class__.__name__ == "Params4bit" else 1
         # DeepSpeed notes on what it has sharded how large that is in all
         counts[parameter.requires_grad] += vars(parameter).get("ds_numel", parameter.numel()) * packed
@@ -197,23 +197,12 @@ def count_parameters(weights: PreTrainedModel) -> tuple[int, int]:
 
 
 def peak_memory() -> int:
-    """Bytes at the highest point: allocated on this process's GPU, or resident on a machine without one."""
+    """Return bytes at the highest point: allocated on this process's GPU, or resident on a machine without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_name() -> str:
+    """Return what this process trains on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def wandb_config(this: Run, prepared: Prepared) -> dict[str, Any]:
-    """The recipe under one key, and what identifies data, split, machine and code."""
-    if not PartialState().is_main_process:
-        return {}
-    environment = read_json(this.folder / "environment.json")
-    split = prepared.split | {"data": prepared.fingerprint}
-    # Counts alone: the ledger's examples are rows
-    counted = [{key: value for key, value in line.items() if key != "examples"} for line in prepared.ledger]
-    ledger = {"ledger": counted, "leaks": prepared.leaks}
-    return {"recipe": prepared.recipe.as_dict(), "split": split, "environment": environment} | ledger

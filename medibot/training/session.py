@@ -1,14 +1,10 @@
-"""Assemble TRL's SFTTrainer from a recipe, prove its loss mask, train, resume, save.
-
-accelerate launch --config_file accelerate_configs/cpu.yaml -m medibot train quickstart
-"""
+"""Train a recipe into its output folder: start, go on from the last whole checkpoint, or say that it is done."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from trl import SFTTrainer
 
 from medibot import tracking
 from medibot.data.gate import Audit, audit_labels, refuse_faults
@@ -18,11 +14,10 @@ from medibot.model.loading import identify_base, method_name, weights_dtype
 from medibot.planning.hardware import GB, detect_device, detect_layout
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
+from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
 from medibot.run import (
     Run,
     checkpoint_step,
-    describe_environment,
-    dump_resolved_recipe,
     has_whole_weights,
     locked,
     open_run,
@@ -33,183 +28,184 @@ from medibot.run import (
     sync_to_disk,
 )
 from medibot.serving.evidence import FILE, build_evidence, require_columns
-from medibot.training.record import (
-    Record,
-    compare_memory,
-    cost,
-    count_parameters,
-    device_name,
-    global_batch_size,
-    say,
-    upload,
-    wandb_config,
-)
+from medibot.training.record import Record, count_parameters, device_name, summarize, upload, wandb_config
 from medibot.training.signals import Signals, explained
-from medibot.training.trainer import CountingTrainer, build_trainer, launched_world, load_weights
+from medibot.training.trainer import CountingTrainer, build_trainer, load_weights, require_launched_world
 
 
-def train(recipe: Recipe, name: str, anyway: bool = False) -> None:
-    """Train `recipe` into outputs/<name>: start, go on from the last whole checkpoint, or say that it is done.
+def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
+    """Train `recipe` into outputs/<name> and return the run; a finished run is left as it is.
 
-    What by the plan cannot fit this device is refused before the weights are loaded, unless `anyway`.
+    Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
+    something else. Raises Stopped where a signal ended the training and a whole checkpoint is there.
     """
-    state = launched_world()
-    this = open_run(name)
-    prepared = prepare(recipe)
-    base = identify_base(recipe)
-    key, parts = run_fingerprint(recipe, prepared.fingerprint, base, state.num_processes)
-    refuse_changed(this, parts)
-    if this.record().get("status") == "finished":
+    state = require_launched_world()
+    run, prepared = open_run(name), prepare(recipe)
+    key, parts = run_fingerprint(recipe, prepared.fingerprint, identify_base(recipe), state.num_processes)
+    refuse_changed(run, parts)
+    if run.record().get("status") == "finished":
         say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
-        return
-    require_writable(this)
-    planned = make_plan(prepared, detect_device(prepared.precision.dtype), detect_layout(state.num_processes))
+        return run
+    require_writable(run)
+    plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_layout(state.num_processes))
     if state.is_main_process and not anyway:
-        planned.require_fit()
-    started = this.folder.exists()
-    try:
-        trainer = build_trainer(prepared, this, lambda: load_weights(prepared))
-        reports = check(trainer, prepared)
-        require_columns(recipe, prepared.load("train"))
-    except RecipeError:
-        if not started and state.is_main_process:
-            shutil.rmtree(this.folder, ignore_errors=True)
-        raise
-    describe(trainer, prepared, planned)
-    with locked(this, state.is_main_process):
-        checkpoint = begin(this, prepared, key, parts, reports, trainer)
-        if state.is_main_process:
-            this.write("plan.json", planned.as_dict())
-        # An interrupted run was evaluated at its start already: a second time would stand in the record twice
+        plan.require_fit()
+    trainer, audits = assemble(prepared, run)
+    describe(trainer, prepared, plan)
+    with locked(run, state.is_main_process):
+        checkpoint = begin(run, prepared, key, parts, audits, trainer, plan)
+        # An interrupted run was evaluated at its start already: a second time would be in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
         with (
-            tracking.tracked(recipe, this, wandb_config(this, prepared), state.is_main_process) as mirror,
-            explained(this, trainer, planned),
+            tracking.tracked(recipe, run, wandb_config(run, prepared), state.is_main_process) as mirror,
+            explained(run, trainer, plan),
             Signals() as signals,
         ):
-            record = Record(trainer, this, mirror, prepared, checkpoint, signals)
+            record = Record(trainer, run, mirror, prepared, checkpoint, signals)
             trainer.add_callback(record)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if record.stopped:
-                stop(trainer, this, record)
-            save(trainer, prepared, this, mirror, planned)
-    if state.is_main_process:
-        print_next_steps(this, prepared)
+                stop(trainer, run, record)
+            save(trainer, prepared, run, mirror, plan)
+    return run
 
 
-def check(trainer: SFTTrainer, prepared: Prepared) -> list[Audit]:
-    """The gate: audit what the trainer will really read, each split whole."""
-    reports = []
-    for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        if dataset is not None:
-            conversations = prepared.load(split)
-            stops, limit = prepared.generation.eos_token_id, trainer.args.max_length
-            report = audit_labels(dataset, conversations, prepared.tokenizer, stops, limit, split)
-            refuse_faults(report, dataset, prepared.tokenizer)
-            reports.append(report)
-    return reports
+def say(text: str) -> None:
+    """Print once, on the main process."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def assemble(prepared: Prepared, run: Run) -> tuple[CountingTrainer, list[Audit]]:
+    """Build the trainer and pass the gate; remove the folder of a run that does not get through."""
+    started = run.folder.exists()
+    try:
+        trainer = build_trainer(prepared, run, lambda: load_weights(prepared))
+        audits = [
+            audit
+            for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset))
+            if dataset is not None
+            for audit in [check(trainer, prepared, split, dataset)]
+        ]
+        require_columns(prepared.recipe, prepared.load("train"))
+    except RecipeError:
+        if not started and PartialState().is_main_process:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+    return trainer, audits
+
+
+def check(trainer: CountingTrainer, prepared: Prepared, split: str, dataset: Any) -> Audit:
+    """Audit what the trainer will really read of a split, every row of it."""
+    stops, limit = prepared.generation.eos_token_id, trainer.args.max_length
+    audit = audit_labels(dataset, prepared.load(split), prepared.tokenizer, stops, limit, split)
+    refuse_faults(audit, dataset, prepared.tokenizer)
+    return audit
+
+
+def describe(trainer: CountingTrainer, prepared: Prepared, plan: Plan) -> None:
+    """Print what is about to be trained, in the numbers that matter."""
+    trainable, total = count_parameters(trainer.model)
+    args, ways = trainer.args, PartialState().num_processes
+    rows, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    needed, capacity = plan.memory()["peak"] / GB, plan.device.capacity / GB
+    batch = (
+        f"{rows} per device x {accumulated} accumulated x {ways} processes = {rows * accumulated * ways} rows a step"
+    )
+    say(f"model      {prepared.recipe.model['pretrained_model_name_or_path']}, {method_name(prepared.recipe)}")
+    say(f"precision  {prepared.precision.name}: {prepared.precision.reason}")
+    say(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    say(f"batch      {batch}")
+    say(f"memory     {needed:.1f} GB planned for {plan.rows} rows of {plan.longest} tokens, {capacity:.1f} GB here")
 
 
 def begin(
-    this: Run, prepared: Prepared, key: str, parts: dict[str, Any], reports: list[Audit], trainer: SFTTrainer
+    run: Run,
+    prepared: Prepared,
+    key: str,
+    parts: dict[str, Any],
+    audits: list[Audit],
+    trainer: CountingTrainer,
+    plan: Plan,
 ) -> Path | None:
-    """Make the outputs folder, or find the checkpoint to go on from."""
-    checkpoint = this.last_checkpoint()
+    """Write what the run is made from; return the checkpoint to go on from, None for a start."""
+    checkpoint = run.last_checkpoint()
     if not PartialState().is_main_process:
         return checkpoint
-    for name in this.set_torn_aside():
-        print(f"{name} was never finished or is damaged: set aside in {this.checkpoints}/torn")
+    for name in run.set_torn_aside():
+        print(f"{name} was never finished or is damaged: set aside in {run.checkpoints}/torn")
     if checkpoint:
         print(f"going on from {checkpoint}")
-    environment = describe_environment(device_name())
     trainable, total = count_parameters(trainer.model)
+    args, processes = trainer.args, PartialState().num_processes
+    dtype = weights_dtype(prepared.recipe, prepared.precision.dtype)
     decided = {
         "dtype": prepared.precision.name,
-        "weights_dtype": str(weights_dtype(prepared.recipe, prepared.precision.dtype)).removeprefix("torch."),
+        "weights_dtype": str(dtype).removeprefix("torch."),
         "why": prepared.precision.reason,
-        "processes": PartialState().num_processes,
-        "global_batch_size": global_batch_size(trainer),
+        "processes": processes,
+        "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * processes,
         "trainable_parameters": trainable,
         "parameters": total,
     }
-    this.folder.mkdir(parents=True, exist_ok=True)
-    this.write("recipe.yaml", dump_resolved_recipe(prepared.recipe, decided))
-    this.write("ledger.json", {"ledger": prepared.ledger, "leaks": prepared.leaks})
-    this.write("split.json", prepared.split | {"data": prepared.fingerprint})
-    this.write("audit.json", [report.as_dict() for report in reports])
-    this.write(FILE, build_evidence(prepared.recipe, prepared))
-    this.write("environment.json", environment | decided)
-    this.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.write("recipe.yaml", dump_resolved_recipe(prepared.recipe, decided))
+    run.write("ledger.json", {"ledger": prepared.ledger, "leaks": prepared.leaks})
+    run.write("split.json", prepared.split | {"data": prepared.fingerprint})
+    run.write("audit.json", [audit.as_dict() for audit in audits])
+    run.write(FILE, build_evidence(prepared.recipe, prepared))
+    run.write("environment.json", describe_environment(device_name()) | decided)
+    run.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
+    run.write("plan.json", plan.as_dict())
     return checkpoint
 
 
-def save(trainer: CountingTrainer, prepared: Prepared, this: Run, mirror: tracking.Mirror, planned: Plan) -> None:
+def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: tracking.Mirror, plan: Plan) -> None:
     """Write the trained weights with all that answering needs, then mark the run finished."""
-    partial = this.folder / ".model.partial"
+    partial = run.folder / ".model.partial"
     trainer.save_model(str(partial))
     if not PartialState().is_main_process:
         return
     if not has_whole_weights(partial):
-        remedy = "see `make strategies`; the last checkpoint is kept"
+        remedy = "see accelerate_configs/README.md; the last checkpoint is kept"
         raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
     prepared.generation.save_pretrained(partial)
     sync_to_disk(partial)
-    shutil.rmtree(this.weights, ignore_errors=True)
-    partial.rename(this.weights)
-    summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
-    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if evals:
-        summary |= {"eval_loss_first": evals[0], "eval_loss_last": evals[-1], "eval_loss_best": min(evals)}
-    summary["cost"] = cost(trainer, this)
-    summary["memory"] = compare_memory(planned, summary["cost"]["peak_memory_bytes"])
-    this.write("plan.json", planned.as_dict() | {"measured": summary["memory"]})
+    shutil.rmtree(run.weights, ignore_errors=True)
+    partial.rename(run.weights)
+    summary = summarize(trainer, run, plan)
+    run.write("plan.json", plan.as_dict() | {"measured": summary["memory"]})
     mirror.summary(summary)
-    this.write("run.json", this.record() | {"status": "finished", "summary": summary})
-    upload(prepared, this, mirror)
+    run.write("run.json", run.record() | {"status": "finished", "summary": summary})
+    upload(prepared, run, mirror)
 
 
-def stop(trainer: CountingTrainer, this: Run, record: "Record") -> None:
+def stop(trainer: CountingTrainer, run: Run, record: Record) -> None:
     """End a training that a signal stopped: its last step is in a checkpoint, and nothing of it looks final."""
     step = trainer.state.global_step
-    last = this.last_checkpoint()
+    last = run.last_checkpoint()
     PartialState().wait_for_everyone()
     if last is None or checkpoint_step(last) != step:
         trainer._save_checkpoint(trainer.model, None)
     if PartialState().is_main_process:
-        if not any(line["step"] == step for line in read_lines(this.metrics)):
-            this.append(this.metrics, record.progress(trainer.state))
-        this.write("run.json", this.record() | {"status": "stopped", "step": step})
+        if not any(line["step"] == step for line in read_lines(run.metrics)):
+            run.append(run.metrics, record.progress(trainer.state))
+        run.write("run.json", run.record() | {"status": "stopped", "step": step})
     raise Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
 
 
-def describe(trainer: SFTTrainer, prepared: Prepared, planned: Plan) -> None:
-    """What is about to be trained, in the numbers that matter."""
-    trainable, total = count_parameters(trainer.model)
-    args = trainer.args
-    each, ways = args.per_device_train_batch_size, PartialState().num_processes
-    say(f"model      {prepared.recipe.model['pretrained_model_name_or_path']}, {method_name(prepared.recipe)}")
-    say(f"precision  {prepared.precision.name}: {prepared.precision.reason}")
-    say(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    accumulated = args.gradient_accumulation_steps
-    say(
-        f"batch      {each} per device x {accumulated} accumulated x {ways} processes = {global_batch_size(trainer)} rows a step"
-    )
-    needed, there = planned.memory()["peak"] / GB, planned.device.capacity / GB
-    say(f"memory     {needed:.1f} GB planned for {planned.rows} rows of {planned.longest} tokens, {there:.1f} GB here")
-
-
-def print_next_steps(this: Run, prepared: Prepared) -> None:
-    """Before and after, and what to do next."""
-    rows = read_lines(this.folder / "answers.jsonl")
+def print_next_steps(run: Run) -> None:
+    """Print the fixed questions' answers before and after, and what to do next."""
+    rows = read_lines(run.answers)
     steps = sorted({row["global_step"] for row in rows})
-    for question in prepared.recipe.evaluation.questions:
+    for question in dict.fromkeys(row["question"] for row in rows):
         print(f"\n{question}")
         for step in (steps[0], steps[-1]):
             text = next(row["answer"] for row in rows if row["question"] == question and row["global_step"] == step)
             print(f"  step {step:>4}: {' '.join(text.split())[:300]}")
-    summary = this.record()["summary"]
+    summary = run.record()["summary"]
     if "eval_loss_first" in summary:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
-    print(f"\nDone: {this.folder}  (recipe, ledger, split, metrics, answers; weights in {this.weights})")
-    print(f'Next:  make ask RUN={this.name} Q="What is anemia?"    or  make chat RUN={this.name}')
+    print(f"\nDone: {run.folder}  (recipe, ledger, split, metrics, answers; weights in {run.weights})")
+    print(f'Next:  make ask RUN={run.name} Q="What is anemia?"    or  make chat RUN={run.name}')

@@ -1,7 +1,6 @@
-"""TODO."""
+"""End a training well: on a signal, and when the machine runs out of something."""
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Generator
@@ -15,18 +14,25 @@ from safetensors import SafetensorError
 from medibot.errors import RecipeError
 from medibot.planning.hardware import GB
 from medibot.planning.plan import Plan
-from medibot.run import Run, is_disk_error
+from medibot.run import Run, disk_error, is_disk_error
 from medibot.training.trainer import CountingTrainer
+
+# A collective that lost a process, as gloo and nccl say it
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGHUP ask for a stop at the next step boundary; another one a second later ends at once."""
+    """Take SIGTERM, SIGINT and SIGHUP as a request to stop at the next step; another a second later ends at once."""
 
     def __init__(self) -> None:
         self.received: float | None = None
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.note) for number in SIGNALS if is_handled(number)}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        # An ignored one stays so, as nohup wants it
+        self.before = {
+            number: signal.signal(number, self.note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -34,6 +40,7 @@ class Signals:
             signal.signal(number, handler)
 
     def note(self, number: int, _: Any) -> None:
+        """Note the first signal; end the process at another one."""
         # Whoever signals a process group often reaches a process twice
         if self.received and time.monotonic() - self.received > 1:
             signal.signal(number, signal.SIG_DFL)
@@ -41,43 +48,22 @@ class Signals:
         self.received = self.received or time.monotonic()
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def is_handled(number: int) -> bool:
-    """Whether the signal is not ignored, as nohup ignores SIGHUP."""
-    return signal.getsignal(number) != signal.SIG_IGN
-
-
 @contextmanager
-def explained(this: Run, trainer: CountingTrainer, planned: Plan) -> Generator[None]:
-    """What a machine runs out of, in one line: memory, disk, or the right to write."""
+def explained(run: Run, trainer: CountingTrainer, plan: Plan) -> Generator[None]:
+    """Turn what a machine runs out of into a RecipeError: memory, disk, the right to write, another process."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        last = this.last_checkpoint()
+        last = run.last_checkpoint()
         kept = f"{last.name} is whole" if last else "no checkpoint is whole yet"
-        if out_of_memory(error):
-            rows, needed = trainer.args.per_device_train_batch_size, planned.memory()["peak"] / GB
-            what = f"out of memory at {rows} rows of up to {planned.longest} tokens ({kept})"
-            remedy = f"the plan was {needed:.1f} of {planned.device.capacity / GB:.1f} GB: {planned.advice()}"
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            rows, needed = trainer.args.per_device_train_batch_size, plan.memory()["peak"] / GB
+            what = f"out of memory at {rows} rows of up to {plan.longest} tokens ({kept})"
+            remedy = f"the plan was {needed:.1f} of {plan.device.capacity / GB:.1f} GB: {plan.advice()}"
             raise RecipeError.of("training", what, remedy) from error
         if is_disk_error(error):
-            free = shutil.disk_usage(this.folder).free
-            why = " ".join(str(error).split())
-            what = f"cannot be written, {free / 1e9:.1f} GB free: {why} ({kept})"
-            raise RecipeError.of(str(this.folder), what, "make room; the same command then goes on") from error
-        if PartialState().num_processes > 1 and peer_lost(error):
+            raise disk_error(run.folder, error, f"{kept}; make room: the same command then goes on") from error
+        if PartialState().num_processes > 1 and any(words in str(error) for words in PEER_LOST):
             what = f"another process of this run ended, or cannot be reached ({kept})"
-            raise RecipeError.of("accelerate", what, "what it said stands above; the same command goes on") from error
+            raise RecipeError.of("accelerate", what, "what it said is above; the same command goes on") from error
         raise
-
-
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def peer_lost(error: Exception) -> bool:
-    """A collective that lost a process, as gloo and nccl say it."""
-    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    return any(words in str(error) for words in said)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Assemble TRL's SFTTrainer from prepared conversations."""
 
 import os
 import sys
@@ -26,8 +26,8 @@ from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu
 
 
-def launched_world() -> PartialState:
-    """The processes that really run; refuses to start when they are not the ones that were launched."""
+def require_launched_world() -> PartialState:
+    """Return the processes that really run; raise RecipeError when they are not the ones that were launched."""
     on_cpu = not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -39,7 +39,7 @@ def launched_world() -> PartialState:
 
 
 class SeededLengths(LengthGroupedSampler):
-    """Rows of like length together, in an order that the seed and the epoch alone decide.
+    """Put rows of like length together, in an order that the seed and the epoch alone decide.
 
     Upstream's draws from the stream that dropout and evaluations draw from too: a run that is resumed in the middle of
     an epoch would go on with other rows.
@@ -52,6 +52,7 @@ class SeededLengths(LengthGroupedSampler):
         self.seed = seed
 
     def set_epoch(self, epoch: int) -> None:
+        """Note the epoch that comes next."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -60,7 +61,7 @@ class SeededLengths(LengthGroupedSampler):
 
 
 class CountingTrainer(SFTTrainer):
-    """TRL's trainer, and how many tokens its loss has covered: the x-axis on which any two recipes compare."""
+    """TRL's trainer, which counts the tokens that its loss has covered: the x-axis on which any two recipes compare."""
 
     num_supervised_tokens_seen = 0
     writing: str | None = None
@@ -76,7 +77,7 @@ class CountingTrainer(SFTTrainer):
         return self.writing or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Upstream's checkpoint, made under another name: it gets its own by one rename, when it is on the disk.
+        """Make upstream's checkpoint under another name; it gets its own by one rename, when it is on the disk.
 
         What was summed up since the last logged line goes with it, or the next line of a resumed run would be the mean
         of fewer steps.
@@ -120,7 +121,7 @@ class CountingTrainer(SFTTrainer):
 def build_trainer(
     prepared: Prepared, this: Run, load: Callable[[], PreTrainedModel], lora: bool = True
 ) -> CountingTrainer:
-    """TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
+    """Build TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
     # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
     args = sft_config(prepared, this)
     if args.use_cpu:
@@ -149,7 +150,7 @@ def build_trainer(
 
 
 def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
-    """The recipe's training section, and what the run and the machine decide; the batch of a step stays the recipe's."""
+    """Return the recipe's training section with what run and machine decide; the batch of a step stays the recipe's."""
     decided = {
         "output_dir": str(this.checkpoints),
         "run_name": this.name,
@@ -171,4 +172,5 @@ def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
 
 
 def load_weights(prepared: Prepared) -> PreTrainedModel:
+    """Load the base weights in the dtype that training holds them in."""
     return load_base(prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype))

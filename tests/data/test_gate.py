@@ -23,6 +23,8 @@ from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
 from medibot.training.trainer import build_trainer
 
+pytestmark = pytest.mark.slow
+
 SYSTEM = "You answer health questions in plain words."
 QWEN = (None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>", "<tool_call>", "</tool_call>"])
 LLAMA = ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"], [])

@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_is_said_in_a_line(evaluated, trained):
         (["one"], "base", "two or more"),
         (["one", "one"], "base", "two or more"),
         (["one", "bare"], "base", "make eval RUN=bare"),
-        (["one", "none"], "base", "no run 'none'"),
+        (["one", "none"], "base", "run 'none' not found"),
         (["one", "bare"], "three", "BASELINE"),
     ):
         with pytest.raises(RecipeError, match=said):

@@ -163,7 +163,7 @@ def test_other_file_is_asked_and_rows_known_from_training_are_named(trained, tmp
 
 def test_missing_file_and_missing_test_split_are_said_in_a_line(trained, tmp_path):
     trained("mine", "data.test=0.0")
-    with pytest.raises(RecipeError, match="DATA: no file"):
+    with pytest.raises(RecipeError, match=r"none\.jsonl. not found"):
         evaluate("mine", data=tmp_path / "none.jsonl")
     with pytest.raises(RecipeError, match="no test split"):
         evaluate("mine")
@@ -172,7 +172,7 @@ def test_missing_file_and_missing_test_split_are_said_in_a_line(trained, tmp_pat
 def test_full_fine_tunes_base_is_the_model_it_began_as(trained, make_model):
     this = trained("full", "lora=null", "quantization=null")
     trained("lora", "quantization=null")
-    full, lora = evaluate("full"), evaluate("lora")
+    full, lora = evaluate("full").results, evaluate("lora").results
     assert full["metrics"]["nll"]["baseline"] == lora["metrics"]["nll"]["baseline"]
     assert AutoModelForCausalLM.from_pretrained(this.weights).num_parameters() > 0
     assert full["metrics"]["nll"]["value"] != full["metrics"]["nll"]["baseline"]
@@ -186,7 +186,7 @@ def test_evaluation_is_a_wandb_run_of_its_own_in_the_same_group(trained):
     content = [file.read_bytes() for file in files]
     assert sum(b"mine-eval" in text for text in content) == 1
     assert sum(b"test/answers" in text for text in content) == 1
-    group = tracking.group(load_recipe(str(this.recipe)), this)
+    group = tracking.comparison_group(load_recipe(str(this.recipe)), this)
     assert all(group.encode() in text for text in content)
     assert sum(b"evaluation" in text and b"mine-adapter" in text and b"report.html" in text for text in content) == 1
 

@@ -33,7 +33,7 @@ def lines(count: int) -> list[dict]:
 
 def differences(rows: list[dict]) -> dict[str, dict]:
     base, tuned, group = ([row[key] for row in rows] for key in ("base", "tuned", "group"))
-    found = compare_scores(base, tuned, group, resamples=200)
+    found = compare_scores(base, tuned, group)
     return {m.name: {"label": m.label, "definition": m.definition, "better": m.better} | found[m.name] for m in METRICS}
 
 

@@ -30,6 +30,8 @@ from medibot.model.tokenizer import (
 )
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 
+pytestmark = pytest.mark.slow
+
 KEY = "model.pretrained_model_name_or_path"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -16,7 +16,7 @@ from medibot.planning.conflicts import refuse_conflicts, share_batch
 from medibot.planning.hardware import Hardware, read_hardware
 from medibot.recipe import load_recipe
 from medibot.run import has_whole_weights, open_run
-from medibot.training.launch import launch_training
+from medibot.training.launch import launch
 from medibot.training.session import train
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -111,7 +111,7 @@ def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, 
 def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(RecipeError, match="left out of the shards"):
-        launch_training(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), [])
+        launch(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), [])
     assert not list(workplace.iterdir())
 
 

@@ -11,6 +11,8 @@ from medibot.training import cpu, trainer
 from medibot.training.cpu import PlainHead, prefer_onednn
 from medibot.training.session import train
 
+pytestmark = pytest.mark.slow
+
 FIELDS = ("log_probs", "entropy", "is_top1")
 
 

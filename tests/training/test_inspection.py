@@ -1,13 +1,17 @@
 """`medibot inspect` end to end: what it prints, what its page holds, and where it refuses."""
 
+import io
 import re
 
 import pytest
 from conftest import ROOT, SAMPLE
+from rich.console import Console
 
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
 from medibot.training.inspection import inspect_recipe
+
+pytestmark = pytest.mark.slow
 
 
 def recipe(model, *overrides: str):
@@ -16,18 +20,18 @@ def recipe(model, *overrides: str):
 
 
 @pytest.mark.parametrize("family", ["smollm2", "mistral"])
-def test_terminal_shows_ledger_leaks_mask_and_three_rows(family, make_model, workplace, capsys):
-    inspect_recipe(recipe(make_model(family), "training.max_length=1024"), None, row=3)
-    said = capsys.readouterr().out
+def test_terminal_shows_ledger_leaks_mask_and_three_rows(family, make_model, workplace):
+    found = inspect_recipe(recipe(make_model(family), "training.max_length=1024"), row=3)
+    shown = io.StringIO()
+    Console(file=shown, width=80, markup=False).print(found)
+    said = shown.getvalue()
     for text in ("Ledger", "Leak report", "Loss mask", "shortest", "median", "longest", "row 3"):
         assert text in said
     assert not (workplace / "outputs").exists()
 
 
 def test_page_is_self_contained_and_paints_every_token(make_model, workplace):
-    page = workplace / "page.html"
-    inspect_recipe(recipe(make_model(), "training.max_length=1024"), page, row=None)
-    text = page.read_text()
+    text = inspect_recipe(recipe(make_model(), "training.max_length=1024")).html()
     assert not re.search(r"(src|href)=", text)
     for kind in ("masked", "trained", "stop"):
         assert f'<span class="{kind}">' in text
@@ -36,4 +40,4 @@ def test_page_is_self_contained_and_paints_every_token(make_model, workplace):
 
 def test_row_that_is_not_there_is_refused(make_model, workplace):
     with pytest.raises(RecipeError, match="the training split has rows 0 to"):
-        inspect_recipe(recipe(make_model(), "training.max_length=1024"), None, row=10_000)
+        inspect_recipe(recipe(make_model(), "training.max_length=1024"), row=10_000)

@@ -17,6 +17,8 @@ from medibot.training.trainer import build_trainer, load_weights
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import speed
 
+pytestmark = pytest.mark.slow
+
 
 def test_needed_flop_are_those_of_the_products_of_a_step(miniature):
     rows = "training.per_device_train_batch_size=1"

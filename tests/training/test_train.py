@@ -27,6 +27,8 @@ from medibot.training import session
 from medibot.training.record import Record
 from medibot.training.session import train
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 

@@ -1,0 +1,66 @@
+"""Write a recipe as it ran, and what a reader needs to run it again."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medibot.recipe import Recipe
+from medibot.recipe.document import scalar
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Write what recipes read back: text that YAML 1.2 takes for a number, and PyYAML does not, in quotes."""
+
+
+def represent_text(dumper: RecipeDumper, text: str) -> yaml.Node:
+    """Quote text that would be read as something else."""
+    try:
+        style = None if isinstance(scalar(text), str) else "'"
+    except ValueError:
+        style = "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+RecipeDumper.add_representer(str, represent_text)
+
+
+def dump_resolved_recipe(recipe: Recipe, decided: dict[str, Any]) -> str:
+    """Return the recipe with its overrides applied, and what the machine decided as a comment."""
+    comment = "".join(f"# {line}\n" for line in yaml.safe_dump(decided, sort_keys=False).splitlines())
+    body = yaml.dump(recipe.as_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
+    head = f"# Resolved from {recipe.path.name}, overrides included.\n# Decided by the machine and the run:\n"
+    return head + comment + body
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return versions, commit, hardware and command."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": git_output("rev-parse", "HEAD"),
+        "uncommitted": bool(git_output("status", "--porcelain")),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": device,
+    }
+
+
+def git_output(*arguments: str) -> str | None:
+    """Return what git says of MediBot's own clone; None where there is none."""
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
