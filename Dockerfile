@@ -16,6 +16,7 @@ COPY --chown=1000 pyproject.toml constraints.txt README.md LICENSE ./
 COPY --chown=1000 medibot medibot
 COPY --chown=1000 recipes recipes
 COPY --chown=1000 accelerate_configs accelerate_configs
+COPY --chown=1000 benchmarks/tasks benchmarks/tasks
 # torch comes first and from its own index: PyPI's build for Linux always brings CUDA along
 RUN python -m venv .venv \
     && grep "^torch==" constraints.txt > torch.txt \

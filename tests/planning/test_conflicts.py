@@ -1,7 +1,9 @@
 """How a training is spread over processes: the batch stays, what cannot work is refused, and real shards train."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -174,3 +176,18 @@ def test_a_folder_with_an_empty_adapter_holds_no_weights(tmp_path):
     assert not has_whole_weights(tmp_path)
     save_file({}, tmp_path / "adapter_model.safetensors")
     assert not has_whole_weights(tmp_path)
+
+
+def test_the_table_of_methods_and_configs_is_current():
+    spec = importlib.util.spec_from_file_location("strategies", ROOT / "benchmarks" / "strategies.py")
+    strategies = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(strategies)
+    text = (CONFIGS / "README.md").read_text()
+    assert strategies.render(text) == text, "run: .venv/bin/python benchmarks/strategies.py"
+    assert set(strategies.EVIDENCE) == {file.stem for file in CONFIGS.glob("*.yaml")}
+    # Every refusal of the table has its reason below it, and every mark is one that the page explains
+    for method, row in zip(strategies.METHODS, re.findall(r"^\| (?!\|)(.*) \|$", text, re.M), strict=True):
+        marks = dict(zip(strategies.EVIDENCE, row.split(" | ")[1:], strict=True))
+        refused = {hardware(name).kind for name, mark in marks.items() if mark == "-"}
+        assert refused == set(re.findall(rf"^- {re.escape(method)} under ([^:]*):", text, re.M))
+        assert set(marks.values()) <= {"tested", "on CPU", "tried", "upstream", "-"}
