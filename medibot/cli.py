@@ -32,7 +32,8 @@ def show(result: Any) -> None:
     """Print a result; it says itself what its tables are."""
     from rich.console import Console
 
-    Console(markup=False, highlight=False).print(result)
+    # A path that is cut into lines cannot be copied
+    Console(markup=False, highlight=False).print(result, crop=False)
 
 
 @app.command("list")
@@ -59,11 +60,11 @@ def validate(recipes: Annotated[list[str] | None, typer.Argument()] = None) -> N
 @app.command()
 def diff(a: str, b: str) -> None:
     """Show what differs between two recipes, key by key."""
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     # Text such as `[topic]` would be read as rich's markup
-    table = Table("key", Text(a), Text(b))
+    table = Table("key", Column(Text(a)), Column(Text(b)))
     for row in diff_recipes(load_recipe(a), load_recipe(b)):
         table.add_row(*(Text(str(cell)) for cell in row))
     show(table if table.row_count else f"{a} and {b} say the same")

@@ -471,7 +471,7 @@ RUNS = [
     case("empty question", "ask --run mine -q ' '", "Q: the question is empty", 'write Q="What is anemia?"'),
     case("row beyond the end", "inspect mine.yaml --row 12", "--row: no row 12", "rows 0 to "),
     case("row below zero", "inspect mine.yaml --row -1", "--row: no row -1", "rows 0 to "),
-    case("page in no folder", "inspect mine.yaml --html none/page.html", "--html: no folder none", "make it"),
+    case("page in no folder", "inspect mine.yaml --html none/page.html", "--html: folder none not found", "make it"),
     case("page that is a folder", "inspect mine.yaml --html model", "--html: model is a folder"),
     case("no GGUF file", "convert-gguf none.gguf there", "GGUF file none.gguf not found", "make model"),
     case("schema elsewhere", "schema", "recipes"),
@@ -487,7 +487,10 @@ LAUNCHES = [
     ),
     case("accelerate file not UTF-8", "train mine.yaml --accelerate a.yaml", "not YAML", files={"a.yaml": b"a: \xff"}),
     case(
-        "empty accelerate file", "train mine.yaml --accelerate a.yaml", "a.yaml is no accelerate", files={"a.yaml": ""}
+        "empty accelerate file",
+        "train mine.yaml --accelerate a.yaml",
+        "a.yaml is not an accelerate config",
+        files={"a.yaml": ""},
     ),
     case(
         "launch quote", "train mine.yaml --accelerate a.yaml --launch '\"x'", "LAUNCH: ", "close the quote", files=ONE

@@ -75,7 +75,7 @@ def test_finished_run_names_the_runs_there_are(workplace):
     assert find_finished_run("done").name == "done"
     with pytest.raises(RecipeError, match="'torn' is not finished"):
         find_finished_run("torn")
-    with pytest.raises(RecipeError, match="there are: done, torn"):
+    with pytest.raises(RecipeError, match="found: done, torn"):
         find_finished_run("none")
 
 

@@ -1,8 +1,10 @@
-"""Named, pure rules over rows, and the ledger that says what each of them did.
+"""Clean rows by named, pure rules, and keep a ledger of what each of them did.
 
-A row is a dict with the columns of its source, the question under "prompt", the answer under "completion" and its
-0-based index under "row". A recipe names the rules in order, under `data.clean`; what one of them drops or changes is
-one line of the ledger.
+Rows come in, as dicts with the columns of their source, the question under "prompt", the answer under "completion" and
+their 0-based index under "row". Fewer or changed rows go out, with one ledger line a rule. No rule looks outside of the
+rows that it is given, and none drops or changes a row without being counted.
+
+Use `clean`, `rule_problem` and `describe_rules`; `data.clean` in a recipe names the rules in order.
 """
 
 import difflib
@@ -10,28 +12,66 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from medibot.cleaning.ledger import LedgerLine, ledger_line
-from medibot.cleaning.medquad import ROW_RULES as MEDQUAD_ROW_RULES
-from medibot.cleaning.medquad import TABLE_RULES as MEDQUAD_TABLE_RULES
-from medibot.cleaning.rules import ROW_RULES, TABLE_RULES, Row, TableRule, over_rows
+from medibot.cleaning import medquad, rules
+from medibot.cleaning.ledger import LedgerLine, compare_rows
+from medibot.cleaning.rules import Row, TableRule, over_rows
 
 RuleItem = str | dict[str, dict[str, Any]]
+RULES: dict[str, TableRule] = {
+    **{rule.__name__: over_rows(rule) for rule in rules.ROW_RULES},
+    **{rule.__name__: rule for rule in rules.TABLE_RULES},
+    **{f"medquad.{rule.__name__}": over_rows(rule) for rule in medquad.ROW_RULES},
+    **{f"medquad.{rule.__name__}": rule for rule in medquad.TABLE_RULES},
+}
+MEDQUAD_RULES: list[str | dict[str, dict[str, Any]]] = [
+    "medquad.keep_specific_cuis",
+    "drop_unanswered",
+    "drop_unasked",
+    "drop_echoes",
+    "medquad.drop_link_lists",
+    "medquad.drop_page_dumps",
+    "medquad.drop_topicless_questions",
+    "medquad.cut_repeated_question",
+    "medquad.cut_symptom_table",
+    "medquad.cut_summary_prefix",
+    "medquad.cut_key_points",
+    "medquad.split_squashed_bullets",
+    "normalise_whitespace",
+    "medquad.cut_agency_credit",
+    "medquad.cut_list_copies",
+    "medquad.cut_link_sentences",
+    "medquad.restore_letters",
+    "medquad.ask_naturally",
+    "drop_short",
+    "medquad.drop_damaged_quantities",
+    "drop_repetitive",
+    "drop_duplicates",
+    {"drop_repeated_questions": {"per": "document_source"}},
+    {"limit_repeated_answers": {"copies": 3}},
+]
+# One name for a list that several recipes share
+NAMED_LISTS: dict[str, list[RuleItem]] = {"medquad": MEDQUAD_RULES}
+
+
+def expand(items: list[RuleItem]) -> list[RuleItem]:
+    """Return the rules with each name of a list replaced by what it stands for."""
+    return [rule for item in items for rule in (NAMED_LISTS.get(item, [item]) if isinstance(item, str) else [item])]
 
 
 def clean(
-    rows: list[Row], rules: list[RuleItem], progress: Callable[[LedgerLine], None] | None = None
+    rows: list[Row], items: list[RuleItem], progress: Callable[[LedgerLine], None] | None = None
 ) -> tuple[list[Row], list[LedgerLine]]:
-    """Apply `rules` in order and return the rows left with one ledger line a rule.
+    """Apply rules in order and return the rows left with one ledger line a rule.
 
-    A rule is a name in RULES, or {name: {keyword arguments}}. `progress` is called with each line as it is known.
+    A rule is a name in RULES or NAMED_LISTS, or {name: {keyword arguments}}. `progress` is called with each line.
     """
     ledger = []
-    for item in rules:
+    for item in expand(items):
         if problem := rule_problem(item):
             raise ValueError(problem)
         name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         cleaned = RULES[name](rows, **(settings or {}))
-        ledger.append(ledger_line(name, rows, cleaned))
+        ledger.append(compare_rows(name, rows, cleaned))
         rows = cleaned
         if progress:
             progress(ledger[-1])
@@ -39,15 +79,18 @@ def clean(
 
 
 def rule_problem(item: Any) -> str | None:
-    """What is wrong with an entry of `data.clean`, in one line, or None."""
+    """Return what is wrong with an entry of `data.clean`, in one line, or None."""
     if isinstance(item, dict) and len(item) != 1:
         return f"a rule with settings has one key, as in {{drop_short: {{min_words: 5}}}}; here are {len(item)}"
     name, settings = next(iter(item.items())) if isinstance(item, dict) else (item, {})
     if not isinstance(name, str):
         return f"a rule is a name or {{name: {{setting: value}}}}, not {name!r}"
+    if name in NAMED_LISTS:
+        return f"{name} stands for several rules and has no settings" if settings else None
     if name not in RULES:
-        near = difflib.get_close_matches(name, RULES, n=1)
-        return f"no such rule: {name}" + (f" (did you mean {near[0]}?)" if near else f"; there are {', '.join(RULES)}")
+        near = difflib.get_close_matches(name, [*NAMED_LISTS, *RULES], n=1)
+        known = ", ".join([*NAMED_LISTS, *RULES])
+        return f"no such rule: {name}" + (f" (did you mean {near[0]}?)" if near else f"; there are {known}")
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         return f"{name}: settings are written {{setting: value}}, not {settings!r}"
@@ -59,22 +102,28 @@ def rule_problem(item: Any) -> str | None:
 
 
 def setting_problem(key: str, value: Any, known: dict[str, inspect.Parameter]) -> str | None:
-    """What is wrong with one keyword argument of a rule, or None."""
+    """Return what is wrong with one keyword argument of a rule, or None."""
     if key not in known:
         near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
         return f"no such setting: {key} ({hint})"
     expected = known[key].annotation
-    # `true` is an int to Python, but no author means a count by it; a whole number is a fine float.
+    # `true` is an int to Python, but no author means a count by it; a whole number is a fine float
     accepted = (int, float) if expected is float else expected
     if isinstance(value, bool) or not isinstance(value, accepted):
         return f"{key} must be {inspect.formatannotation(expected)}, not {value!r}"
     return None
 
 
-RULES: dict[str, TableRule] = {
-    **{rule.__name__: over_rows(rule) for rule in ROW_RULES},
-    **{rule.__name__: rule for rule in TABLE_RULES},
-    **{f"medquad.{rule.__name__}": over_rows(rule) for rule in MEDQUAD_ROW_RULES},
-    **{f"medquad.{rule.__name__}": rule for rule in MEDQUAD_TABLE_RULES},
-}
+def describe_rules(name: str | None = None) -> list[tuple[str, str]]:
+    """Return (rule, what it does) of every rule, or of those that `name` stands for."""
+    if name is not None and name not in NAMED_LISTS:
+        return [(name, purpose(name))] if name in RULES else [(name, rule_problem(name) or "")]
+    items = NAMED_LISTS[name] if name else list(RULES)
+    names = [item if isinstance(item, str) else next(iter(item)) for item in items]
+    return [*((one, purpose(one)) for one in names), *([] if name else [(one, "a list") for one in NAMED_LISTS])]
+
+
+def purpose(name: str) -> str:
+    """Return the first line of a rule's docstring."""
+    return (inspect.getdoc(RULES[name]) or "").splitlines()[0]

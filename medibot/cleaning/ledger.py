@@ -1,4 +1,4 @@
-"""TODO."""
+"""Count what a rule dropped, changed and added, and show three examples."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +19,20 @@ class LedgerLine:
     examples: list[dict[str, Any]]
 
 
-def ledger_line(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
-    """Compare the rows before and after a rule by "row" and "part" (the number of one of several made from a row)."""
+def row_key(row: Row) -> tuple[int, int]:
+    """Return what names a row: its index in the source and its part (the number of one of several made from a row)."""
+    return row["row"], row.get("part", 0)
+
+
+def compare_rows(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
+    """Compare the rows before and after a rule by "row" and "part"."""
     left = {row_key(row): row for row in after}
     remaining = {row["row"] for row in after}
     dropped = [row for row in before if row["row"] not in remaining]
     pairs = [(row, left[row_key(row)]) for row in before if row_key(row) in left]
     changed = [(old, new) for old, new in pairs if old is not new and old != new]
     affected = [*changed, *((row, None) for row in dropped)]
-    # First, middle and last: the neighbours of a row often share its source and its defect.
+    # First, middle and last: the neighbours of a row often share its source and its defect
     places = sorted({0, len(affected) // 2, len(affected) - 1}) if affected else []
     return LedgerLine(
         rule=rule,
@@ -36,17 +41,12 @@ def ledger_line(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
         changed=len(changed),
         added=len(after) - (len(before) - len(dropped)),
         rows_out=len(after),
-        examples=[example(*affected[place]) for place in places],
+        examples=[make_example(*affected[place]) for place in places],
     )
 
 
-def row_key(row: Row) -> tuple[int, int]:
-    """What names a row: its index in the source and its part."""
-    return row["row"], row.get("part", 0)
-
-
-def example(before: Row, after: Row | None) -> dict[str, Any]:
-    """{"row": index, column: {"before", "after"}} of the question, the answer and what else changed."""
+def make_example(before: Row, after: Row | None) -> dict[str, Any]:
+    """Return {"row": index, column: {"before", "after"}} of question, answer and what else changed."""
     shown: dict[str, Any] = {"row": before["row"]}
     others = [column for column, new in (after or {}).items() if column not in before or new != before[column]]
     for column in dict.fromkeys(["prompt", "completion", *others]):
@@ -57,9 +57,9 @@ def example(before: Row, after: Row | None) -> dict[str, Any]:
 
 
 def excerpt(text: str, other: str | None, width: int = 400) -> str:
-    """At most `width` characters of `text`, placed where it begins to differ from `other`."""
-    # A cut at the end of a long answer would be invisible in an excerpt of its start.
-    differ = [place for place, (one, two) in enumerate(zip(text, other or "", strict=False)) if one != two][:1]
-    shared = differ[0] if differ else min(len(text), len(other or text))
+    """Return at most `width` characters of `text`, placed where it begins to differ from `other`."""
+    # A cut at the end of a long answer would be invisible in an excerpt of its start
+    differ = next((place for place, (one, two) in enumerate(zip(text, other or "", strict=False)) if one != two), None)
+    shared = min(len(text), len(other or text)) if differ is None else differ
     start = max(0, shared - width // 4) if text != other else 0
     return ("…" if start else "") + text[start : start + width] + ("…" if start + width < len(text) else "")

@@ -1,75 +1,48 @@
-"""Rules for the defects of MedQuAD (Ben Abacha and Demner-Fushman, BMC Bioinformatics 20, 511, 2019).
+"""Mend or drop what is defective in MedQuAD (Ben Abacha and Demner-Fushman, BMC Bioinformatics 20, 511, 2019).
 
 Every rule is pure. Those in ROW_RULES take one row and return it, a changed copy, or None to drop it; those in
-TABLE_RULES take and return the whole list. `medibot.cleaning` names them "medquad.<function>"; MEDQUAD_RULES is the
-order that recipes use.
+TABLE_RULES take and return the whole list. `medibot.cleaning` names them "medquad.<function>", and its
+MEDQUAD_RULES is the order that recipes use.
 """
 
 import re
 from collections import defaultdict
-from typing import Any
 
 from medibot.cleaning.rules import Row, fold, with_text
 
 QUESTION_OPENING = re.compile(
     r"(?:What|How|Is|Are|Can|Could|Do|Does|Why|Which|Who)\b(?:[^?.!\n]|[.!](?!\s)){,250}\?(?=\s)"
 )
-
-
 YES_OR_NO = re.compile(r"(?:Yes|No|Not necessarily|Maybe|Possibly)\b[.,;:!]")
-
-
 SYMPTOM_TABLE = re.compile(
     r"\s*The Human Phenotype Ontology provides the following list of signs and symptoms for .*?"
     r"(?:Sometimes, no information on frequency is available\.\s+"
     r"In these cases, the sign or symptom may be rare or common\.\s*|\Z)",
     re.S,
 )
-
-
 MISSING_TOPIC = re.compile(
     r"(?:What is \(are\)|What causes|How to (?:diagnose|prevent)|What to do for|Who is at risk for|Is\s+inherited"
     r"|What is the outlook for|What are the [\w ]+ (?:of|for|to)|How many people are affected by)[\s?]*"
 )
-
-
 KEY_POINTS = re.compile(r"(?:\A|\n)\s*Key Points[ \t]*\n[^\n]+\n(?=\s*\S)")
-
-
 SUMMARY_PREFIX = re.compile(r"\A\s*Summary\s*:\s*")
-
-
 AGENCY = re.compile(
     r"(?:^|\s{2,})(?:NIH: [^\n.]+|Genetics Home Reference"
     r"|(?:Dept\. of|Department of|United States|National|Centers? for|Agency for|Bureau of|Administration on)"
     r" [^\n.]+|(?:Food and Drug|Occupational Safety and Health|Health Resources and Services) Administration"
     r"|(?:Environmental Protection|Federal Emergency Management) Agency)\s*\Z"
 )
-
-
 SPACED_BULLET = re.compile(r"\s{2,}- +(?=\S)")
-
-
 SPACED_PARAGRAPH = re.compile(r"(?<=\S)[ \t\xa0]{4,}(?=[^\s-])")
-
-
 DAMAGED_QUANTITY = re.compile(
     r"\b1 (?:ounces|cups|pints|quarts|pounds|teaspoons|tablespoons|liters|inches)\b"  # "1 1/2" lost its half
     r"|\b(?:3[5-9]|4[0-2]|9\d|10\d)\.\d0 [CF]\b"  # the degree sign became a zero
 )
-
-
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))(?<!U\.S\.)(?<!Dr\.)(?<!vs\.)\s+")
-
-
 URL_END = re.compile(
     r"((?:https?://|\bwww\.)\S*[^\s.?!])\s+(?=[A-Z])"
 )  # an address often ends its sentence without a stop
-
-
 REFERENCE_ASIDE = re.compile(r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)")
-
-
 REFERENCE = re.compile(
     r"[(*]*(?:(?:Please |Also )?[Ss]ee (?:the|also|our|Drugs Approved|Pronunciation)\b.*"
     r"(?:PDQ|summar|section|information|Pronunciation|article|page|[Ww]eb ?site|link).*"
@@ -86,7 +59,6 @@ REFERENCE = re.compile(
     re.S,
 )
 
-
 # Words that are nothing else without their apostrophe; whether "its", "lets" or "doctors" lost one cannot be told.
 APOSTROPHES = (
     "don't doesn't didn't isn't aren't wasn't weren't won't can't couldn't shouldn't wouldn't hasn't haven't hadn't "
@@ -94,8 +66,6 @@ APOSTROPHES = (
     "Hodgkin's Addison's Cushing's Peyronie's Hirschsprung's Raynaud's Barrett's Gaucher's Tourette's Paget's "
     "Meniere's Leigh's Friedreich's Farber's Wallenberg's body's child's woman's women's children's man's baby's"
 )
-
-
 ACCENTS = (
     "Sjögren Sjögren's Ménière Ménière's Guillain-Barré Behçet Behçet's Sézary Waldenström Müllerian Ménétrier "
     "Ménétrier's Alström Björnstad Gräsbeck Schönlein Sträussler café-au-lait"
@@ -103,7 +73,7 @@ ACCENTS = (
 
 
 def lost_letters() -> dict[str, str]:
-    """The closed list as {damaged word: word}, with a capital variant of each word that starts small."""
+    """Return the closed list as {damaged word: word}, with a capital variant of each word that starts small."""
     pairs = {word.replace("'", ""): word for word in APOSTROPHES.split()}
     pairs |= {"".join(c for c in word if c.isascii() and c != "'"): word for word in ACCENTS.split()}
     # What lost only its accent kept the apostrophe.
@@ -113,22 +83,16 @@ def lost_letters() -> dict[str, str]:
 
 
 LOST_LETTERS = lost_letters()
-
-
 LOST_LETTER_WORD = re.compile(r"(?<![\w'-])(?:" + "|".join(sorted(LOST_LETTERS, key=len, reverse=True)) + r")(?![\w'])")
 
 
 # The words of a topic that decide between "is" and "are", and the ends in "s" that are singular.
 TOPIC_HEAD = re.compile(r".+?(?= \(| (?:of|in|with|for|due|without)\b|: |\Z)", re.I)
-
-
 SINGULAR = re.compile(
     r"[^s]\Z|(?:ss|us|is|ans|ics|oides|etes|/aids|'s|herpes|rickets|measles|mumps|shingles|rabies|scabies|\bgas)\Z"
     r"|\APrevent ",
     re.I,
 )
-
-
 TOPIC_PREFIX = re.compile(r"(?<=\s)(?:What I need to know about|Causes of|Parasites -)\s+")
 
 
@@ -219,7 +183,7 @@ def cut_list_copies(row: Row) -> Row:
 
 
 def end_of_list(items: list[str], line: str) -> tuple[str, str]:
-    """(item, text behind the copy) of a bullet that goes on with a copy of its list; (line, "") of any other."""
+    """Return (item, text behind the copy) of a bullet that goes on with a copy of its list; (line, "") of any other."""
     if twice := re.fullmatch(r"(.{20,}?) \1(?: (.*))?", line):
         return twice[1], twice[2] or ""
     for start in range(len(items)):
@@ -242,7 +206,7 @@ def cut_link_sentences(row: Row) -> Row:
 
 
 def without_references(line: str) -> tuple[str, bool]:
-    """(the line without its cross-references, whether it ended by announcing a list of links)."""
+    """Return (the line without its cross-references, whether it ended by announcing a list of links)."""
 
     def full_stop(aside: re.Match[str]) -> str:
         return "" if line[: aside.start()].rstrip().endswith((".", "!", "?", ":")) else aside[1]
@@ -255,6 +219,7 @@ def without_references(line: str) -> tuple[str, bool]:
 
 
 def is_reference(sentence: str) -> bool:
+    """Tell whether a sentence only sends the reader elsewhere."""
     # A longer one is a flattened list without full stops, and most of it says something.
     return len(sentence.split()) <= 50 and REFERENCE.fullmatch(sentence.removeprefix("- ")) is not None
 
@@ -320,34 +285,4 @@ ROW_RULES = (
     drop_damaged_quantities,
     ask_naturally,
 )
-
-
 TABLE_RULES = (keep_specific_cuis,)
-
-
-MEDQUAD_RULES: list[str | dict[str, dict[str, Any]]] = [
-    "medquad.keep_specific_cuis",
-    "drop_unanswered",
-    "drop_unasked",
-    "drop_echoes",
-    "medquad.drop_link_lists",
-    "medquad.drop_page_dumps",
-    "medquad.drop_topicless_questions",
-    "medquad.cut_repeated_question",
-    "medquad.cut_symptom_table",
-    "medquad.cut_summary_prefix",
-    "medquad.cut_key_points",
-    "medquad.split_squashed_bullets",
-    "normalise_whitespace",
-    "medquad.cut_agency_credit",
-    "medquad.cut_list_copies",
-    "medquad.cut_link_sentences",
-    "medquad.restore_letters",
-    "medquad.ask_naturally",
-    "drop_short",
-    "medquad.drop_damaged_quantities",
-    "drop_repetitive",
-    "drop_duplicates",
-    {"drop_repeated_questions": {"per": "document_source"}},
-    {"limit_repeated_answers": {"copies": 3}},
-]

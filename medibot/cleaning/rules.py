@@ -1,4 +1,4 @@
-"""TODO."""
+"""Rules that fit any question-answering data; None drops the row."""
 
 import functools
 import re
@@ -34,7 +34,7 @@ def drop_unasked(row: Row) -> Row | None:
 
 
 def normalise_whitespace(row: Row) -> Row:
-    """One space between words, no space at the ends of lines, at most one blank line; the question on a single line."""
+    """Leave one space between words, none at the ends of lines, at most one blank line; the question on one line."""
     answer = re.sub(r"[^\S\n]+", " ", (row["completion"] or "").replace("\r\n", "\n"))
     answer = re.sub(r"\n{3,}", "\n\n", re.sub(r" *\n *", "\n", answer)).strip()
     return with_text(with_text(row, "completion", answer), "prompt", " ".join((row["prompt"] or "").split()))
@@ -81,7 +81,7 @@ def limit_repeated_answers(rows: list[Row], copies: int = 3) -> list[Row]:
 
 
 def first_copies(rows: list[Row], identity: Callable[[Row], Any], copies: int) -> list[Row]:
-    """The first `copies` rows of each identity, in their order."""
+    """Return the first `copies` rows of each identity, in their order."""
     seen: Counter[Any] = Counter()
     kept = []
     for row in rows:
@@ -110,6 +110,5 @@ ROW_RULES = (
     drop_longer_than,
     drop_repetitive,
 )
-
 
 TABLE_RULES = (drop_duplicates, drop_repeated_questions, limit_repeated_answers)

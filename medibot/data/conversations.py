@@ -1,4 +1,4 @@
-"""TODO."""
+"""Map columns and render conversations as TRL takes them."""
 
 import json
 from typing import Any
@@ -6,18 +6,20 @@ from typing import Any
 import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
-from medibot.cleaning import Row
 from medibot.cleaning.ledger import LedgerLine
+from medibot.cleaning.rules import Row
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import escape_markers, make_prompt
 from medibot.recipe import Recipe
 
+# What the trainer gets to see of a prepared row
+COLUMNS = ["prompt", "completion", "chat_template_kwargs"]
 # Columns that the prepared data set has of its own
 RESERVED = {"prompt", "completion", "row", "group", "part", "tokens", "chat_template_kwargs"}
 
 
 def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
-    """Rows with the mapped columns under `prompt` and `completion`, and `row`, their index in the source."""
+    """Return rows with the mapped columns under `prompt` and `completion`, and `row`, their index in the source."""
     data = recipe.data
     columns = rows[0].keys()
     wanted = [("data.prompt", data.prompt), ("data.completion", data.completion)]
@@ -44,6 +46,7 @@ def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
 
 
 def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> None:
+    """Raise RecipeError where the rules left no row, or rows without question or answer."""
     if not rows:
         last = next((line.rule for line in reversed(ledger) if line.dropped), "the rules")
         raise recipe.error("data.clean", f"no row is left after {last}", "see the ledger with: medibot inspect")
@@ -55,8 +58,8 @@ def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> N
             )
 
 
-def defuse_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
-    """Rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
+def escape_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
+    """Return rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
     after = [row | {key: escape_markers(row[key], markers) for key in ("prompt", "completion")} for row in rows]
     changed = [(old, new) for old, new in zip(rows, after, strict=True) if old != new]
     examples = [
@@ -66,7 +69,7 @@ def defuse_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], L
 
 
 def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[Row], LedgerLine]:
-    """Rows with `tokens`; those over `training.max_length` are dropped, or refused under `too_long: error`."""
+    """Return rows with `tokens`; those over `training.max_length` are dropped, or refused under `too_long: error`."""
     limit = recipe.training.get("max_length", 1024)
     chats = [prompt_of(recipe, row) + completion_of(row) for row in rows]
     counted = [
@@ -85,7 +88,7 @@ def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Ro
 
 
 def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> list[int]:
-    """Tokens of each whole chat, by the chat template that the trainer will use."""
+    """Return the tokens of each whole chat, by the chat template that the trainer will use."""
     import jinja2
 
     lengths: list[int] = []
@@ -102,15 +105,17 @@ def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, chats: list
 
 
 def prompt_of(recipe: Recipe, row: Row) -> list[dict[str, str]]:
+    """Return a row's prompt as chat messages."""
     return make_prompt(row["prompt"], recipe.data.system, ())
 
 
 def completion_of(row: Row) -> list[dict[str, str]]:
+    """Return a row's completion as chat messages."""
     return [{"role": "assistant", "content": row["completion"]}]
 
 
 def render(recipe: Recipe, rows: list[Row]) -> pyarrow.Table:
-    """TRL's conversational prompt/completion rows, with the source's other columns beside them."""
+    """Return TRL's conversational prompt/completion rows, with the source's other columns beside them."""
     counts = {"row", "part", "tokens"}
     extra = [column for column in rows[0] if column not in {"prompt", "completion"}]
     columns = {c: [row.get(c) if c in counts else as_text(row.get(c)) for row in rows] for c in extra}
@@ -121,8 +126,5 @@ def render(recipe: Recipe, rows: list[Row]) -> pyarrow.Table:
 
 
 def as_text(value: Any) -> str | None:
-    """Text as it is and anything else as JSON, so that one column has one type."""
+    """Return text as it is and anything else as JSON, so that one column has one type."""
     return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-COLUMNS = ["prompt", "completion", "chat_template_kwargs"]

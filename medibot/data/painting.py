@@ -1,4 +1,4 @@
-"""TODO."""
+"""Paint rows with what the loss covers."""
 
 import html
 from typing import Any
@@ -13,7 +13,7 @@ STYLES = {"masked": "dim", "trained": "bold green", "stop": "bold white on red"}
 
 
 def paint(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> list[tuple[str, str]]:
-    """(text, masked | trained | stop) pieces of one trainer row, whole characters only: joined, they are its text."""
+    """Return (text, masked | trained | stop) pieces of one trainer row, whole characters only: joined, they are its text."""
     ids = row["input_ids"]
     kinds = [
         "masked" if label == IGNORED else "stop" if token in stops else "trained"
@@ -33,16 +33,17 @@ def paint(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: list[i
 
 
 def choose_examples(dataset: Dataset, row: int | None = None) -> dict[str, int]:
-    """Which rows to paint: the shortest, the median and the longest, and `row` if asked for (an index in `dataset`)."""
+    """Return which rows to paint: the shortest, the median, the longest, and `row` (an index in `dataset`)."""
     order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
     chosen = {"shortest": order[0], "median": order[len(order) // 2], "longest": order[-1]}
     return chosen | ({f"row {row}": row} if row is not None else {})
 
 
 def paint_text(pieces: list[tuple[str, str]]) -> Text:
+    """Return one row for the terminal."""
     return Text.assemble(*((text, STYLES[kind]) for text, kind in pieces))
 
 
 def paint_html(pieces: list[tuple[str, str]]) -> str:
-    """One row as HTML: a span a token, its class saying whether it is masked, trained or a stop token."""
+    """Return one row as HTML: a span a token, its class saying whether it is masked, trained or a stop token."""
     return "".join(f'<span class="{kind}">{html.escape(text)}</span>' for text, kind in pieces)

@@ -1,4 +1,4 @@
-"""Rows to conversations: load, map columns, clean, split, and keep the result under a fingerprint of all that made it."""
+"""Prepare a recipe's conversations once, and keep them under a fingerprint of all that decided them."""
 
 import hashlib
 import json
@@ -16,9 +16,10 @@ from filelock import FileLock
 from rich.progress import Progress
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from medibot.cleaning import Row, clean
+from medibot.cleaning import clean, expand
 from medibot.cleaning.ledger import LedgerLine, row_key
-from medibot.data.conversations import defuse_rows, fit_length, map_columns, render, require_text
+from medibot.cleaning.rules import Row
+from medibot.data.conversations import escape_rows, fit_length, map_columns, render, require_text
 from medibot.data.sources import open_source
 from medibot.data.splitting import (
     Splits,
@@ -38,7 +39,6 @@ from medibot.recipe import Recipe
 # The version of what cleaning, splitting and rendering do. Raise it by hand when prepared rows change: it makes cached
 # sets and unfinished runs foreign, which a mere edit of our source must not. A test with golden rows says when.
 PREPARED = 1
-
 
 SPLITS = ("train", "validation", "test")
 
@@ -86,13 +86,14 @@ def prepare(
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "prepared.json").is_file():
             progress(f"preparing {recipe.data.path}: reading rows")
-            make(recipe, tokenizer, rows(), folder, progress)
+            prepare_rows(recipe, tokenizer, rows(), folder, progress)
     record = json.loads((folder / "prepared.json").read_text())
     precision = choose_precision(recipe.model.get("dtype"))
     return Prepared(recipe, tokenizer, generation, precision, folder, fingerprint, **record)
 
 
 def cache_folder() -> Path:
+    """Return where prepared conversations are kept."""
     return Path(os.environ.get("MEDIBOT_CACHE", ".cache/medibot")) / "prepared"
 
 
@@ -106,18 +107,18 @@ def prepared_fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, sou
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def make(
+def prepare_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row], folder: Path, progress: Callable[[str], None]
 ) -> None:
     """Clean, split and render `rows`; everything lands in `folder` at once, by rename."""
-    data = recipe.data
-    progress(f"preparing {data.path}: {len(rows):,} rows, {len(data.clean)} rules")
+    data, rules = recipe.data, expand(recipe.data.clean)
+    progress(f"preparing {data.path}: {len(rows):,} rows, {len(rules)} rules")
     rows = map_columns(recipe, rows)
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("cleaning", total=len(data.clean))
-        rows, ledger = clean(rows, data.clean, progress=lambda _: bar.advance(task))
+        task = bar.add_task("cleaning", total=len(rules))
+        rows, ledger = clean(rows, rules, progress=lambda _: bar.advance(task))
     require_text(recipe, rows, ledger)
-    rows, line = defuse_rows(rows, role_markers(tokenizer))
+    rows, line = escape_rows(rows, role_markers(tokenizer))
     ledger.append(line)
     progress(f"preparing {data.path}: {len(rows):,} conversations, counting tokens")
     rows, line = fit_length(recipe, tokenizer, rows)
@@ -140,6 +141,7 @@ def make(
 
 
 def write(folder: Path, tables: dict[str, pyarrow.Table], record: dict[str, Any]) -> None:
+    """Write splits and record to `folder` at once, by rename."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name, table in tables.items():
@@ -150,7 +152,7 @@ def write(folder: Path, tables: dict[str, pyarrow.Table], record: dict[str, Any]
 
 
 def limit_rows(recipe: Recipe, splits: Splits) -> tuple[dict[str, list[Row]], list[LedgerLine]]:
-    """`data.limit` rows of a split: those with the smallest hash, so that a larger limit only adds rows."""
+    """Return `data.limit` rows of a split: those with the smallest hash, so that a larger limit only adds rows."""
     limit = recipe.data.limit
     limits = limit if isinstance(limit, dict) else {"train": limit} if limit else {}
     chosen = {name: getattr(splits, name) for name in SPLITS}
@@ -164,6 +166,7 @@ def limit_rows(recipe: Recipe, splits: Splits) -> tuple[dict[str, list[Row]], li
 
 
 def require_rows(recipe: Recipe, chosen: dict[str, list[Row]]) -> None:
+    """Raise RecipeError for a split that has no row and should have some."""
     for name, share in (("train", 1.0), ("validation", recipe.data.validation), ("test", recipe.data.test)):
         if share and not chosen[name]:
             what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read rows from a hub data set, a file or a folder of files."""
 
 import csv
 import hashlib
@@ -13,12 +13,13 @@ import pyarrow.parquet
 from medibot.cleaning import Row
 from medibot.errors import RecipeError
 from medibot.recipe import Recipe
+from medibot.recipe.files import find_file
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 
 def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
-    """(hash of the data's bytes, a function that reads its rows): nothing is parsed if the cache already has it."""
+    """Return (hash of the data's bytes, a function that reads its rows): nothing is parsed if the cache has it."""
     files = local_files(recipe)
     if files is None:
         rows = hub_rows(recipe)
@@ -30,8 +31,8 @@ def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
 
 
 def local_files(recipe: Recipe) -> list[Path] | None:
-    """The files that `data.path` names, sorted; None if it is a hub id."""
-    path = Path(recipe.data.path).expanduser()
+    """Return the files that `data.path` names, sorted; None if it is a hub id."""
+    path = find_file(recipe.data.path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if not files:
@@ -50,7 +51,7 @@ def local_files(recipe: Recipe) -> list[Path] | None:
 
 
 def hub_rows(recipe: Recipe) -> list[Row]:
-    """Rows of a hub data set (`path`, `name`, `revision`, `split` as `datasets.load_dataset` takes them)."""
+    """Return the rows of a hub data set (`path`, `name`, `revision`, `split` as `datasets.load_dataset` takes them)."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -64,14 +65,14 @@ def hub_rows(recipe: Recipe) -> list[Row]:
 
 
 def read_files(recipe: Recipe, files: list[Path]) -> list[Row]:
-    """Rows of all files, each with every column of any of them."""
+    """Return the rows of all files, each with every column of any of them."""
     rows = [row for file in files for row in read_file(recipe, file)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
 def read_file(recipe: Recipe, file: Path) -> list[Row]:
-    """Rows of one parquet, JSON lines or CSV file; a malformed one is refused with its line."""
+    """Return the rows of one parquet, JSON lines or CSV file; raise RecipeError at the line of a malformed one."""
     readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
     try:
         rows = readers[file.suffix](file)
@@ -84,10 +85,12 @@ def read_file(recipe: Recipe, file: Path) -> list[Row]:
 
 
 def read_parquet(file: Path) -> list[Row]:
+    """Return the rows of a parquet file."""
     return pyarrow.parquet.read_table(file).to_pylist()
 
 
 def read_jsonl(file: Path) -> list[Row]:
+    """Return the rows of a file of one JSON object a line."""
     rows = []
     for number, line in enumerate(io.StringIO(read_text(file)), 1):
         if not line.strip():
@@ -105,6 +108,7 @@ def read_jsonl(file: Path) -> list[Row]:
 
 
 def read_csv(file: Path) -> list[Row]:
+    """Return the rows of a CSV file, all of them text; an empty cell is None."""
     records = csv_records(file)
     start, header = next(records, (1, []))
     if len(set(header)) != len(header):
@@ -119,7 +123,7 @@ def read_csv(file: Path) -> list[Row]:
 
 
 def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(the line that it begins on, its cells) of each record; blank lines are none."""
+    """Yield (the line that it begins on, its cells) of each record; blank lines are none."""
     csv.field_size_limit(1 << 27)
     records = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     while True:
@@ -136,7 +140,7 @@ def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_text(file: Path) -> str:
-    """The file as UTF-8 text; what is none is refused with its line."""
+    """Return the file as UTF-8 text; raise RecipeError at the line of what is none."""
     content = file.read_bytes()
     try:
         text = content.decode("utf-8-sig")

@@ -1,8 +1,8 @@
-"""Train, validation and test splits that share no topic, and the proof of it.
+"""Split rows so that no topic is on two sides, and prove it.
 
-Rows that share a value of a `group_by` column stand in one group, and a hash of the group's key names its split: no
-random state, no dependence on the order of rows, and a row that is added later moves no other unless it ties two
-groups together.
+Rows that share a value of a `group_by` column are one group, and a hash of the group's key names its split: no random
+state, no dependence on the order of rows, and a row that is added later moves no other unless it ties two groups
+together.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from medibot.cleaning.ledger import LedgerLine, ledger_line, row_key
+from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
 from medibot.cleaning.rules import Row, fold
 
 
@@ -27,7 +27,7 @@ class Splits:
 
 
 def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
-    """A key for each row, in the order of `rows`; rows tied by a shared value in a `group_by` column have the same key.
+    """Return a key for each row; rows tied by a shared value in a `group_by` column have the same key.
 
     Values are compared by their words; lists hold several values; an empty value ties nothing, nor do equal values of
     two columns. Without `group_by`, rows with the same question are a group.
@@ -54,7 +54,7 @@ def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
 
 
 def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
-    """The row's values as (place of the column, folded text), empty ones left out."""
+    """Return the row's values as (place of the column, folded text), empty ones left out."""
     values = []
     for place, column in enumerate(columns):
         value = row.get(column)
@@ -64,11 +64,12 @@ def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
 
 
 def own_key(row: Row) -> str:
-    """The key of a row that has no value to be grouped by: its own text."""
+    """Return the key of a row that has no value to be grouped by: its own text."""
     return sha256(json.dumps([row["prompt"], row["completion"]]))
 
 
 def sha256(text: str) -> str:
+    """Return the sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -93,32 +94,35 @@ def drop_leaks(splits: Splits, threshold: float = 0.8) -> tuple[Splits, list[Led
     distinct = replace(splits, validation=validation, test=test)
     single = replace(distinct, validation=first_answers(validation), test=first_answers(test))
     return single, [
-        ledger_line("splitting.near_answers", all_rows(splits), all_rows(distinct)),
-        ledger_line("splitting.second_answers", all_rows(distinct), all_rows(single)),
+        compare_rows("splitting.near_answers", all_rows(splits), all_rows(distinct)),
+        compare_rows("splitting.second_answers", all_rows(distinct), all_rows(single)),
     ]
 
 
 def all_rows(splits: Splits) -> list[Row]:
+    """Return the rows of every split."""
     return [*splits.train, *splits.validation, *splits.test]
 
 
 def without_known_answers(rows: list[Row], earlier: list[Row], threshold: float) -> list[Row]:
+    """Return the rows whose answer is not nearly one of `earlier`."""
     known = find_near_texts(answers(rows), answers(earlier), threshold)
     return [row for row, answer in zip(rows, answers(rows), strict=True) if answer not in known]
 
 
 def first_answers(rows: list[Row]) -> list[Row]:
+    """Return the first row of each question."""
     first = {fold(row["prompt"] or ""): row for row in reversed(rows)}
     return [row for row in rows if first[fold(row["prompt"] or "")] is row]
 
 
 def answers(rows: list[Row]) -> list[str]:
-    """The answers, folded: what is equal here is an exact copy."""
+    """Return the answers, folded: what is equal here is an exact copy."""
     return [fold(row["completion"] or "") for row in rows]
 
 
 def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold: float) -> set[str]:
-    """The folded texts of `queries` that equal a reference or have a word 3-gram Jaccard of `threshold` with one.
+    """Return the folded texts of `queries` that equal a reference or have a word 3-gram Jaccard of `threshold` with one.
 
     Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): a near text shares at least
     ceil(threshold * n) of n 3-grams, and so at least one of any n - ceil(threshold * n) + 1 of them.
@@ -144,13 +148,13 @@ def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold
 
 
 def trigrams(text: str) -> set[tuple[str, ...]]:
-    """The word 3-grams of a folded text; a shorter text is one gram of its own."""
+    """Return the word 3-grams of a folded text; a shorter text is one gram of its own."""
     words = text.split()
     return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
 
 
 def leak_report(splits: Splits, group_by: list[str], threshold: float = 0.8) -> dict[str, dict[str, int]]:
-    """For each held-out split against each earlier one: its rows, and how many of them share what with the other."""
+    """Return, for each held-out split against each earlier one, how many of its rows share what with the other."""
     return {
         "validation_in_train": leak_counts(splits.validation, splits.train, group_by, threshold),
         "test_in_train": leak_counts(splits.test, splits.train, group_by, threshold),
@@ -159,7 +163,7 @@ def leak_report(splits: Splits, group_by: list[str], threshold: float = 0.8) -> 
 
 
 def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str], threshold: float) -> dict[str, int]:
-    """How many of `rows` share a value of each column, the question, the exact or a near answer with `earlier`."""
+    """Return how many of `rows` share a column's value, the question, the exact or a near answer with `earlier`."""
     counts = {"rows": len(rows)}
     for column in [*group_by, *({"prompt"} - set(group_by))]:
         known = {value for row in earlier for value in row_values(row, [column])}
@@ -174,7 +178,7 @@ def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str], thresh
 def random_split_leaks(
     rows: list[Row], group_by: list[str], share: float, seed: int, threshold: float = 0.8
 ) -> dict[str, int]:
-    """The counts of `leak_report` for a test split of `share` of the rows drawn one by one: what grouping prevents."""
+    """Return `leak_report`'s counts for a test split of `share` of the rows drawn one by one: what grouping prevents."""
     ordered = sorted(rows, key=row_key)
     drawn = set(random.Random(seed).sample(range(len(ordered)), round(share * len(ordered))))
     test = [row for place, row in enumerate(ordered) if place in drawn]
@@ -183,7 +187,7 @@ def random_split_leaks(
 
 
 def split_fingerprint(splits: Splits) -> str:
-    """A sha256 over which text stands in which split; any moved, edited, added or dropped row changes it."""
+    """Return a sha256 over which text is in which split; any moved, edited, added or dropped row changes it."""
     lines = sorted(
         json.dumps([name, *row_key(row), row["prompt"], row["completion"]])
         for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoTokenizer
 
 from medibot import tracking
@@ -51,7 +52,8 @@ class Benchmark:
             figures = (f"{found['baseline']:.3f}", f"{found['value']:.3f}", f"{found['difference']:+.3f}")
             table.add_row(task, str(found["rows"]), *figures, interval_text(found, 3), found["verdict"])
         quick = [f"A quick look: at most {results['limit']} questions of each task."] if results["limit"] else []
-        return Group(results["verdict"], *quick, table, f"written: {self.folder}/results.json, rows.jsonl")
+        written = f"written: {self.folder}/results.json, rows.jsonl"
+        return Group(results["verdict"], *quick, table, Text(written, no_wrap=True, overflow="ignore"))
 
 
 def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Benchmark:

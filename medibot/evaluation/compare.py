@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from medibot.errors import RecipeError
 from medibot.evaluation.metrics import METRICS
@@ -59,7 +60,8 @@ class Comparison:
         ]
         parts.append(make_table("Test metrics", ["metric", results["baseline"], *metrics], rows))
         parts.append(make_table("Cost", ["cost", *runs], cost_rows(results["cost"])))
-        return Group(*parts, f"written: {self.folder}/comparison.json, report.html")
+        written = f"written: {self.folder}/comparison.json, report.html"
+        return Group(*parts, Text(written, no_wrap=True, overflow="ignore"))
 
 
 def make_table(title: str, header: list[str], rows: list[list[str]]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoTokenizer, GenerationConfig
 
 from medibot import tracking
@@ -44,7 +45,7 @@ class Evaluation:
         few = results["rows"] < results["of"]
         quick = [f"A quick look: {results['rows']} of {results['of']} rows."] if few else []
         written = f"written: {self.folder}/results.json, rows.jsonl, report.html"
-        return Group(results["verdict"], *quick, table, written)
+        return Group(results["verdict"], *quick, table, Text(written, no_wrap=True, overflow="ignore"))
 
 
 def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Evaluation:

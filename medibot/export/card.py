@@ -96,14 +96,15 @@ def front_matter(
     run: Run, recipe: Recipe, folder: Path, base: dict[str, Any], data: dict[str, Any], results: dict[str, Any] | None
 ) -> ModelCardData:
     """Return what the hub reads: licence, base, data, language, library, and each metric of the tuned model."""
-    source = {"dataset_type": data["hub"] or "held-out", "dataset_name": data["name"], "dataset_split": "test"}
     measured = [
         EvalResult(
             task_type="text-generation",
             metric_type=key,
             metric_name=metric["label"],
             metric_value=metric["value"],
-            **source,
+            dataset_type=data["hub"] or "held-out",
+            dataset_name=data["name"],
+            dataset_split="test",
         )
         for key, metric in (results["metrics"] if results else {}).items()
     ]

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from medibot.errors import RecipeError
@@ -50,7 +51,7 @@ class Merge:
             table.add_row(MODES[mode] + kept, f"{found['greedy_agreement']:.1%}", *figures)
         asked = f"compared with base and adapter on {proof['tokens']} tokens of {proof['questions']} questions"
         written = f"written: {self.folder} ({proof['dtype']}; tokenizer, template and generation config are the run's)"
-        return Group(table, f"{asked} ({proof['asked']})", written)
+        return Group(table, f"{asked} ({proof['asked']})", Text(written, no_wrap=True, overflow="ignore"))
 
 
 def merge(name: str) -> Merge:

@@ -278,15 +278,13 @@ def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
     held_out: Any = prepared.load("validation")
     lengths = np.array(rows["tokens"])
     answer = rows[int(lengths.argmax())]["completion"][0]["content"]
-    supervised = len(prepared.tokenizer(answer, add_special_tokens=False)["input_ids"])
-    share = min(1.0, supervised / int(lengths.max()))
+    share = min(1.0, len(prepared.tokenizer(answer, add_special_tokens=False)["input_ids"]) / int(lengths.max()))
     size = setting(recipe, "per_device_eval_batch_size")
     evaluated = min(size, len(held_out)) * max(held_out["tokens"]) if held_out is not None else 0
     if setting(recipe, "packing"):
         whole = setting(recipe, "max_length")
         lengths = np.full(math.ceil(lengths.sum() / whole), whole)
-    now = psutil.Process().memory_info().rss
-    overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else now + LATER
+    overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else psutil.Process().memory_info().rss + LATER
     config, parameters = load_config(recipe).get_text_config(), count_bytes(recipe, weights, device.compute)
     return Plan(recipe, weights, device, layout, config, parameters, lengths, share, evaluated, overhead)
 

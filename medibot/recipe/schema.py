@@ -1,7 +1,7 @@
 """Describe every section of a recipe, from the constructor that its settings go to.
 
-`training`, `lora` and `quantization` are read off trl, peft and transformers themselves, so a new release brings its new
-settings along. What upstream leaves unchecked (choices that are any string, sizes below zero) is typed here.
+`training`, `lora` and `quantization` are read off trl, peft and transformers, so a release brings its settings along.
+What upstream leaves unchecked (choices that are any string, sizes below zero) is typed here.
 """
 
 import inspect
@@ -18,7 +18,6 @@ from medibot.recipe.renames import REFUSED, RENAMED, each
 
 SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
 REQUIRED = ("model", "data", "training")
-
 # Upstream's default is not null here, so null says something; everywhere else an override to null removes the key.
 NULL_IS_A_VALUE = {"training.max_length", "training.pad_to_multiple_of"}
 

@@ -1,7 +1,6 @@
 import pytest
 
-from medibot.cleaning import RULES, clean, rule_problem
-from medibot.cleaning.medquad import MEDQUAD_RULES
+from medibot.cleaning import MEDQUAD_RULES, RULES, clean, rule_problem
 from medibot.cleaning.rules import fold
 
 

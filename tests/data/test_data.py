@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SAMPLE
 
-from medibot.cleaning.medquad import MEDQUAD_RULES
+from medibot.cleaning import MEDQUAD_RULES
 from medibot.data.prepared import PREPARED, SPLITS, Prepared, prepare
 from medibot.data.sources import open_source
 from medibot.errors import RecipeError
@@ -391,7 +391,8 @@ def test_two_processes_at_once_make_it_once_and_alike(prepared_of):
         for seed in ("1", "2")
     ]
     for process in processes:
-        assert process.stdout.readline() == "ready\n"
+        # transformers says first that W&B is offline
+        assert "ready\n" in iter(process.stdout.readline, "")
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()

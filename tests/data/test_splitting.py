@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medibot.cleaning import clean
-from medibot.cleaning.medquad import MEDQUAD_RULES
+from medibot.cleaning import MEDQUAD_RULES, clean
 from medibot.cleaning.rules import fold
 from medibot.data.splitting import (
     Splits,

@@ -578,7 +578,9 @@ def test_make_serve_answers_until_a_signal_and_writes_nothing_of_it(speaker):
     assert process.stdout.readline() == "stopped\n" and time.monotonic() - began < 60
     more, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and more == ""
-    assert len(lines) == 3 and NOTICE in lines[1]
+    # transformers says first that W&B is offline, as it is in tests
+    ours = [line for line in lines if not line.startswith("[INFO]")]
+    assert len(ours) == 3 and NOTICE in ours[1]
     assert set(speaker.run.folder.rglob("*")) == files
 
 

@@ -286,7 +286,7 @@ def test_a_clock_that_jumps_back_deletes_no_newer_checkpoint(miniature, monkeypa
         step = 3
 
         def what(self):
-            for folder in self.this.all_checkpoints():
+            for folder in self.run.all_checkpoints():
                 for part in [folder, *folder.iterdir()]:
                     os.utime(part, (4e9, 4e9))
 
