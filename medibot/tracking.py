@@ -274,6 +274,6 @@ def link_logs() -> Path:
     folder = outputs_folder() / ".leet"
     shutil.rmtree(folder, ignore_errors=True)
     for log in logs:
-        (folder / log.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / log.parent.name).mkdir(parents=True)
         (folder / log.parent.name / log.name).symlink_to(log.absolute())
     return folder
