@@ -59,7 +59,7 @@ def test_verbs_work_from_an_empty_folder(installed, make_model, tmp_path):
         assert done.returncode == 0, (command, done.stderr)
         said[command[0]] = done.stdout
     assert "quickstart" in said["list"] and "medquad-qlora: good" in said["validate"]
-    assert "memory" in said["plan"].lower() and "Loss mask" in said["inspect"]
+    assert "micro-batch" in said["plan"] and "Loss mask" in said["inspect"]
 
 
 def test_recipes_and_configs_of_the_current_folder_come_first(installed, tmp_path):
