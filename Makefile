@@ -104,7 +104,7 @@ diff: .venv/.ready  ## show what differs between two recipes: A=medquad-lora B=m
 schema: .venv/.ready  ## write recipes/recipe.schema.json anew
 	@$(MEDIBOT) schema
 
-test-fast: .venv/.dev  ## run the tests that neither train nor load a real model: 90 seconds
+test-fast: .venv/.dev  ## run the tests that neither train nor load a real model: under two minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test: .venv/.dev $(SMOLLM2)/config.json  ## run the tests
