@@ -36,7 +36,7 @@ class Record(TrainerCallback):
         signals: Signals,
     ) -> None:
         self.trainer, self.run, self.mirror, self.prepared = trainer, run, mirror, prepared
-        self.checkpoint, self.signals, self.stopped = checkpoint, signals, False
+        self.checkpoint, self.signals, self.stopped, self.saved = checkpoint, signals, False, -1
         # Without a checkpoint everything is done again, the start included
         step = checkpoint_step(checkpoint) if checkpoint else -1
         before = rewind_record(run, step) if PartialState().is_main_process else {}
@@ -54,6 +54,9 @@ class Record(TrainerCallback):
             self.stopped = control.should_training_stop = True
             # The best model is loaded when the training is over, not now
             args.load_best_model_at_end = False
+            # Saved now: TRL's last log, after the training, empties what the next line is the mean of. At the end of an
+            # epoch on_epoch_end asks for it, behind the evaluation that belongs to the epoch
+            control.should_save = control.should_save or bool(state.epoch % 1)
         if control.should_save and not control.should_log and state.is_world_process_zero:
             # A resume from the checkpoint that is about to be written counts on from here
             self.run.append(self.run.metrics, self.progress(state))
@@ -62,6 +65,11 @@ class Record(TrainerCallback):
         if self.stopped and state.epoch % 1:
             # Upstream calls this the end of an epoch, and would evaluate
             control.should_log = control.should_evaluate = control.should_save = False
+        elif self.stopped:
+            control.should_save = self.saved != state.global_step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = state.global_step
 
     def asked_to_stop(self) -> bool:
         """Tell whether any process of the run has got a signal."""

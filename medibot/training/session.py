@@ -186,6 +186,7 @@ def stop(trainer: CountingTrainer, run: Run, record: Record) -> None:
     step = trainer.state.global_step
     last = run.last_checkpoint()
     PartialState().wait_for_everyone()
+    # Under save_strategy: best an evaluation that is worse has taken the save back
     if last is None or checkpoint_step(last) != step:
         trainer._save_checkpoint(trainer.model, None)
     if PartialState().is_main_process:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import FOUR_STEPS, MINIATURE, ROOT, adapter, assert_same, losses
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, Stopped
 from medibot.run import open_run, read_json, read_lines
 from medibot.training import session
 from medibot.training.record import Record
@@ -237,6 +237,30 @@ class AtStep(Record):
         super().on_step_begin(args, state, *rest, **kwargs)
         if state.global_step == self.step - 1:
             self.what()
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["inside an epoch", "at its end"])
+def test_a_stop_between_two_logged_lines_changes_neither(step, miniature, monkeypatch):
+    class Signalled(AtStep):
+        def what(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Signalled.step = step
+    settings = ["training.max_steps=8", "training.logging_steps=5", "training.save_strategy=no", "tracking=null"]
+    settings += ["training.eval_strategy=no", "training.eval_on_start=false", "training.load_best_model_at_end=false"]
+    recipe = miniature("quickstart", *settings, "quantization=null", "evaluation.questions=[]")
+    train(recipe, "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"stopped at step {step} of 8"):
+        patch.setattr(session, "Record", Signalled)
+        train(recipe, "stopped")
+    train(recipe, "stopped")
+    figures = ("step", "loss", "entropy", "mean_token_accuracy")
+    logged = {
+        name: [[line[key] for key in figures] for line in read_lines(open_run(name).metrics) if "loss" in line]
+        for name in ("whole", "stopped")
+    }
+    assert logged["whole"] and logged["stopped"] == logged["whole"]
+    assert_same(adapter("stopped"), adapter("whole"))
 
 
 @pytest.mark.parametrize("method", [["quantization=null"], ["lora=null", "quantization=null"]], ids=["lora", "full"])
