@@ -5,9 +5,9 @@ over memory; it was made for Triton, where those are one kernel. The one here sc
 gives the same numbers (float32, to rounding) from two products and three passes. The gradient of the hidden states is
 ready when the forward is over: d log p(label) / d hidden = (W[label] - p W) * scale, for each position by itself.
 
-Memory of the head: two float32 tiles of TILE positions by vocabulary, whatever the batch (2 * 128 * 49,152 * 4 bytes =
-50 MB for SmolLM2), and 4 bytes * hidden size for each supervised token of a micro-batch (2.3 kB). No logits are kept
-from forward to backward; full fine-tuning multiplies them out again, for the gradient of the head's own weight.
+No logits are kept from forward to backward: the head takes two float32 tiles of TILE positions by vocabulary (50 MB for
+SmolLM2) and two hidden states a supervised token. Full fine-tuning multiplies the logits out again, for the gradient of
+the head's own weight.
 """
 
 from collections.abc import Iterator
@@ -36,14 +36,12 @@ def prefer_onednn() -> None:
     float32 products only when told that bfloat16 would be precise enough, and oneDNN makes use of that permission only
     where the CPU has AMX. So it is tried, on one product, whether any precision is lost.
     """
-    switch = torch.backends.mkldnn.matmul
     # Not torch's global generator: the draws of the training stay what they were
     matrix = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))
-    exact = matrix.double() @ matrix.double().t()
-    switch.fp32_precision = "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     # Rounding to bfloat16 leaves errors of 5e-2 here, float32 some 3e-5
-    if (matrix @ matrix.t() - exact).abs().max() > 1e-3:
-        switch.fp32_precision = "ieee"
+    if (matrix @ matrix.t() - matrix.double() @ matrix.double().t()).abs().max() > 1e-3:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
 class PlainHead(torch.autograd.Function):
@@ -68,8 +66,7 @@ class PlainHead(torch.autograd.Function):
         first = torch.empty(len(hidden), dtype=torch.bool)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at, logits, probs in tiles(hidden, weight, scale):
-            labels = targets[at, None]
-            top = logits.argmax(1, keepdim=True)
+            labels, top = targets[at, None], logits.argmax(1, keepdim=True)
             first[at] = (top == labels).squeeze(1)
             log_z = logits.gather(1, top) - probs.gather(1, top).log()
             log_probs[at] = (logits.gather(1, labels) - log_z).squeeze(1)
@@ -77,25 +74,19 @@ class PlainHead(torch.autograd.Function):
             if gradient is not None:
                 gradient[at] = (weight[targets[at]] - probs.to(weight.dtype) @ weight) * scale
         ctx.scale = scale
-        ctx.save_for_backward(gradient, *((hidden, weight, targets) if ctx.needs_input_grad[1] else ()))
+        ctx.save_for_backward(gradient, hidden, weight, targets)
         ctx.mark_non_differentiable(entropy, first)
-        ctx.set_materialize_grads(False)
         return log_probs, entropy, first
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        of_log_probs = gradients[0]
-        of_hidden, *kept = ctx.saved_tensors
+    def backward(ctx: Any, of_log_probs: torch.Tensor, *_: Any) -> Any:
+        of_hidden, hidden, weight, targets = ctx.saved_tensors
         of_weight = None
-        if of_log_probs is None:
-            return None, None, None, None
-        if kept:
-            hidden, weight, targets = kept
+        if ctx.needs_input_grad[1]:
             of_weight = torch.zeros_like(weight, dtype=torch.float32)
             for at, _, probs in tiles(hidden, weight, ctx.scale):
                 probs.scatter_add_(1, targets[at, None], torch.full_like(probs[:, :1], -1.0))
-                probs.mul_(-ctx.scale * of_log_probs[at, None])
-                of_weight.addmm_(probs.t(), hidden[at].float())
+                of_weight.addmm_(probs.mul_(-ctx.scale * of_log_probs[at, None]).t(), hidden[at].float())
             of_weight = of_weight.to(weight.dtype)
         return None if of_hidden is None else of_hidden * of_log_probs[:, None], of_weight, None, None
 
