@@ -71,9 +71,8 @@ class Record(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and (not math.isfinite(loss) or loss == 0.0):
-            remedy = "nothing was learned from: check the data"
-            if loss != 0.0:
-                remedy = "lower training.learning_rate, or check the weights"
+            learned = "lower training.learning_rate, or check the weights"
+            remedy = learned if loss else "nothing was learned from: check the data"
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", remedy)
         if not state.is_world_process_zero:
             return
@@ -110,12 +109,9 @@ def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
     if losses:
         summary |= {"eval_loss_first": losses[0], "eval_loss_last": losses[-1], "eval_loss_best": min(losses)}
     # `training_seconds` is the steps alone, without evaluations, answers and saving
-    cost = {
-        "seconds": last["seconds"],
-        "training_seconds": last["training_seconds"],
+    cost = {key: last[key] for key in ("seconds", "training_seconds", "peak_memory_bytes")} | {
         "supervised_tokens": tokens,
         "supervised_tokens_per_second": round(tokens / last["training_seconds"], 2),
-        "peak_memory_bytes": measured,
         "trainable_parameters": count_parameters(trainer.model)[0],
         "weights_bytes": sum(file.stat().st_size for file in run.weights.glob("*.safetensors")),
     }

@@ -8,7 +8,6 @@ from typing import Any
 
 
 def end_process(number: int) -> None:
-    """End this process as a signal that nobody handles does."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
@@ -17,8 +16,7 @@ class Signals:
     """Call `first` at SIGTERM, SIGINT or SIGHUP, and `again` at another one a second later."""
 
     def __init__(self, first: Callable[[], None] = lambda: None, again: Callable[[int], None] = end_process) -> None:
-        self.first, self.again = first, again
-        self.received, self.since = 0, 0.0
+        self.first, self.again, self.received, self.since = first, again, 0, 0.0
 
     def __enter__(self) -> "Signals":
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -32,7 +30,6 @@ class Signals:
             signal.signal(number, handler)
 
     def note(self, number: int, _: Any) -> None:
-        """Handle a signal."""
         if not self.received:
             self.received, self.since = number, time.monotonic()
             self.first()

@@ -48,10 +48,8 @@ class CountingTrainer(SFTTrainer):
     Supervised tokens are those that the loss has covered: the x-axis on which any two recipes compare.
     """
 
-    num_supervised_tokens_seen = 0
-    training_seconds = 0.0
-    peak_memory = 0
-    started = 0.0
+    num_supervised_tokens_seen = peak_memory = 0
+    training_seconds = started = 0.0
 
     def progress(self) -> dict[str, Any]:
         """Return where the training is, on every axis that runs are compared on."""
@@ -93,13 +91,11 @@ class CountingTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Make upstream's checkpoint under another name; it gets its own by one rename, when it is on the disk."""
         run = Run(Path(self.args.output_dir).parent)
-        made = run.writing / f"checkpoint-{self.state.global_step}"
-        final = run.checkpoints / made.name
+        made, final = (folder / f"checkpoint-{self.state.global_step}" for folder in (run.writing, run.checkpoints))
         # Without what was summed since the last logged line, the next one of a resumed run would be the mean of fewer
         loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
-        summed = {"loss": loss, "since": self._globalstep_last_logged, "metrics": dict(self._metrics["train"])}
-        summed["num_tokens"] = self._total_train_tokens
-        self.state.stateful_callbacks["progress"] = self.progress() | summed
+        summed = {"loss": loss, "metrics": dict(self._metrics["train"]), "num_tokens": self._total_train_tokens}
+        self.state.stateful_callbacks["progress"] = self.progress() | summed | {"since": self._globalstep_last_logged}
         self.args.output_dir = str(run.writing)
         super()._save_checkpoint(model, trial)
         self.args.output_dir = str(run.checkpoints)
@@ -138,14 +134,14 @@ def build_trainer(
     rows = {split: prepared.load(split) for split in ("train", "validation")}
     datasets = {split: found.select_columns(COLUMNS) for split, found in rows.items() if found is not None}
     kwargs = {"train_dataset": datasets["train"], "eval_dataset": datasets.get("validation")}
-    config = make_lora_config(prepared.recipe) if lora else None
+    kwargs["peft_config"] = make_lora_config(prepared.recipe) if lora else None
     # The Trainer makes its folder at once: what does not get through the gate shall leave none
     args.output_dir = tempfile.gettempdir()
     try:
-        trainer = CountingTrainer(load(), args, processing_class=prepared.tokenizer, peft_config=config, **kwargs)
+        trainer = CountingTrainer(load(), args, processing_class=prepared.tokenizer, **kwargs)
     except NoMatchingPeftModuleError as error:
-        remedy = "name modules that this model has"
-        raise prepared.recipe.error("lora.target_modules", one_line(error), remedy) from error
+        what, remedy = one_line(error), "name modules that this model has"
+        raise prepared.recipe.error("lora.target_modules", what, remedy) from error
     args.output_dir = str(this.checkpoints)
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
