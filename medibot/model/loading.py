@@ -125,7 +125,7 @@ def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
 def make_tiny_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Build a one-layer model, enough for the trainer to prepare its dataset."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return AutoModelForCausalLM.from_config(LlamaConfig(len(tokenizer), num_key_value_heads=1, **sizes))
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
 
 
 def method_name(recipe: Recipe) -> str:

@@ -1,6 +1,7 @@
 """Load the tokenizer, and keep user text from forging a turn."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -58,12 +59,9 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     Where it writes several, as Phi-3 does, it is the one right behind the answer.
     """
     ids = tokenizer.apply_chat_template(SAMPLE_CHAT, tokenize=True, return_dict=True)["input_ids"]
-    end = None
-    for token in reversed([token for token in ids if tokenizer.decode([token]).strip()]):
-        if token not in tokenizer.added_tokens_decoder:
-            break
-        end = token
-    return end
+    said = [token for token in ids if tokenizer.decode([token]).strip()]
+    closing = list(itertools.takewhile(tokenizer.added_tokens_decoder.__contains__, reversed(said)))
+    return closing[-1] if closing else None
 
 
 def make_prompt(question: str, system: str | None, markers: Sequence[str]) -> list[dict[str, str]]:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from medibot.errors import RecipeError
 from medibot.planning.conflicts import refuse_conflicts, share_batch
 from medibot.planning.hardware import Hardware, find_config, read_hardware
@@ -60,8 +62,8 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> int:
         code = Path(folder) / "code"
         environment = os.environ | environment | {"MEDIBOT_EXIT": str(code)}
         # A session of its own: what is signalled to this process reaches the training only through it
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-        with Signals(partial(stop, launcher, code), partial(end, launcher, code)) as signals:
+        launcher = psutil.Popen(command, env=environment, start_new_session=True)
+        with Signals(partial(stop, launcher), partial(end, launcher)) as signals:
             finished = launcher.wait()
         if code.is_file():
             # The launcher turns every failure into 1
@@ -76,42 +78,32 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> int:
     return 128 - finished if finished < 0 else finished
 
 
-def registered(code: Path) -> list[int]:
-    return [int(file.suffix[1:]) for file in code.parent.glob("code.*")]
-
-
-def stop(launcher: subprocess.Popen, code: Path) -> None:
+def stop(launcher: psutil.Popen) -> None:
     """Signal the training's processes, which save and stop; accelerate's launcher of one process would not."""
-    processes = registered(code)
+    processes = launcher.children() if "accelerate.commands.launch" in launcher.args else [launcher]
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
     if not processes:
-        end(launcher, code)
+        end(launcher)
         return
     print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGALRM, lambda number, _: end(launcher, code, number))
+    signal.signal(signal.SIGALRM, lambda number, _: end(launcher, number))
     signal.alarm(DEADLINE)
 
 
-def end(launcher: subprocess.Popen, code: Path, number: int = 0) -> None:
-    """Kill everything; torchrun starts each of its processes in a session of its own."""
+def end(launcher: psutil.Popen, number: int = 0) -> None:
+    """Kill everything."""
     if number == signal.SIGALRM:
         print(f"no step ended within {DEADLINE} s: ended; the last whole checkpoint is kept", file=sys.stderr)
-    for leader in (launcher.pid, *registered(code)):
-        with suppress(ProcessLookupError):
-            os.killpg(leader, signal.SIGKILL)
+    for process in [*launcher.children(recursive=True), launcher]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def is_launched() -> bool:
     """Tell whether this process was started by a launcher; every accelerate launcher sets this variable."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def register_process() -> None:
-    """Tell the launcher which process to signal."""
-    if "MEDIBOT_EXIT" in os.environ:
-        Path(f"{os.environ['MEDIBOT_EXIT']}.{os.getpid()}").touch()
 
 
 def leave_exit_code(code: int) -> bool:
