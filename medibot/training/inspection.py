@@ -66,13 +66,11 @@ class Inspection:
         return templates.get_template("inspect.html.j2").render(values)
 
     def __rich__(self) -> Group:
-        prepared = self.prepared
+        prepared, recipe, precision = self.prepared, self.prepared.recipe, self.prepared.precision
         stops = ", ".join(repr(prepared.tokenizer.decode([token])) for token in prepared.generation.eos_token_id)
-        model = prepared.recipe.model["pretrained_model_name_or_path"]
         parts: list[Any] = [
-            f"{prepared.recipe.name}: {method_name(prepared.recipe)} of {model}",
-            f"precision here: {prepared.precision.name} ({prepared.precision.reason})",
-            f"generation stops at {stops}",
+            f"{recipe.name}: {method_name(recipe)} of {recipe.model['pretrained_model_name_or_path']}",
+            f"precision here: {precision.name} ({precision.reason})\ngeneration stops at {stops}",
         ]
         for title, header, rows in self.tables:
             table = Table(title=title, title_justify="left")

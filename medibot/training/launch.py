@@ -84,15 +84,15 @@ def stop(launcher: psutil.Popen) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    if not processes:
-        end(launcher)
-        return
-    print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGALRM, lambda number, _: end(launcher, number))
-    signal.alarm(DEADLINE)
+    if processes:
+        print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGALRM, lambda number, _: end(launcher, number))
+        signal.alarm(DEADLINE)
+    else:
+        end(launcher, signal.SIGKILL)
 
 
-def end(launcher: psutil.Popen, number: int = 0) -> None:
+def end(launcher: psutil.Popen, number: int) -> None:
     """Kill everything."""
     if number == signal.SIGALRM:
         print(f"no step ended within {DEADLINE} s: ended; the last whole checkpoint is kept", file=sys.stderr)

@@ -150,13 +150,12 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: trackin
 
 def print_next_steps(run: Run) -> None:
     """Print the fixed questions' answers before and after, and what to do next."""
-    rows = runs.read_lines(run.answers)
-    steps = sorted({row["global_step"] for row in rows})
-    for question in dict.fromkeys(row["question"] for row in rows):
-        print(f"\n{question}")
-        for step in (steps[0], steps[-1]):
-            text = next(row["answer"] for row in rows if row["question"] == question and row["global_step"] == step)
-            print(f"  step {step:>4}: {' '.join(text.split())[:300]}")
+    answers: dict[str, dict[int, str]] = {}
+    for row in runs.read_lines(run.answers):
+        answers.setdefault(row["question"], {})[row["global_step"]] = " ".join(row["answer"].split())[:300]
+    for question, texts in answers.items():
+        before, after = min(texts), max(texts)
+        print(f"\n{question}\n  step {before:>4}: {texts[before]}\n  step {after:>4}: {texts[after]}")
     summary = run.record()["summary"]
     if "eval_loss_first" in summary:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
