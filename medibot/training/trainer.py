@@ -34,9 +34,8 @@ from medibot.training.cpu import optimize_for_cpu
 def require_launched_world() -> PartialState:
     """Return the processes that really run; raise RecipeError when they are not the ones that were launched."""
     state = PartialState(cpu=not torch.cuda.is_available())
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = int(os.environ.get("MEDIBOT_PROCESSES", launched))
-    if not state.num_processes == launched == wanted:
+    wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    if state.num_processes != wanted:
         what = f"{wanted} processes were launched and {state.num_processes} found each other"
         raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
     return state
