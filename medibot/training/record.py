@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
 
 from medibot import tracking
 from medibot.data.prepared import Prepared
@@ -137,11 +139,8 @@ def wandb_config(run: Run, prepared: Prepared) -> dict[str, Any]:
     return {"recipe": prepared.recipe.as_dict(), "ledger": counted, "leaks": prepared.leaks, **files}
 
 
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """Return (trainable, all) parameters, shards elsewhere included; a byte of 4-bit weights holds two values."""
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        packed = 2 * parameter.element_size() if parameter.__class__.__name__ == "Params4bit" else 1
-        # DeepSpeed notes on what it has sharded how large that is in all
-        counts[parameter.requires_grad] += vars(parameter).get("ds_numel", parameter.numel()) * packed
-    return counts[True], counts[True] + counts[False]
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    return get_model_param_count(model, trainable_only=True), get_model_param_count(model)
