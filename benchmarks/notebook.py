@@ -34,7 +34,8 @@ from medibot.model.loading import load_base
 from medibot.recipe import load_recipe
 from medibot.recipe.resolved import dump_resolved_recipe
 from medibot.run import find_finished_run, open_run, read_json, read_lines
-from medibot.training.record import count_parameters, peak_memory
+from medibot.training.record import count_parameters
+from medibot.training.trainer import peak_memory
 
 WIDTH, BATCH = 1000, 4
 SYSTEM = "You are a helpful medical assistant."

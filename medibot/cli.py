@@ -138,7 +138,6 @@ def train(
         options = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
         more = launching.split_launch(launch)
         sys.exit(launching.launch(recipe, overrides or [], options, accelerate, more))
-    launching.register_process()
     # Until there is something to save, a signal just ends it, without Python's traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     checked = load_recipe(recipe, overrides or [])

@@ -1,24 +1,21 @@
 """The output folder of a run: its names, its lock, its record, its checkpoints."""
 
-import errno
+import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shutil
-import socket
 import sys
-import tempfile
+import time
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from medibot.errors import RecipeError, one_line
@@ -28,56 +25,18 @@ from medibot.recipe import ABSENT, Recipe, flattened
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
-@dataclass(frozen=True)
 class Run:
     """`outputs/<name>/`: `run.json` says how far it came; the rest is named below."""
 
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """Return the run's name."""
-        return self.folder.name
-
-    @property
-    def weights(self) -> Path:
-        """Return the trained adapter (or full model), with tokenizer, chat template and generation config."""
-        return self.folder / "model"
-
-    @property
-    def merged(self) -> Path:
-        """Return the whole weights made of base and adapter."""
-        return self.folder / "merged"
-
-    @property
-    def gguf(self) -> Path:
-        """Return the folder of the GGUF file and its Modelfile."""
-        return self.folder / "gguf"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Return the folder of the checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def writing(self) -> Path:
-        """Return where a checkpoint is made, before it gets its name."""
-        return self.checkpoints / ".writing"
-
-    @property
-    def metrics(self) -> Path:
-        """Return the file of every logged step."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def answers(self) -> Path:
-        """Return the file of the answers to the fixed questions."""
-        return self.folder / "answers.jsonl"
-
-    @property
-    def recipe(self) -> Path:
-        """Return the recipe as it ran."""
-        return self.folder / "recipe.yaml"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        # The recipe as it ran, every logged step, and the answers to the fixed questions
+        self.recipe, self.metrics = folder / "recipe.yaml", folder / "metrics.jsonl"
+        self.answers = folder / "answers.jsonl"
+        # The trained adapter (or full model) with all that answering needs; made of it: whole weights, a GGUF file
+        self.weights, self.merged, self.gguf = (folder / name for name in ("model", "merged", "gguf"))
+        # A checkpoint is made in `writing`, before it gets its name
+        self.checkpoints, self.writing = folder / "checkpoints", folder / "checkpoints" / ".writing"
 
     def record(self) -> dict[str, Any]:
         """Return what `run.json` says; nothing if this run was never started."""
@@ -107,13 +66,11 @@ class Run:
 
     def all_checkpoints(self) -> list[Path]:
         """Return every folder that has a checkpoint's name."""
-        found = self.checkpoints.glob("checkpoint-*")
-        return [folder for folder in found if re.fullmatch(r"checkpoint-\d+", folder.name)]
+        return [folder for folder in self.checkpoints.glob("checkpoint-*") if folder.name.split("-", 1)[1].isdigit()]
 
     def set_torn_aside(self) -> list[str]:
         """Move checkpoints that were never finished, or are damaged, to checkpoints/torn/; return their names."""
-        damaged = [folder for folder in self.all_checkpoints() if not is_whole(folder)]
-        torn = [*self.writing.glob("checkpoint-*"), *damaged]
+        torn = [*self.writing.glob("checkpoint-*"), *itertools.filterfalse(is_whole, self.all_checkpoints())]
         for folder in torn:
             aside = self.checkpoints / "torn" / folder.name
             shutil.rmtree(aside, ignore_errors=True)
@@ -130,7 +87,7 @@ def checkpoint_step(folder: Path) -> int:
 def is_whole(checkpoint: Path) -> bool:
     """Tell whether everything that a checkpoint needs is there and none of its files ends early."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_json(checkpoint / "trainer_state.json")
         # DeepSpeed's are in a folder below
         saved = (file for kind in ("*.pt", "*.pth", "*.bin") for file in checkpoint.rglob(kind))
         return has_whole_weights(checkpoint) and all(zipfile.is_zipfile(file) for file in saved)
@@ -142,23 +99,17 @@ def has_whole_weights(folder: Path) -> bool:
     """Tell whether a folder holds weights: at least one safetensors file, none that ends early or holds no tensor."""
     files = list(folder.glob("*.safetensors"))
     try:
-        for file in files:
-            with safe_open(file, framework="np") as opened:
-                if not opened.keys():
-                    return False
+        return bool(files) and all(safe_open(file, framework="np").keys() for file in files)
     except (OSError, SafetensorError):
         return False
-    return bool(files)
 
 
 def sync_to_disk(path: Path) -> None:
     """Wait until a file, or all of a folder, is on the disk and not only in memory."""
     for part in [*path.rglob("*"), path]:
         descriptor = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def outputs_folder() -> Path:
@@ -186,40 +137,28 @@ def find_finished_run(name: str) -> Run:
     return run
 
 
-def require_writable(run: Run) -> None:
-    """Raise RecipeError, before any work, for an outputs folder in which nothing can be made."""
-    try:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.folder.parent):
-            pass
-    except OSError as error:
-        what = f"cannot be written: {error.strerror}"
-        raise RecipeError.of(str(run.folder.parent), what, "set MEDIBOT_OUTPUTS to a folder that can") from error
-
-
 @contextmanager
 def locked(run: Run, main_process: bool) -> Generator[None]:
-    """Hold the outputs folder; raise RecipeError where another process holds it, naming that one."""
+    """Hold the run; raise RecipeError where outputs cannot be written, or another process holds it, naming that one."""
     if not main_process:
         yield
         return
-    owner = run.folder.with_name(f".{run.name}.owner")
-    require_writable(run)
+    file, command = run.folder.with_name(f".{run.name}.lock"), [Path(sys.argv[0]).name, *sys.argv[1:]]
     try:
-        lock = FileLock(run.folder.with_name(f".{run.name}.lock"), timeout=0).acquire()
-    except Timeout as error:
-        who = f" ({owner.read_text(encoding='utf-8').strip()})" if owner.is_file() else ""
-        what = f"another training is writing it now{who}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+", encoding="utf-8")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        what = f"another training is writing it now ({file.read_text(encoding='utf-8')})"
         raise RecipeError.of(f"outputs/{run.name}", what, "wait for it, or choose another RUN=name") from error
+    except OSError as error:
+        what, remedy = f"cannot be written: {error.strerror}", "set MEDIBOT_OUTPUTS to a folder that can"
+        raise RecipeError.of(str(file.parent), what, remedy) from error
     with lock:
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        who = f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}\n"
-        owner.write_text(who, encoding="utf-8")
-        try:
-            yield
-        finally:
-            owner.unlink(missing_ok=True)
+        lock.truncate(0)
+        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        print(f"process {os.getpid()} on {os.uname().nodename} since {since}:", *command, end="", file=lock, flush=True)
+        yield
 
 
 @contextmanager
@@ -228,23 +167,19 @@ def removed_on_failure(run: Run) -> Generator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if is_disk_error(error):
-            raise disk_error(run.folder, error, "make room; the same command then starts over") from error
+        if problem := disk_error(run.folder, error, "make room; the same command then starts over"):
+            raise problem from error
         raise
     finally:
         for folder in run.folder.glob(".*.partial"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_disk_error(error: Exception) -> bool:
-    """Tell a full or read-only disk, as Python, torch and safetensors say it."""
-    numbers = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-    words = ("PytorchStreamWriter", "No space left", "File too large", "Disk quota", "Read-only file system")
-    return (isinstance(error, OSError) and error.errno in numbers) or any(word in str(error) for word in words)
-
-
-def disk_error(folder: Path, error: Exception, remedy: str) -> RecipeError:
-    """Return the error for a folder that cannot be written."""
+def disk_error(folder: Path, error: Exception, remedy: str) -> RecipeError | None:
+    """Return the line for a full or read-only disk, as Python, torch and safetensors say it; None if it is no such."""
+    said = "PytorchStreamWriter|No space left|Disk quota|File too large|Read-only file|Permission denied|Input/output error"
+    if not re.search(said, str(error)):
+        return None
     free = shutil.disk_usage(folder).free / 1e9
     return RecipeError.of(str(folder), f"cannot be written, {free:.1f} GB free: {one_line(error)}", remedy)
 
@@ -259,13 +194,12 @@ def run_fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: 
 
 def refuse_changed(run: Run, parts: dict[str, Any]) -> None:
     """Raise RecipeError, which names what is different, where a run would go on as something else."""
-    record = run.record()
     parts = json.loads(json.dumps(parts))
-    if not record or record["parts"] == parts:
-        return
-    before, after = dict(flattened(record["parts"])), dict(flattened(parts))
+    before, after = (dict(flattened(each)) for each in (run.record().get("parts", parts), parts))
     changed = [key for key in before | after if before.get(key, ABSENT) != after.get(key, ABSENT)]
-    was, now = ("absent" if changed[0] not in leaves else repr(leaves[changed[0]]) for leaves in (before, after))
+    if not changed:
+        return
+    was, now = (repr(leaves[changed[0]]) if changed[0] in leaves else "absent" for leaves in (before, after))
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     what = f"made from something else ({changed[0]}: was {was}, is {now}{more})"
     raise RecipeError.of(f"outputs/{run.name}", what, "choose another RUN=name")
@@ -284,15 +218,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def rewind_record(run: Run, step: int) -> dict[str, float]:
-    """Forget what was recorded after `step`, which a resume will do again; return each number's highest up to there."""
-    highest: dict[str, float] = {}
+def rewind_record(run: Run, step: int) -> None:
+    """Forget what was recorded after `step`, which a resume will do again."""
     for file, key in ((run.metrics, "step"), (run.answers, "global_step")):
-        lines = [line for line in read_lines(file) if line[key] <= step]
         if file.is_file():
-            run.write(file.name, "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-        for line in lines:
-            for name, value in line.items():
-                if isinstance(value, int | float):
-                    highest[name] = max(value, highest.get(name, value))
-    return highest
+            lines = [json.dumps(line, ensure_ascii=False) for line in read_lines(file) if line[key] <= step]
+            run.write(file.name, "\n".join(lines))

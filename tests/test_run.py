@@ -85,7 +85,7 @@ def test_rewind_forgets_what_a_resume_does_again(workplace):
     for step in range(5):
         this.append(this.metrics, {"step": step, "seconds": step * 10.0})
         this.append(this.folder / "answers.jsonl", {"global_step": step})
-    assert rewind_record(this, 2)["seconds"] == 20.0
+    rewind_record(this, 2)
     assert [line["step"] for line in read_lines(this.metrics)] == [0, 1, 2]
     assert [line["global_step"] for line in read_lines(this.folder / "answers.jsonl")] == [0, 1, 2]
 
@@ -186,13 +186,14 @@ def test_half_a_last_line_is_forgotten(mine):
     with mine.metrics.open("a") as stream:
         stream.write('{"step": 2, "sec')
     assert read_lines(mine.metrics) == [{"step": 1, "seconds": 2.0}]
-    assert rewind_record(mine, 1)["seconds"] == 2.0
+    rewind_record(mine, 1)
+    assert mine.metrics.read_text().count("\n") == 1
     mine.append(mine.metrics, {"step": 2})
     assert [line["step"] for line in read_lines(mine.metrics)] == [1, 2]
 
 
 def test_rewind_of_a_run_without_records_writes_none(mine):
-    assert rewind_record(mine, 5) == {}
+    rewind_record(mine, 5)
     assert list(mine.folder.iterdir()) == []
 
 

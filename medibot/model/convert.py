@@ -1,12 +1,12 @@
 """Turn a GGUF file into a model folder that recipes can name."""
 
+import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
 from medibot.errors import RecipeError
-from medibot.model.loading import silence_progress_bars
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -16,20 +16,17 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """
     from gguf import GGUFReader
 
-    silence_progress_bars()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if not file.is_file():
         raise RecipeError.of("model", f"GGUF file {file} not found", "run: make model")
     if folder.exists():
         raise RecipeError.of("model", f"{folder} is there already", "delete it, or name another folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    kwargs = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **kwargs
-    )
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(partial)
-    licence = GGUFReader(file).fields.get("general.license")
-    if licence is not None:
+    partial, gguf = folder.with_name(f".{folder.name}.partial"), {"gguf_file": file.name}
+    plain = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(file.parent, **gguf, **plain).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, **gguf).save_pretrained(partial)
+    if licence := GGUFReader(file).fields.get("general.license"):
         text = f"---\nlicense: {licence.contents()}\n---\n\nMade from {file.name} by `medibot convert-gguf`.\n"
         (partial / "README.md").write_text(text, encoding="utf-8")
     partial.rename(folder)

@@ -22,9 +22,8 @@ def load_generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
     except OSError:
         config = GenerationConfig.from_model_config(call_loader(recipe, "config", AutoConfig.from_pretrained))
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = {token for token in (*known, tokenizer.eos_token_id, end_of_turn_token(tokenizer)) if token is not None}
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    config.update(**sampling)
+    stops = [token for token in {*known, tokenizer.eos_token_id, end_of_turn_token(tokenizer)} if token is not None]
+    config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     config.update(eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, **recipe.evaluation.generate)
     config.update(max_new_tokens=recipe.evaluation.max_new_tokens, max_length=None)
     return config
@@ -44,26 +43,17 @@ def generate_answers(
 
     Prompts go through the chat template as in training (`template`: see template_kwargs), left-padded in batches.
     """
-    was_training = model.training
-    stops = set(config.eos_token_id)
+    was_training, stops = model.training, set(config.eos_token_id)
+    rendering = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True} | template
     model.eval()
     try:
         for start in range(0, len(prompts), batch_size):
-            batch = tokenizer.apply_chat_template(
-                list(prompts[start : start + batch_size]),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                padding=True,
-                tokenizer_kwargs={"padding_side": "left"},
-                **template,
-            ).to(model.device)
-            output = model.generate(**batch, generation_config=config, tokenizer=tokenizer)
+            chats = list(prompts[start : start + batch_size])
+            batch = tokenizer.apply_chat_template(chats, tokenizer_kwargs={"padding_side": "left"}, **rendering)
+            output = model.generate(**batch.to(model.device), generation_config=config, tokenizer=tokenizer)
             for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-                ends = [place for place, token in enumerate(ids) if token in stops]
-                kept = ids[: ends[0]] if ends else ids
-                text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-                yield {"text": text, "tokens": len(kept), "stopped": bool(ends)}
+                end = next((place for place, token in enumerate(ids) if token in stops), None)
+                text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+                yield {"text": text, "tokens": len(ids[:end]), "stopped": end is not None}
     finally:
         model.train(was_training)

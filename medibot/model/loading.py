@@ -10,15 +10,9 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from medibot.errors import one_line
 from medibot.model.precision import make_quantization_config
 from medibot.recipe import Recipe
 
@@ -36,10 +30,9 @@ def source_kwargs(recipe: Recipe) -> dict[str, Any]:
 def model_path(recipe: Recipe) -> str:
     """Return the hub id or the local folder; raise RecipeError for a local folder that is not there."""
     path = recipe.model["pretrained_model_name_or_path"]
-    looks_local = path.startswith((".", "/", "~", "models/", "outputs/")) or path.count("/") != 1
     if Path(path).expanduser().is_dir():
         return str(Path(path).expanduser())
-    if looks_local:
+    if path.startswith((".", "/", "~", "models/", "outputs/")) or path.count("/") != 1:
         remedy = "run: make model" if path.startswith("models/") else "write a hub id such as org/name, or a folder"
         raise recipe.error("model.pretrained_model_name_or_path", f"model folder {path!r} not found", remedy)
     return path
@@ -51,18 +44,13 @@ def call_loader(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
     try:
         return load(path, **source_kwargs(recipe), **kwargs)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise recipe.error(
-            "model.pretrained_model_name_or_path", f"no {what} in {path!r}: {first}", loading_remedy(what, error)
-        ) from error
-
-
-def loading_remedy(what: str, error: Exception) -> str:
-    """Return what the author can do about something that upstream could not load."""
-    if "trust_remote_code" in str(error):
-        return "it brings code of its own: read that, then write model.trust_remote_code: true"
-    converted = ", or convert other weights to safetensors" if "safetensors" in what else ""
-    return "check the name, the revision, and that the hub or the folder is readable from here" + converted
+        remedy = "check the name, the revision, and that the hub or the folder is readable from here"
+        if "safetensors" in what:
+            remedy += ", or convert other weights to safetensors"
+        if "trust_remote_code" in str(error):
+            remedy = "it brings code of its own: read that, then write model.trust_remote_code: true"
+        said = f"no {what} in {path!r}: {str(error).strip().splitlines()[0]}"
+        raise recipe.error("model.pretrained_model_name_or_path", said, remedy) from error
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
@@ -74,8 +62,8 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> 
     try:
         model = call_loader(recipe, "safetensors weights", AutoModelForCausalLM.from_pretrained, **kwargs)
     except ImportError as error:
-        what = " ".join(str(error).split())
-        raise recipe.error("model.attn_implementation", what, "install it, or leave the setting out: sdpa") from error
+        remedy = "install it, or leave the setting out: sdpa"
+        raise recipe.error("model.attn_implementation", one_line(error), remedy) from error
     if recipe.quantization and not torch.cuda.is_available():
         keep_4bit_trainable(model)
     return model
@@ -116,7 +104,7 @@ def identify_base(recipe: Recipe) -> dict[str, str]:
 
 
 def hash_file(path: Path) -> str:
-    """Return a file's sha256."""
+    """Return the sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -124,26 +112,20 @@ def hash_file(path: Path) -> str:
 def silence_upstream() -> None:
     """Silence upstream warnings that MediBot reports itself."""
     transformers.logging.set_verbosity_error()
-    silence_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
-
-
-def silence_progress_bars() -> None:
-    """Switch off progress bars, the training's own among them, where there is no terminal."""
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
 
 
 def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
     """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in."""
-    full = recipe.lora is None and "dtype" not in recipe.model
-    return torch.float32 if full else compute
+    return torch.float32 if recipe.lora is None and "dtype" not in recipe.model else compute
 
 
 def make_tiny_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Build a one-layer model, enough for the trainer to prepare its dataset."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
 
 
 def method_name(recipe: Recipe) -> str:

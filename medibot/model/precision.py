@@ -18,17 +18,13 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """Return the dtype as recipes write it."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def training(self) -> dict[str, bool]:
         """Return SFTConfig's switches that say the same."""
-        return {
-            "use_cpu": not torch.cuda.is_available(),
-            "bf16": self.dtype == torch.bfloat16,
-            "fp16": self.dtype == torch.float16,
-        }
+        half = {"bf16": self.dtype == torch.bfloat16, "fp16": self.dtype == torch.float16}
+        return {"use_cpu": not torch.cuda.is_available(), **half}
 
 
 def choose_precision(written: str | None = None) -> Precision:
@@ -36,9 +32,10 @@ def choose_precision(written: str | None = None) -> Precision:
     if written and written != "auto":
         return Precision(getattr(torch, written), "the recipe's model.dtype")
     if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Precision(torch.bfloat16, f"native on {torch.cuda.get_device_name()}")
-        return Precision(torch.float16, f"{torch.cuda.get_device_name()} has no native bfloat16")
+            return Precision(torch.bfloat16, f"native on {gpu}")
+        return Precision(torch.float16, f"{gpu} has no native bfloat16")
     if torch.cpu._is_amx_tile_supported():
         return Precision(torch.bfloat16, "native on this CPU (AMX)")
     # AVX512-BF16 alone is no matrix unit: torch's bfloat16 products ran 8 times slower than float32 there

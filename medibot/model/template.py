@@ -11,21 +11,19 @@ from medibot.recipe import Recipe
 SAMPLE_CHAT = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
-def read_template(recipe: Recipe, file: Path) -> str:
-    """Return the template file that the recipe names."""
-    if not file.is_file():
-        raise recipe.error("training.chat_template_path", f"{str(file)!r} not found", "give a .jinja file")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise recipe.error("training.chat_template_path", f"{file} is not UTF-8 text", "save it as UTF-8") from error
-
-
-def require_working_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise RecipeError for a chat template that cannot render one question and its answer."""
-    own = "training.chat_template_path" in recipe.places
-    key = "training.chat_template_path" if own else "model.pretrained_model_name_or_path"
-    remedy = "repair it" if own else "name a .jinja file in training.chat_template_path"
+def set_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the recipe's template in the place of the model's; raise RecipeError for one that renders no chat."""
+    key, remedy = "model.pretrained_model_name_or_path", "name a .jinja file in training.chat_template_path"
+    if written := recipe.training.get("chat_template_path"):
+        key, remedy = "training.chat_template_path", "repair it"
+        try:
+            tokenizer.chat_template = Path(written).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise recipe.error(key, f"{written} is not UTF-8 text", "save it as UTF-8") from error
+        except OSError as error:
+            raise recipe.error(key, f"{written!r} not found", "give a .jinja file") from error
+    if not tokenizer.chat_template:
+        raise recipe.error(key, "the tokenizer has no chat template", f"take a chat model, or {remedy}")
     try:
         text = tokenizer.apply_chat_template(SAMPLE_CHAT, tokenize=False)
     except (jinja2.TemplateError, ValueError, TypeError) as error:

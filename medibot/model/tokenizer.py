@@ -1,15 +1,15 @@
 """Load the tokenizer, and keep user text from forging a turn."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medibot.model.loading import call_loader
-from medibot.model.template import SAMPLE_CHAT, read_template, require_working_template
+from medibot.model.template import SAMPLE_CHAT, set_template
 from medibot.recipe import Recipe
 
 # What a chat template writes between angle or square brackets is a role or turn marker, whether or not it is a token of
@@ -20,16 +20,7 @@ MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the tokenizer with its own chat template, or the file that `training.chat_template_path` names."""
     tokenizer = call_loader(recipe, "tokenizer", AutoTokenizer.from_pretrained)
-    template = recipe.training.get("chat_template_path")
-    if template:
-        tokenizer.chat_template = read_template(recipe, Path(template))
-    if not tokenizer.chat_template:
-        raise recipe.error(
-            "model.pretrained_model_name_or_path",
-            "the tokenizer has no chat template",
-            "take a chat model, or name a .jinja file in training.chat_template_path",
-        )
-    require_working_template(recipe, tokenizer)
+    set_template(recipe, tokenizer)
     if tokenizer.eos_token_id is None:
         raise recipe.error("model.pretrained_model_name_or_path", "the tokenizer has no end token", "take a chat model")
     if tokenizer.pad_token is None:
@@ -67,14 +58,10 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     Where it writes several, as Phi-3 does, it is the one right behind the answer.
     """
-    end = None
-    for token in reversed(tokenizer.apply_chat_template(SAMPLE_CHAT, tokenize=True, return_dict=True)["input_ids"]):
-        if not tokenizer.decode([token]).strip():
-            continue
-        if token not in tokenizer.added_tokens_decoder:
-            break
-        end = token
-    return end
+    ids = tokenizer.apply_chat_template(SAMPLE_CHAT, tokenize=True, return_dict=True)["input_ids"]
+    said = [token for token in ids if tokenizer.decode([token]).strip()]
+    closing = list(itertools.takewhile(tokenizer.added_tokens_decoder.__contains__, reversed(said)))
+    return closing[-1] if closing else None
 
 
 def make_prompt(question: str, system: str | None, markers: Sequence[str]) -> list[dict[str, str]]:

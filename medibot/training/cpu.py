@@ -3,11 +3,11 @@
 TRL's own head scores every position, prompts and padding included, and folds the vocabulary in tiles by a dozen passes
 over memory; it was made for Triton, where those are one kernel. The one here scores the labelled positions alone and
 gives the same numbers (float32, to rounding) from two products and three passes. The gradient of the hidden states is
-ready when the forward is over: d log p(label) / d hidden = (W[label] - p W) * scale, for each position by itself.
+ready when the forward is over: d log p(label) / d hidden = W[label] - p W, for each position by itself.
 
-Memory of the head: two float32 tiles of TILE positions by vocabulary, whatever the batch (2 * 128 * 49,152 * 4 bytes =
-50 MB for SmolLM2), and 4 bytes * hidden size for each supervised token of a micro-batch (2.3 kB). No logits are kept
-from forward to backward; full fine-tuning multiplies them out again, for the gradient of the head's own weight.
+No logits are kept from forward to backward: the head takes two float32 tiles of TILE positions by vocabulary (50 MB for
+SmolLM2) and two hidden states a supervised token. Full fine-tuning multiplies the logits out again, for the gradient of
+the head's own weight.
 """
 
 from collections.abc import Iterator
@@ -36,14 +36,12 @@ def prefer_onednn() -> None:
     float32 products only when told that bfloat16 would be precise enough, and oneDNN makes use of that permission only
     where the CPU has AMX. So it is tried, on one product, whether any precision is lost.
     """
-    switch = torch.backends.mkldnn.matmul
     # Not torch's global generator: the draws of the training stay what they were
     matrix = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))
-    exact = matrix.double() @ matrix.double().t()
-    switch.fp32_precision = "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     # Rounding to bfloat16 leaves errors of 5e-2 here, float32 some 3e-5
-    if (matrix @ matrix.t() - exact).abs().max() > 1e-3:
-        switch.fp32_precision = "ieee"
+    if (matrix @ matrix.t() - matrix.double() @ matrix.double().t()).abs().max() > 1e-3:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
 class PlainHead(torch.autograd.Function):
@@ -59,48 +57,40 @@ class PlainHead(torch.autograd.Function):
         _, softcap, scale, _ = rest
         if bias is not None or softcap is not None:
             return ChunkedLogProbFunction.apply(hidden, weight, bias, targets, temperature, *rest)
-        log_probs, entropy, first = super().apply(hidden, weight, targets, scale / temperature)
+        log_probs, entropy, first = super().apply(hidden * (scale / temperature), weight, targets)
         return log_probs, entropy, None, None, first
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float) -> Any:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Any:
         log_probs, entropy = torch.empty(2, len(hidden)).unbind()
         first = torch.empty(len(hidden), dtype=torch.bool)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for at, logits, probs in tiles(hidden, weight, scale):
-            labels = targets[at, None]
-            top = logits.argmax(1, keepdim=True)
+        for at, logits, probs in tiles(hidden, weight):
+            labels, top = targets[at, None], logits.argmax(1, keepdim=True)
             first[at] = (top == labels).squeeze(1)
             log_z = logits.gather(1, top) - probs.gather(1, top).log()
             log_probs[at] = (logits.gather(1, labels) - log_z).squeeze(1)
             entropy[at] = log_z.squeeze(1) - logits.mul_(probs).sum(1)
             if gradient is not None:
-                gradient[at] = (weight[targets[at]] - probs.to(weight.dtype) @ weight) * scale
-        ctx.scale = scale
-        ctx.save_for_backward(gradient, *((hidden, weight, targets) if ctx.needs_input_grad[1] else ()))
+                gradient[at] = weight[targets[at]] - probs.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient, hidden, weight, targets)
         ctx.mark_non_differentiable(entropy, first)
-        ctx.set_materialize_grads(False)
         return log_probs, entropy, first
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        of_log_probs = gradients[0]
-        of_hidden, *kept = ctx.saved_tensors
+    def backward(ctx: Any, of_log_probs: torch.Tensor, *_: Any) -> Any:
+        of_hidden, hidden, weight, targets = ctx.saved_tensors
         of_weight = None
-        if of_log_probs is None:
-            return None, None, None, None
-        if kept:
-            hidden, weight, targets = kept
+        if ctx.needs_input_grad[1]:
             of_weight = torch.zeros_like(weight, dtype=torch.float32)
-            for at, _, probs in tiles(hidden, weight, ctx.scale):
+            for at, _, probs in tiles(hidden, weight):
                 probs.scatter_add_(1, targets[at, None], torch.full_like(probs[:, :1], -1.0))
-                probs.mul_(-ctx.scale * of_log_probs[at, None])
-                of_weight.addmm_(probs.t(), hidden[at].float())
+                of_weight.addmm_(probs.mul_(-of_log_probs[at, None]).t(), hidden[at].float())
             of_weight = of_weight.to(weight.dtype)
-        return None if of_hidden is None else of_hidden * of_log_probs[:, None], of_weight, None, None
+        return None if of_hidden is None else of_hidden * of_log_probs[:, None], of_weight, None
 
 
-def tiles(hidden: torch.Tensor, weight: torch.Tensor, scale: float) -> Iterator[tuple[slice, Any, Any]]:
+def tiles(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[slice, Any, Any]]:
     """(positions, logits, probabilities) of TILE positions at a time, in float32, in two buffers used again."""
     buffers = torch.empty(2, min(TILE, len(hidden)), len(weight))
     for start in range(0, len(hidden), TILE):
@@ -110,6 +100,4 @@ def tiles(hidden: torch.Tensor, weight: torch.Tensor, scale: float) -> Iterator[
             torch.mm(hidden[at], weight.t(), out=logits)
         else:
             logits.copy_(hidden[at] @ weight.t())
-        if scale != 1:
-            logits.mul_(scale)
         yield at, logits, torch.softmax(logits, 1, out=probs)

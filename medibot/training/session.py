@@ -1,36 +1,32 @@
 """Train a recipe into its output folder: start, go on from the last whole checkpoint, or say that it is done."""
 
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 
+from medibot import run as runs
 from medibot import tracking
-from medibot.data.gate import Audit, audit_labels, refuse_faults
+from medibot.data.gate import refuse_faults
 from medibot.data.prepared import Prepared, prepare
-from medibot.errors import RecipeError, Stopped
+from medibot.errors import RecipeError
 from medibot.model.loading import identify_base, method_name, weights_dtype
 from medibot.planning.hardware import GB, detect_device, detect_layout
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
-from medibot.run import (
-    Run,
-    checkpoint_step,
-    has_whole_weights,
-    locked,
-    open_run,
-    read_lines,
-    refuse_changed,
-    require_writable,
-    run_fingerprint,
-    sync_to_disk,
-)
+from medibot.run import Run
 from medibot.serving.evidence import FILE, build_evidence, require_columns
-from medibot.training.record import Record, count_parameters, device_name, summarize, upload, wandb_config
-from medibot.training.signals import Signals, explained
-from medibot.training.trainer import CountingTrainer, build_trainer, load_weights, require_launched_world
+from medibot.training.record import Record, count_parameters, summarize, upload, wandb_config
+from medibot.training.signals import Signals
+from medibot.training.trainer import CountingTrainer, audit_splits, build_trainer, load_weights, require_launched_world
+
+# A collective that lost a process, as gloo and nccl say it
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
@@ -40,125 +36,96 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
     something else. Raises Stopped where a signal ended the training and a whole checkpoint is there.
     """
     state = require_launched_world()
-    run, prepared = open_run(name), prepare(recipe)
-    key, parts = run_fingerprint(recipe, prepared.fingerprint, identify_base(recipe), state.num_processes)
-    refuse_changed(run, parts)
+    main, run, prepared = state.is_main_process, runs.open_run(name), prepare(recipe)
+    key, parts = runs.run_fingerprint(recipe, prepared.fingerprint, identify_base(recipe), state.num_processes)
+    runs.refuse_changed(run, parts)
     if run.record().get("status") == "finished":
-        say(f"outputs/{name} is finished and made from exactly this. To train again: another RUN=name, or delete it.")
+        if main:
+            print(
+                f"outputs/{name} is finished and made from exactly this.",
+                "To train again: another RUN=name, or delete it.",
+            )
         return run
-    require_writable(run)
-    plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_layout(state.num_processes))
-    if state.is_main_process and not anyway:
-        plan.require_fit()
-    trainer, audits = assemble(prepared, run)
-    describe(trainer, prepared, plan)
-    with locked(run, state.is_main_process):
-        checkpoint = begin(run, prepared, key, parts, audits, trainer, plan)
+    with runs.locked(run, main):
+        plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_layout(state.num_processes))
+        if main and not anyway:
+            plan.require_fit()
+        trainer = build_trainer(prepared, run, lambda: load_weights(prepared))
+        audits = audit_splits(trainer, prepared)
+        for rows, audit in audits:
+            refuse_faults(audit, rows, prepared.tokenizer)
+        require_columns(recipe, prepared.load("train"))
+        checkpoint = run.last_checkpoint()
+        if main:
+            begin(trainer, prepared, plan, run, checkpoint)
+            run.write("audit.json", [audit.as_dict() for _, audit in audits])
+            run.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
         # An interrupted run was evaluated at its start already: a second time would be in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
-        with (
-            tracking.tracked(recipe, run, wandb_config(run, prepared), state.is_main_process) as mirror,
-            explained(run, trainer, plan),
-            Signals() as signals,
-        ):
-            record = Record(trainer, run, mirror, prepared, checkpoint, signals)
-            trainer.add_callback(record)
+        config = wandb_config(run, prepared) if main else {}
+        with tracking.tracked(recipe, run, config, main) as mirror, explained(run, trainer, plan), Signals() as signals:
+            trainer.add_callback(Record(trainer, run, mirror, prepared, signals))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if record.stopped:
-                stop(trainer, run, record)
             save(trainer, prepared, run, mirror, plan)
     return run
 
 
-def say(text: str) -> None:
-    """Print once, on the main process."""
-    if PartialState().is_main_process:
-        print(text, flush=True)
-
-
-def assemble(prepared: Prepared, run: Run) -> tuple[CountingTrainer, list[Audit]]:
-    """Build the trainer and pass the gate; remove the folder of a run that does not get through."""
-    started = run.folder.exists()
-    try:
-        trainer = build_trainer(prepared, run, lambda: load_weights(prepared))
-        audits = [
-            audit
-            for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset))
-            if dataset is not None
-            for audit in [check(trainer, prepared, split, dataset)]
-        ]
-        require_columns(prepared.recipe, prepared.load("train"))
-    except RecipeError:
-        if not started and PartialState().is_main_process:
-            shutil.rmtree(run.folder, ignore_errors=True)
-        raise
-    return trainer, audits
-
-
-def check(trainer: CountingTrainer, prepared: Prepared, split: str, dataset: Any) -> Audit:
-    """Audit what the trainer will really read of a split, every row of it."""
-    stops, limit = prepared.generation.eos_token_id, trainer.args.max_length
-    audit = audit_labels(dataset, prepared.load(split), prepared.tokenizer, stops, limit, split)
-    refuse_faults(audit, dataset, prepared.tokenizer)
-    return audit
-
-
-def describe(trainer: CountingTrainer, prepared: Prepared, plan: Plan) -> None:
-    """Print what is about to be trained, in the numbers that matter."""
-    trainable, total = count_parameters(trainer.model)
-    args, ways = trainer.args, PartialState().num_processes
-    rows, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run, checkpoint: Path | None) -> None:
+    """Print what is about to be trained, in the numbers that matter, and write what it is made from."""
+    recipe, precision, args = prepared.recipe, prepared.precision, trainer.args
+    rows, steps, ways = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    (trainable, total), batch = count_parameters(trainer.model), rows * steps * ways
     needed, capacity = plan.memory()["peak"] / GB, plan.device.capacity / GB
-    batch = (
-        f"{rows} per device x {accumulated} accumulated x {ways} processes = {rows * accumulated * ways} rows a step"
-    )
-    say(f"model      {prepared.recipe.model['pretrained_model_name_or_path']}, {method_name(prepared.recipe)}")
-    say(f"precision  {prepared.precision.name}: {prepared.precision.reason}")
-    say(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    say(f"batch      {batch}")
-    say(f"memory     {needed:.1f} GB planned for {plan.rows} rows of {plan.longest} tokens, {capacity:.1f} GB here")
-
-
-def begin(
-    run: Run,
-    prepared: Prepared,
-    key: str,
-    parts: dict[str, Any],
-    audits: list[Audit],
-    trainer: CountingTrainer,
-    plan: Plan,
-) -> Path | None:
-    """Write what the run is made from; return the checkpoint to go on from, None for a start."""
-    checkpoint = run.last_checkpoint()
-    if not PartialState().is_main_process:
-        return checkpoint
+    print(f"model      {recipe.model['pretrained_model_name_or_path']}, {method_name(recipe)}")
+    print(f"precision  {precision.name}: {precision.reason}")
+    print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    print(f"batch      {rows} per device x {steps} accumulated x {ways} processes = {batch} rows a step")
+    print(f"memory     {needed:.1f} GB planned for {plan.rows} rows of {plan.longest} tokens, {capacity:.1f} GB here")
     for name in run.set_torn_aside():
         print(f"{name} was never finished or is damaged: set aside in {run.checkpoints}/torn")
     if checkpoint:
-        print(f"going on from {checkpoint}")
-    trainable, total = count_parameters(trainer.model)
-    args, processes = trainer.args, PartialState().num_processes
-    dtype = weights_dtype(prepared.recipe, prepared.precision.dtype)
+        print(f"going on from {checkpoint}", flush=True)
+    # Without a checkpoint everything is done again, the start included
+    runs.rewind_record(run, runs.checkpoint_step(checkpoint) if checkpoint else -1)
     decided = {
-        "dtype": prepared.precision.name,
-        "weights_dtype": str(dtype).removeprefix("torch."),
-        "why": prepared.precision.reason,
-        "processes": processes,
-        "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * processes,
+        "dtype": precision.name,
+        "weights_dtype": str(weights_dtype(recipe, precision.dtype)).removeprefix("torch."),
+        "why": precision.reason,
+        "processes": ways,
+        "global_batch_size": batch,
         "trainable_parameters": trainable,
         "parameters": total,
     }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     run.folder.mkdir(parents=True, exist_ok=True)
-    run.write("recipe.yaml", dump_resolved_recipe(prepared.recipe, decided))
+    run.write("recipe.yaml", dump_resolved_recipe(recipe, decided))
     run.write("ledger.json", {"ledger": prepared.ledger, "leaks": prepared.leaks})
     run.write("split.json", prepared.split | {"data": prepared.fingerprint})
-    run.write("audit.json", [audit.as_dict() for audit in audits])
-    run.write(FILE, build_evidence(prepared.recipe, prepared))
-    run.write("environment.json", describe_environment(device_name()) | decided)
-    run.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
+    run.write(FILE, build_evidence(recipe, prepared))
+    run.write("environment.json", describe_environment(device) | decided)
     run.write("plan.json", plan.as_dict())
-    return checkpoint
+
+
+@contextmanager
+def explained(run: Run, trainer: CountingTrainer, plan: Plan) -> Generator[None]:
+    """Turn what a machine runs out of into a RecipeError: memory, disk, the right to write, another process."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        last = run.last_checkpoint()
+        kept = f"{last.name} is whole" if last else "no checkpoint is whole yet"
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            rows, needed = trainer.args.per_device_train_batch_size, plan.memory()["peak"] / GB
+            what = f"out of memory at {rows} rows of up to {plan.longest} tokens ({kept})"
+            remedy = f"the plan was {needed:.1f} of {plan.device.capacity / GB:.1f} GB: {plan.advice()}"
+            raise RecipeError.of("training", what, remedy) from error
+        if problem := runs.disk_error(run.folder, error, f"{kept}; make room: the same command then goes on"):
+            raise problem from error
+        if PartialState().num_processes > 1 and any(words in str(error) for words in PEER_LOST):
+            what = f"another process of this run ended, or cannot be reached ({kept})"
+            raise RecipeError.of("accelerate", what, "what it said is above; the same command goes on") from error
+        raise
 
 
 def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: tracking.Mirror, plan: Plan) -> None:
@@ -167,11 +134,11 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: trackin
     trainer.save_model(str(partial))
     if not PartialState().is_main_process:
         return
-    if not has_whole_weights(partial):
+    if not runs.has_whole_weights(partial):
         remedy = "see accelerate_configs/README.md; the last checkpoint is kept"
         raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
     prepared.generation.save_pretrained(partial)
-    sync_to_disk(partial)
+    runs.sync_to_disk(partial)
     shutil.rmtree(run.weights, ignore_errors=True)
     partial.rename(run.weights)
     summary = summarize(trainer, run, plan)
@@ -181,30 +148,14 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: trackin
     upload(prepared, run, mirror)
 
 
-def stop(trainer: CountingTrainer, run: Run, record: Record) -> None:
-    """End a training that a signal stopped: its last step is in a checkpoint, and nothing of it looks final."""
-    step = trainer.state.global_step
-    last = run.last_checkpoint()
-    PartialState().wait_for_everyone()
-    # Under save_strategy: best an evaluation that is worse has taken the save back
-    if last is None or checkpoint_step(last) != step:
-        trainer._save_checkpoint(trainer.model, None)
-    if PartialState().is_main_process:
-        if not any(line["step"] == step for line in read_lines(run.metrics)):
-            run.append(run.metrics, record.progress(trainer.state))
-        run.write("run.json", run.record() | {"status": "stopped", "step": step})
-    raise Stopped(f"stopped at step {step} of {trainer.state.max_steps}; the same command goes on from there")
-
-
 def print_next_steps(run: Run) -> None:
     """Print the fixed questions' answers before and after, and what to do next."""
-    rows = read_lines(run.answers)
-    steps = sorted({row["global_step"] for row in rows})
-    for question in dict.fromkeys(row["question"] for row in rows):
-        print(f"\n{question}")
-        for step in (steps[0], steps[-1]):
-            text = next(row["answer"] for row in rows if row["question"] == question and row["global_step"] == step)
-            print(f"  step {step:>4}: {' '.join(text.split())[:300]}")
+    answers: dict[str, dict[int, str]] = {}
+    for row in runs.read_lines(run.answers):
+        answers.setdefault(row["question"], {})[row["global_step"]] = " ".join(row["answer"].split())[:300]
+    for question, texts in answers.items():
+        before, after = min(texts), max(texts)
+        print(f"\n{question}\n  step {before:>4}: {texts[before]}\n  step {after:>4}: {texts[after]}")
     summary = run.record()["summary"]
     if "eval_loss_first" in summary:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")

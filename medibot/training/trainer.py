@@ -1,14 +1,18 @@
 """Assemble TRL's SFTTrainer from prepared conversations."""
 
 import os
+import resource
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import NoMatchingPeftModuleError
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -16,8 +20,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from medibot.data.conversations import COLUMNS
+from medibot.data.gate import Audit, audit_labels
 from medibot.data.prepared import Prepared
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, one_line
 from medibot.model.loading import load_base, weights_dtype
 from medibot.model.precision import make_lora_config
 from medibot.planning.hardware import is_zero3
@@ -28,87 +33,86 @@ from medibot.training.cpu import optimize_for_cpu
 
 def require_launched_world() -> PartialState:
     """Return the processes that really run; raise RecipeError when they are not the ones that were launched."""
-    on_cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = int(os.environ.get("MEDIBOT_PROCESSES", launched))
-    if not state.num_processes == launched == wanted:
+    state = PartialState(cpu=not torch.cuda.is_available())
+    wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    if state.num_processes != wanted:
         what = f"{wanted} processes were launched and {state.num_processes} found each other"
         raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
     return state
 
 
-class SeededLengths(LengthGroupedSampler):
-    """Put rows of like length together, in an order that the seed and the epoch alone decide.
+class CountingTrainer(SFTTrainer):
+    """TRL's trainer, which counts what a training comes to, and goes on counting from a checkpoint.
 
-    Upstream's draws from the stream that dropout and evaluations draw from too: a run that is resumed in the middle of
-    an epoch would go on with other rows.
+    Supervised tokens are those that the loss has covered: the x-axis on which any two recipes compare.
     """
 
-    epoch = 0
+    num_supervised_tokens_seen = peak_memory = 0
+    training_seconds = started = 0.0
 
-    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seed = seed
+    def progress(self) -> dict[str, Any]:
+        """Return where the training is, on every axis that runs are compared on."""
+        self.peak_memory = max(self.peak_memory, peak_memory())
+        return {
+            "step": self.state.global_step,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "training_seconds": round(self.training_seconds, 3),
+            "num_input_tokens_seen": self.state.num_input_tokens_seen,
+            "num_supervised_tokens_seen": self.num_supervised_tokens_seen,
+            "num_examples_seen": round((self.state.epoch or 0.0) * len(self.train_dataset)),
+            "peak_memory_bytes": self.peak_memory,
+        }
 
-    def set_epoch(self, epoch: int) -> None:
-        """Note the epoch that comes next."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class CountingTrainer(SFTTrainer):
-    """TRL's trainer, which counts the tokens that its loss has covered: the x-axis on which any two recipes compare."""
-
-    num_supervised_tokens_seen = 0
-    writing: str | None = None
+    def restore_progress(self) -> None:
+        """Count on from the checkpoint that was loaded, and sum on for the next logged line."""
+        if kept := self.state.stateful_callbacks.get("progress"):
+            self.started -= kept["seconds"]
+            self.training_seconds, self.peak_memory = kept["training_seconds"], kept["peak_memory_bytes"]
+            self.num_supervised_tokens_seen = kept["num_supervised_tokens_seen"]
+            self._tr_loss += kept["loss"]
+            self._globalstep_last_logged, self._total_train_tokens = kept["since"], kept["num_tokens"]
+            self._metrics["train"].update(kept["metrics"])
 
     def _get_train_sampler(self, *args: Any) -> Any:
         sampler = super()._get_train_sampler(*args)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededLengths(sampler.batch_size, lengths=sampler.lengths, seed=seed)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self.writing or super()._get_output_dir(trial)
+        # Upstream's draws from the stream that dropout and evaluations draw from too: a run that is resumed in the middle
+        # of an epoch would go on with other rows
+        def set_epoch(epoch: int) -> None:
+            sampler.generator = torch.Generator().manual_seed(seed + epoch)
+
+        if isinstance(sampler, LengthGroupedSampler):
+            set_epoch(0)
+            sampler.set_epoch = set_epoch
+        return sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Make upstream's checkpoint under another name; it gets its own by one rename, when it is on the disk.
-
-        What was summed up since the last logged line goes with it, or the next line of a resumed run would be the mean
-        of fewer steps.
-        """
-        this = Run(Path(self.args.output_dir).parent)
-        made = this.writing / f"checkpoint-{self.state.global_step}"
-        final = this.checkpoints / made.name
-        summed = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.writing = str(this.writing)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.writing, self.args.save_total_limit = None, limit
+        """Make upstream's checkpoint under another name; it gets its own by one rename, when it is on the disk."""
+        run = Run(Path(self.args.output_dir).parent)
+        made, final = (folder / f"checkpoint-{self.state.global_step}" for folder in (run.writing, run.checkpoints))
+        # Without what was summed since the last logged line, the next one of a resumed run would be the mean of fewer
+        loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item()
+        summed = {"loss": loss, "metrics": dict(self._metrics["train"]), "num_tokens": self._total_train_tokens}
+        self.state.stateful_callbacks["progress"] = self.progress() | summed | {"since": self._globalstep_last_logged}
+        self.args.output_dir = str(run.writing)
+        super()._save_checkpoint(model, trial)
+        self.args.output_dir = str(run.checkpoints)
         if self.state.best_model_checkpoint == str(made):
             self.state.best_model_checkpoint = str(final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(made / "trainer_state.json"))
-            window = {"loss": summed, "since": self._globalstep_last_logged, "metrics": self._metrics["train"]}
-            Run(made).write("window.json", window | {"num_tokens": self._total_train_tokens})
         # On a shared disk the first to come renames for all; without one, each machine its own
         if self.accelerator.is_local_main_process:
             with suppress(FileNotFoundError):
                 sync_to_disk(made)
                 made.rename(final)
-                sync_to_disk(this.checkpoints)
+                sync_to_disk(run.checkpoints)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             # By number, not by time: clocks jump
-            best = self.state.best_model_checkpoint
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
             rotate_checkpoints(self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -126,20 +130,18 @@ def build_trainer(
     args = sft_config(prepared, this)
     if args.use_cpu:
         optimize_for_cpu()
-    columns = {split: prepared.load(split) for split in ("train", "validation")}
-    datasets = {split: rows.select_columns(COLUMNS) for split, rows in columns.items() if rows is not None}
+    rows = {split: prepared.load(split) for split in ("train", "validation")}
+    datasets = {split: found.select_columns(COLUMNS) for split, found in rows.items() if found is not None}
+    kwargs = {"train_dataset": datasets["train"], "eval_dataset": datasets.get("validation")}
+    kwargs["peft_config"] = make_lora_config(prepared.recipe) if lora else None
+    # The Trainer makes its folder at once: what does not get through the gate shall leave none
+    args.output_dir = tempfile.gettempdir()
     try:
-        trainer = CountingTrainer(
-            model=load(),
-            args=args,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets.get("validation"),
-            processing_class=prepared.tokenizer,
-            peft_config=make_lora_config(prepared.recipe) if lora else None,
-        )
+        trainer = CountingTrainer(load(), args, processing_class=prepared.tokenizer, **kwargs)
     except NoMatchingPeftModuleError as error:
-        what = " ".join(str(error).split())
-        raise prepared.recipe.error("lora.target_modules", what, "name modules that this model has") from error
+        what, remedy = one_line(error), "name modules that this model has"
+        raise prepared.recipe.error("lora.target_modules", what, remedy) from error
+    args.output_dir = str(this.checkpoints)
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         # ZeRO-3 gathers parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
@@ -174,3 +176,20 @@ def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
 def load_weights(prepared: Prepared) -> PreTrainedModel:
     """Load the base weights in the dtype that training holds them in."""
     return load_base(prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype))
+
+
+def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[tuple[Dataset, Audit]]:
+    """Return (rows, what the gate found) of each split, as the trainer will really read them, every row."""
+    stops, limit = prepared.generation.eos_token_id, trainer.args.max_length
+    return [
+        (rows, audit_labels(rows, prepared.load(split), prepared.tokenizer, stops, limit, split))
+        for split, rows in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset))
+        if rows is not None
+    ]
+
+
+def peak_memory() -> int:
+    """Return bytes at the highest point: allocated on this process's GPU, or resident on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -149,6 +149,11 @@ def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
         }
         strip = [[{k: v for k, v in line.items() if k not in timing} for line in lines] for lines in (whole, torn)]
         assert strip[0] == strip[1]
+    # What a training costs is counted on from the checkpoint, not from zero
+    lines = read_lines(open_run("torn").metrics)
+    for figure in ("seconds", "training_seconds", "peak_memory_bytes"):
+        counted = [line[figure] for line in lines]
+        assert counted == sorted(counted) and counted[-1] > 0, figure
 
 
 RESUME = """
