@@ -312,6 +312,7 @@ def endpoint(kind):
 def test_a_wandb_server_that_fails_does_not_change_the_training(kind, miniature, monkeypatch, capfd):
     key = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 4)
     monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 3)
     train(miniature("quickstart", "tracking=null"), "untracked")
     with endpoint(kind) as address:
