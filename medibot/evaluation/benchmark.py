@@ -1,62 +1,29 @@
 """Ask base and tuned model multiple-choice questions by lm-eval: did the fine-tune cost knowledge?"""
 
 import contextlib
-import json
 import logging
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 from transformers import AutoTokenizer
 
 from medibot import tracking
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, one_line
 from medibot.evaluation.metrics import ACCURACY
-from medibot.evaluation.scores import batch_size, loaders
-from medibot.evaluation.statistics import RESAMPLES, SEED, compare_scores, interval_text
+from medibot.evaluation.report import Report, make_table, write_report
+from medibot.evaluation.scores import Rows, batch_size, model_loader
+from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import silence_upstream
-from medibot.model.precision import choose_precision
+from medibot.model.precision import Precision, choose_precision
 from medibot.recipe import Recipe, load_recipe
 from medibot.recipe.files import find_file
 from medibot.run import Run, find_finished_run, locked
 
 TASKS = "benchmarks/tasks"
-MEDICAL = (
-    "medqa",
-    "medmcqa",
-    "pubmedqa",
-    "mmlu_anatomy",
-    "mmlu_clinical_knowledge",
-    "mmlu_college_biology",
-    "mmlu_college_medicine",
-    "mmlu_medical_genetics",
-    "mmlu_professional_medicine",
-)
+SUBJECTS = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics")
+MEDICAL = ("medqa", "medmcqa", "pubmedqa", *(f"mmlu_{name}" for name in (*SUBJECTS, "professional_medicine")))
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """What results.json in `folder` says; rows.jsonl is beside it."""
-
-    results: dict[str, Any]
-    folder: Path
-
-    def __rich__(self) -> Group:
-        """Return the verdict, and each task as a line of a table."""
-        results = self.results
-        table = Table("task", "questions", "base", "tuned", "difference", "95 % interval", "verdict")
-        for task, found in [*results["tasks"].items(), ("all", results["all"])]:
-            figures = (f"{found['baseline']:.3f}", f"{found['value']:.3f}", f"{found['difference']:+.3f}")
-            table.add_row(task, str(found["rows"]), *figures, interval_text(found, 3), found["verdict"])
-        quick = [f"A quick look: at most {results['limit']} questions of each task."] if results["limit"] else []
-        written = f"written: {self.folder}/results.json, rows.jsonl"
-        return Group(results["verdict"], *quick, table, Text(written, no_wrap=True, overflow="ignore"))
-
-
-def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Benchmark:
+def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
     """Return the accuracy of base and tuned model on each task, the medical ones by default, with paired intervals.
 
     Zero-shot, through the run's own chat template and system prompt; `limit` asks the first so many of each task.
@@ -65,30 +32,34 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Benchmar
     managers = task_managers(list(dict.fromkeys(tasks or MEDICAL)))
     run = find_finished_run(name)
     recipe = load_recipe(str(run.recipe))
+    precision = choose_precision(recipe.model.get("dtype"))
     with locked(run, True):
         silence_upstream()
-        rows = ask_both(run, recipe, managers, limit)
-        parts = {task: [row for row in rows if row["task"] == task] for task in managers}
+        rows = ask_both(run, recipe, precision, managers, limit)
+        compared = {task: compare_rows([row for row in rows if row["task"] == task]) for task in managers}
         together = compare_rows(rows)
-        results = {
+        results: dict[str, Any] = {
             "run": name,
             "limit": limit,
-            "precision": choose_precision(recipe.model.get("dtype")).name,
+            "precision": precision.name,
             "seed": SEED,
             "resamples": RESAMPLES,
-            "tasks": {task: compare_rows(part) for task, part in parts.items()},
-            "all": together,
-            "verdict": verdict(name, together),
         }
-        report = Run(run.folder / "benchmark")
-        report.folder.mkdir(exist_ok=True)
-        report.write("rows.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-        report.write("results.json", results)
+        results |= {"tasks": compared, "all": together, "verdict": verdict(name, together)}
+        table = []
+        for task, found in (compared | {"all": together}).items():
+            figures = [f"{found['baseline']:.3f}", f"{found['value']:.3f}", f"{found['difference']:+.3f}"]
+            table.append([task, str(found["rows"]), *figures, interval_text(found, 3), found["verdict"]])
+        header = ["task", "questions", "base", "tuned", "difference", "95 % interval", "verdict"]
+        quick = [f"A quick look: at most {limit} questions of each task."] if limit else []
+        files = {"results.json": results, "rows.jsonl": rows}
+        shown = [*quick, make_table(header, table)]
+        report = write_report(run.folder / "benchmark", files, results["verdict"], shown)
         config = {"recipe": recipe.as_dict(), "run": name, "run_fingerprint": run.record()["fingerprint"]}
         with tracking.tracked(recipe, run, config, True, job_type="benchmark") as mirrored:
-            found = results["tasks"] | {"all": together}
+            found = compared | {"all": together}
             mirrored.summary({f"benchmark/{task}/{key}": v for task, part in found.items() for key, v in part.items()})
-    return Benchmark(results, report.folder)
+    return report
 
 
 def task_managers(tasks: list[str]) -> dict[str, Any]:
@@ -101,76 +72,56 @@ def task_managers(tasks: list[str]) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ours = TaskManager(include_path=str(find_file(TASKS)), include_defaults=False)
     others = TaskManager() if set(tasks) - set(ours.all_tasks) else ours
-    managers = {task: ours if task in ours.all_tasks else others for task in tasks}
-    for task, manager in managers.items():
-        if task not in manager.all_tasks:
+    for task in tasks:
+        if task not in {*ours.all_tasks, *others.all_tasks}:
             what = f"neither {TASKS} nor lm-eval has a task {task!r}"
             raise RecipeError.of("TASKS", what, f"there are: {', '.join(sorted(ours.all_tasks))}, and lm-eval's own")
-    return managers
+    return {task: ours if task in ours.all_tasks else others for task in tasks}
 
 
-def ask_both(run: Run, recipe: Recipe, managers: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
+def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str, Any], limit: int | None) -> Rows:
     """Return a row for each question: whether base and tuned model chose rightly, and the prompt that they saw."""
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = AutoTokenizer.from_pretrained(run.weights)
-    dtype = choose_precision(recipe.model.get("dtype")).dtype
-    answered: dict[str, list[dict[str, Any]]] = {}
-    for which, load in loaders(recipe, run, dtype).items():
-        with load() as model:
-            template = recipe.data.chat_template_kwargs
-            asker = HFLM(
-                pretrained=model, tokenizer=tokenizer, batch_size=batch_size(recipe), chat_template_args=template
-            )
-            answered[which] = []
+    load, tokenizer = model_loader(recipe, run, precision.dtype), AutoTokenizer.from_pretrained(run.weights)
+    settings = {"batch_size": batch_size(recipe), "chat_template_args": recipe.data.chat_template_kwargs}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for which in ("base", "tuned"):
+        with load(which) as model:
+            asker = HFLM(pretrained=model, tokenizer=tokenizer, **settings)
             for task, manager in managers.items():
                 print(f"{which}: {task}", flush=True)
-                answered[which] += ask(asker, task, manager, recipe.data.system, limit)
-    return [
-        {
-            "task": base["task"],
-            "doc": base["doc_id"],
-            "base": int(base["acc"]),
-            "tuned": int(tuned["acc"]),
-            "prompt": base["arguments"][0][0],
-        }
-        for base, tuned in zip(answered["base"], answered["tuned"], strict=True)
-    ]
+                for sample in ask(asker, task, manager, recipe.data.system, limit):
+                    row = rows.setdefault((task, sample["doc_id"]), {"task": task, "doc": sample["doc_id"]})
+                    row |= {which: int(sample["acc"]), "prompt": sample["arguments"][0][0]}
+    return list(rows.values())
 
 
-def ask(asker: Any, task: str, manager: Any, system: str | None, limit: int | None) -> list[dict[str, Any]]:
-    """Return lm-eval's sample of each question, in order, under its task."""
+def ask(asker: Any, task: str, manager: Any, system: str | None, limit: int | None) -> Rows:
+    """Return lm-eval's sample of each question, in order."""
     from lm_eval import simple_evaluate
 
+    asked = {"tasks": [task], "task_manager": manager, "num_fewshot": 0, "limit": limit, "bootstrap_iters": 0}
+    asked |= {"apply_chat_template": True, "system_instruction": system, "verbosity": "ERROR"}
     try:
         # Task files name their rows as seen from the folder that holds benchmarks/
         with contextlib.chdir(find_file(TASKS).resolve().parents[1]):
-            found = simple_evaluate(
-                asker,
-                tasks=[task],
-                task_manager=manager,
-                num_fewshot=0,
-                limit=limit,
-                bootstrap_iters=0,
-                apply_chat_template=True,
-                system_instruction=system,
-                verbosity="ERROR",
-            )
+            found = simple_evaluate(asker, **asked)
     except (OSError, ValueError, ImportError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        remedy = "check that the hub is reachable; offline there is TASKS=sample"
-        raise RecipeError.of("TASKS", f"{task} cannot be loaded: {why}", remedy) from error
-    samples = [sample | {"task": task} for of_task in found["samples"].values() for sample in of_task]
+        what = f"{task} cannot be loaded: {one_line(error) or type(error).__name__}"
+        raise RecipeError.of("TASKS", what, "check that the hub is reachable; offline there is TASKS=sample") from error
+    samples = [sample for of_task in found["samples"].values() for sample in of_task]
     if not all("acc" in sample for sample in samples):
         raise RecipeError.of("TASKS", f"{task} is not multiple choice", "name tasks that lm-eval scores by acc")
     return samples
 
 
-def compare_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def compare_rows(rows: Rows) -> dict[str, Any]:
     """Return how many rows there are, and the paired difference of their accuracy."""
     base, tuned = ([{"right": row[which]} for row in rows] for which in ("base", "tuned"))
     questions = [f"{row['task']} {row['doc']}" for row in rows]
-    return {"rows": len(rows)} | compare_scores(base, tuned, questions, (ACCURACY,))["accuracy"]
+    found = compare_scores(base, tuned, questions, (ACCURACY,))["accuracy"]
+    return {"rows": len(rows)} | {key: found[key] for key in FIGURES}
 
 
 def verdict(name: str, found: dict[str, Any]) -> str:

@@ -3,13 +3,9 @@
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 from transformers import AutoTokenizer, GenerationConfig
 
 from medibot import tracking
@@ -17,38 +13,19 @@ from medibot.data.conversations import COLUMNS
 from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
-from medibot.evaluation.metrics import METRICS, definitions, score_answer
+from medibot.evaluation.metrics import definitions, score_answer
 from medibot.evaluation.page import evaluation_page
 from medibot.evaluation.questions import Questions, choose_questions, held_out_file, question, reference
-from medibot.evaluation.scores import Scorer, loaders
-from medibot.evaluation.statistics import CONFIDENCE, RESAMPLES, SEED, compare_scores, interval_text
+from medibot.evaluation.report import Report, make_table, quick_look, write_report
+from medibot.evaluation.scores import Rows, model_loader, score_rows
+from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
 from medibot.model.tokenizer import tokenizer_fingerprint
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What results.json in `folder` says; rows.jsonl and report.html are beside it."""
-
-    results: dict[str, Any]
-    folder: Path
-
-    def __rich__(self) -> Group:
-        """Return the verdict, the metrics as a table, and where the rest is."""
-        results = self.results
-        table = Table("metric", "base", "tuned", "difference", "95 % interval", "verdict")
-        for metric in results["metrics"].values():
-            figures = (f"{metric['baseline']:.4f}", f"{metric['value']:.4f}", f"{metric['difference']:+.4f}")
-            table.add_row(metric["label"], *figures, interval_text(metric), metric["verdict"])
-        few = results["rows"] < results["of"]
-        quick = [f"A quick look: {results['rows']} of {results['of']} rows."] if few else []
-        written = f"written: {self.folder}/results.json, rows.jsonl, report.html"
-        return Group(results["verdict"], *quick, table, Text(written, no_wrap=True, overflow="ignore"))
-
-
-def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Evaluation:
+def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Report:
     """Score base and tuned model of the run `name` on its test split, or on the file `data`, and write the result.
 
     `rows` asks only so many, chosen by a hash of their text. Results go to outputs/<name>/eval/, or eval-<data>/.
@@ -57,8 +34,7 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Ev
     with locked(run, True):
         recipe = load_recipe(str(run.recipe))
         # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
-        tokenizer = AutoTokenizer.from_pretrained(run.weights)
-        config = GenerationConfig.from_pretrained(run.weights)
+        tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)
         prepared = prepare(recipe)
         if prepared.split["fingerprint"] != read_json(run.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"
@@ -71,98 +47,89 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Ev
             questions = choose_questions(tokenizer, config, found, rows, data.name, train)
         for row in questions.known:
             print(f"warning: row {row} of {questions.described} is in the training split")
-        scorer = Scorer(recipe, run, questions, tokenizer, config, prepared.precision)
-        raw, seconds = {}, {}
-        for which, load in loaders(recipe, run, prepared.precision.dtype).items():
-            started = time.monotonic()
-            raw[which] = scorer.score(which, load)
-            seconds[which] = round(time.monotonic() - started, 1)
-        lines = join_scores(questions, raw)
-        results = summarize(scorer, lines, seconds)
-        report = Run(run.folder / ("eval" if data is None else f"eval-{data.stem}"))
-        write_report(report, results, lines)
-        mirror(recipe, run, report, results, lines)
-    return Evaluation(results, report.folder)
-
-
-def join_scores(questions: Questions, raw: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return one line for each row: question, reference, source columns, and the scores of base and tuned."""
-    lines = []
-    for place, row in enumerate(questions.rows):
-        others = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
-        expected = reference(row)
-        line = others | {"question": question(row), "reference": expected}
+        load, scored, seconds = model_loader(recipe, run, prepared.precision.dtype), {}, {}
         for which in ("base", "tuned"):
-            found = raw[which][place]
-            nats = {"bits": found["nll"] / math.log(2), "bytes": len(expected.encode())}
-            line[which] = found | nats | score_answer(found["text"], expected)
+            started = time.monotonic()
+            scored[which] = score_rows(which, load, recipe, run, questions, prepared.precision)
+            seconds[which] = round(time.monotonic() - started, 1)
+        lines = join_scores(questions, scored)
+        results = summarize(recipe, run, questions, lines)
+        results |= {"precision": prepared.precision.name, "seconds": seconds}
+        header = ["metric", "base", "tuned", "difference", "95 % interval", "verdict"]
+        table = [
+            [
+                m["label"],
+                f"{m['baseline']:.4f}",
+                f"{m['value']:.4f}",
+                f"{m['difference']:+.4f}",
+                interval_text(m),
+                m["verdict"],
+            ]
+            for m in results["metrics"].values()
+        ]
+        files = {"results.json": results, "rows.jsonl": lines, "report.html": evaluation_page(results, lines)}
+        folder = run.folder / ("eval" if data is None else f"eval-{data.stem}")
+        report = write_report(folder, files, results["verdict"], [*quick_look(results), make_table(header, table)])
+        mirror(recipe, run, report, lines)
+    return report
+
+
+def join_scores(questions: Questions, scored: dict[str, Rows]) -> Rows:
+    """Return one line for each row: source columns, question, reference, and the scores of base and tuned."""
+    lines = []
+    for row, *found in zip(questions.rows, scored["base"], scored["tuned"], strict=True):
+        expected = reference(row)
+        line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
+        line |= {"question": question(row), "reference": expected}
+        for which, score in zip(("base", "tuned"), found, strict=True):
+            size = {"bits": score["nll"] / math.log(2), "bytes": len(expected.encode())}
+            line[which] = score | size | score_answer(score["text"], expected)
         lines.append(line)
     return lines
 
 
-def summarize(scorer: Scorer, lines: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> dict[str, Any]:
     """Return the content of results.json; only runs with equal `fingerprint`, of rows and decoding, are compared."""
-    recipe, config, questions = scorer.recipe, scorer.config, scorer.questions
+    config = questions.config
     decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample} | recipe.evaluation.generate
-    metrics = compare_lines(lines)
+    whole, by = compare_lines(lines), {}
+    for column in recipe.evaluation.by:
+        if column in lines[0]:
+            parts: dict[str, Rows] = {}
+            for line in lines:
+                parts.setdefault(str(line[column]), []).append(line)
+            by[column] = {value: compare_lines(parts[value]) for value in sorted(parts)}
+        else:
+            print(f"warning: no column {column!r} to break the results down by")
     return {
-        "run": scorer.run.name,
-        "verdict": verdict(scorer.run.name, metrics, len(lines), count_groups(lines)),
+        "run": run.name,
+        "verdict": verdict(run.name, **whole),
         "model": recipe.model["pretrained_model_name_or_path"],
         "method": method_name(recipe),
         "data": questions.described,
-        "rows": len(lines),
+        **whole,
         "of": questions.of,
-        "groups": count_groups(lines),
         "fingerprint": sha256(json.dumps([questions.fingerprint, decoding], sort_keys=True)),
         "base": identify_base(recipe),
-        "tokenizer": tokenizer_fingerprint(scorer.tokenizer),
+        "tokenizer": tokenizer_fingerprint(questions.tokenizer),
         "decoding": decoding,
-        "precision": scorer.precision.name,
         "seed": SEED,
         "resamples": RESAMPLES,
         "confidence": CONFIDENCE,
-        "metrics": metrics,
-        "by": break_down(recipe, lines),
+        "by": by,
         "found_in_training": questions.known,
-        "seconds": seconds,
     }
 
 
-def break_down(recipe: Recipe, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures of each value of the columns in `evaluation.by`."""
-    found = {}
-    for column in recipe.evaluation.by:
-        if column not in lines[0]:
-            print(f"warning: no column {column!r} to break the results down by")
-            continue
-        parts: dict[str, list[dict[str, Any]]] = {}
-        for line in sorted(lines, key=lambda line: str(line[column])):
-            parts.setdefault(str(line[column]), []).append(line)
-        found[column] = {
-            value: {"rows": len(part), "groups": count_groups(part), "metrics": compare_lines(part)}
-            for value, part in parts.items()
-        }
-    return found
-
-
-def compare_lines(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return base against tuned on each metric, with what the metric is."""
+def compare_lines(lines: Rows) -> dict[str, Any]:
+    """Return how many rows there are, of how many groups of the split, and base against tuned on each metric."""
     base, tuned, group = ([line[key] for line in lines] for key in ("base", "tuned", "group"))
     compared, defined = compare_scores(base, tuned, group), definitions()
-    return {
-        metric.name: {"label": metric.label, "definition": defined[metric.name], "better": metric.better}
-        | compared[metric.name]
-        for metric in METRICS
-    }
+    metrics = {name: found | {"definition": defined[name]} for name, found in compared.items()}
+    return {"rows": len(lines), "groups": len(set(group)), "metrics": metrics}
 
 
-def count_groups(lines: list[dict[str, Any]]) -> int:
-    """Return how many groups of the split the rows come from."""
-    return len({line["group"] for line in lines})
-
-
-def verdict(name: str, metrics: dict[str, dict[str, Any]], rows: int, groups: int) -> str:
+def verdict(name: str, rows: int, groups: int, metrics: dict[str, dict[str, Any]]) -> str:
     """Return the answer in one sentence, by likelihood: how the answers themselves read, the other metrics say."""
     nll, perplexity = metrics["nll"], metrics["perplexity"]
     claim = {
@@ -176,30 +143,20 @@ def verdict(name: str, metrics: dict[str, dict[str, Any]], rows: int, groups: in
     )
 
 
-def write_report(report: Run, results: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-    """Write rows, page and results; the results come last, so that they are there only with the rest."""
-    report.folder.mkdir(exist_ok=True)
-    report.write("rows.jsonl", "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-    report.write("report.html", evaluation_page(results, lines))
-    report.write("results.json", results)
-
-
-def mirror(recipe: Recipe, run: Run, report: Run, results: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+def mirror(recipe: Recipe, run: Run, report: Report, lines: Rows) -> None:
     """Send the same to W&B, as a run of its own beside the training's."""
-    record = run.record()
-    config = {"recipe": recipe.as_dict(), "run": run.name, "run_fingerprint": record["fingerprint"]}
-    config |= {key: value for key, value in results.items() if key not in {"metrics", "by"}}
-    keys = ("baseline", "value", "difference", "low", "high", "verdict")
+    results, metrics, record = report.results, report.results["metrics"], run.record()
+    manifest = {"run": run.name, "run_fingerprint": record["fingerprint"]}
+    config = {"recipe": recipe.as_dict()} | manifest | {k: v for k, v in results.items() if k not in {"metrics", "by"}}
     scores = [(which, key) for which in ("base", "tuned") for key in ("text", "nll", "tokens", "rouge_l", "stopped")]
     shown = ("row", "group", "question", "reference")
     with tracking.tracked(recipe, run, config, True, job_type="eval") as mirrored:
-        flat = {f"test/{name}/{key}": metric[key] for name, metric in results["metrics"].items() for key in keys}
+        flat = {f"test/{name}/{key}": metric[key] for name, metric in metrics.items() for key in FIGURES}
         # The training's cost again, so that one chart can show it against quality
         mirrored.summary(flat | {"verdict": results["verdict"], "cost": record["summary"].get("cost", {})})
-        table = [[name, *(metric[key] for key in keys)] for name, metric in results["metrics"].items()]
-        mirrored.table("test/metrics", ["metric", *keys], table)
+        table = [[name, *(metric[key] for key in FIGURES)] for name, metric in metrics.items()]
+        mirrored.table("test/metrics", ["metric", *FIGURES], table)
         answers = [[*(line[key] for key in shown), *(line[which][key] for which, key in scores)] for line in lines]
         mirrored.table("test/answers", [*shown, *(f"{which}_{key}" for which, key in scores)], answers)
-        manifest = {"run": run.name, "run_fingerprint": record["fingerprint"]}
         uses = {f"{run.name}-adapter": "model"} if recipe.lora else {}
-        mirrored.artifact("evaluation", f"{run.name}-{report.name}", [report.folder], manifest, uses)
+        mirrored.artifact("evaluation", f"{run.name}-{report.folder.name}", [report.folder], manifest, uses)

@@ -1,14 +1,12 @@
 """Score one answer against its reference."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.metrics.chrf import CHRF as ChrF
 
 UNITS = {
     "milligrams?|mgs?": "mg",
@@ -27,6 +25,7 @@ LIST_MARKER = re.compile(r"^\s*\d+[.)](?=\s)", re.MULTILINE)
 UNIT = re.compile(
     rf"[\s-]?({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])", re.IGNORECASE
 )
+ROUGE_L, CHRF = RougeScorer(["rougeL"]), ChrF(word_order=2)
 Row = Mapping[str, Any]
 
 
@@ -79,15 +78,17 @@ ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher",
 
 def definitions() -> dict[str, str]:
     """Return what each metric is, by name; chrF++ with sacrebleu's signature."""
+    # The signature counts references, which it knows only after a first score
+    CHRF.corpus_score(["a"], [["a"]])
     found = {metric.name: metric.definition for metric in METRICS}
-    return found | {"chrf": f"{found['chrf']} [{chrf_scorer().get_signature()}]."}
+    return found | {"chrf": f"{found['chrf']} [{CHRF.get_signature()}]."}
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
     """Return the scores of one generated answer that need no model; see METRICS for what each is."""
     return {
-        "rouge_l": rouge_scorer().score(reference, answer)["rougeL"].fmeasure,
-        "chrf": chrf_scorer().sentence_score(answer, [reference]).score,
+        "rouge_l": ROUGE_L.score(reference, answer)["rougeL"].fmeasure,
+        "chrf": CHRF.sentence_score(answer, [reference]).score,
         "answer_words": len(answer.split()),
         "reference_words": len(reference.split()),
         "repetition": repetition(answer),
@@ -96,41 +97,27 @@ def score_answer(answer: str, reference: str) -> dict[str, float]:
     }
 
 
-@cache
-def rouge_scorer() -> RougeScorer:
-    """Return rouge-score's ROUGE-L, without stemming."""
-    return RougeScorer(["rougeL"])
-
-
-@cache
-def chrf_scorer() -> CHRF:
-    """Return sacrebleu's chrF++."""
-    scorer = CHRF(word_order=2)
-    # The signature counts references, which it knows only after a first score
-    scorer.corpus_score(["a"], [["a"]])
-    return scorer
-
-
 def repetition(text: str) -> float:
     """Return the share of word 4-grams that were in the text before."""
     words = text.lower().split()
-    grams = Counter(zip(*(words[start:] for start in range(4)), strict=False))
-    total = sum(grams.values())
-    return (total - len(grams)) / total if total > 1 else 0.0
+    grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def as_number(found: re.Match[str]) -> float:
+    return float(found.group().replace(",", ""))
 
 
 def numbers(text: str) -> set[float]:
     """Return the different numbers of a text, as values."""
-    return {float(found.group().replace(",", "")) for found in NUMBER.finditer(LIST_MARKER.sub("", text))}
+    return set(map(as_number, NUMBER.finditer(LIST_MARKER.sub("", text))))
 
 
 def doses(text: str) -> set[tuple[float, str]]:
     """Return the different (number, unit) pairs of a text, spelled-out units under their symbols."""
     found = set()
     for number in NUMBER.finditer(text):
-        unit = UNIT.match(text, number.end())
-        if unit:
+        if unit := UNIT.match(text, number.end()):
             symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit[1], re.IGNORECASE))
-            per = f"/{unit[2].lower()}" if unit[2] else ""
-            found.add((float(number.group().replace(",", "")), symbol + per))
+            found.add((as_number(number), f"{symbol}/{unit[2].lower()}" if unit[2] else symbol))
     return found

@@ -25,7 +25,13 @@ def evaluation_page(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     plots = [(gains + "right of the line the tuned model is better.", gains_plot(rows)), (words, length_plot(rows))]
     for column, parts in results["by"].items():
         text = f"Difference in nats a token for each {column.replace('_', ' ')}, with 95 % intervals (number of rows "
-        plots.append((text + "behind it): left of the line the tuned model is better.", parts_plot(parts)))
+        most_first = sorted(parts.items(), key=lambda part: -part[1]["rows"])
+        # A dollar sign would begin a formula
+        names = [f"{name[:40]} ({part['rows']})".replace("$", r"\$") for name, part in most_first]
+        drawn = intervals_plot(
+            names, [part["metrics"]["nll"] for _, part in most_first], "tuned minus base (nats a token)"
+        )
+        plots.append((text + "behind it): left of the line the tuned model is better.", drawn))
     template = TEMPLATES.get_template("evaluation.html.j2")
     return template.render(r=results, plots=plots, chosen=side_by_side(rows))
 
@@ -39,9 +45,9 @@ def comparison_page(comparison: dict[str, Any], cost: list[list[str]]) -> str:
     losses = "Training loss (thin) and validation loss (dots) by supervised tokens and by wall time."
     brought = f"What the training steps took, and what they brought against {baseline}, with 95 % intervals: "
     plots = [
-        (differs, runs_plot(found, unit)),
+        (differs, intervals_plot(list(found), list(found.values()), f"difference ({unit})")),
         (losses, curves_plot(comparison["curves"])),
-        (brought + "low and left is best.", cost_plot(found, comparison["cost"], unit)),
+        (brought + "low and left is best.", cost_plot(found, comparison["cost"], f"difference ({unit})")),
     ]
     return TEMPLATES.get_template("comparison.html.j2").render(c=comparison, plots=plots, cost=cost)
 
@@ -61,15 +67,15 @@ def gain(row: dict[str, Any]) -> float:
     return row["base"]["nll"] / row["base"]["tokens"] - row["tuned"]["nll"] / row["tuned"]["tokens"]
 
 
-def new_figure(height: float, panels: int = 1) -> tuple[Any, Any]:
+def new_figure(height: float, panels: int = 1) -> tuple[Any, list[Any]]:
     """Return a figure of the page's width, and its axes."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update({"svg.hashsalt": "medibot", "svg.fonttype": "none", "font.family": "sans-serif"})
     figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True)
-    for one in [axes] if panels == 1 else axes:
+    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+    for one in axes:
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -78,23 +84,11 @@ def as_svg(figure: Any) -> Markup:
     """Return the figure as an SVG element, the same bytes each time."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
-
-
-def draw_interval(axes: Any, found: dict[str, Any], place: float, across: bool = True, **style: Any) -> None:
-    """Draw a difference as a dot on its interval; hollow where one group gives no interval."""
-    colour = style.pop("color", TUNED)
-    if found["low"] is not None:
-        ends, line = [found["low"], found["high"]], [place, place]
-        axes.plot(*(ends, line) if across else (line, ends), color=colour, linewidth=2)
-    point = (found["difference"], place) if across else (place, found["difference"])
-    axes.plot(*point, "o", color=colour if found["low"] is not None else "none", markeredgecolor=colour, **style)
+    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
 
 
 def gains_plot(rows: list[dict[str, Any]]) -> Markup:
-    """Draw what each row gained, as a histogram."""
-    figure, axes = new_figure(3)
+    figure, (axes,) = new_figure(3)
     bins = min(40, max(5, len(rows) // 5))
     axes.hist([gain(row) for row in rows], bins=bins, color=TUNED, edgecolor="white", linewidth=0.5)
     axes.axvline(0, color=PLAIN, linewidth=1)
@@ -103,8 +97,7 @@ def gains_plot(rows: list[dict[str, Any]]) -> Markup:
 
 
 def length_plot(rows: list[dict[str, Any]]) -> Markup:
-    """Draw how long answers and references are."""
-    figure, axes = new_figure(3)
+    figure, (axes,) = new_figure(3)
     axes.ecdf([row["base"]["reference_words"] for row in rows], label="reference", color=PLAIN, linestyle="--")
     for which, colour in (("base", BASE), ("tuned", TUNED)):
         axes.ecdf([row[which]["answer_words"] for row in rows], label=which, color=colour)
@@ -113,39 +106,35 @@ def length_plot(rows: list[dict[str, Any]]) -> Markup:
     return as_svg(figure)
 
 
-def parts_plot(parts: dict[str, Any]) -> Markup:
-    """Draw a line for each value of a column, the most rows at the top."""
-    ordered = sorted(parts.items(), key=lambda part: part[1]["rows"])
-    figure, axes = new_figure(1 + 0.3 * len(ordered))
-    for place, (_, part) in enumerate(ordered):
-        draw_interval(axes, part["metrics"]["nll"], place)
+def draw_interval(
+    axes: Any, found: dict[str, Any], place: float, across: bool = True, color: str = TUNED, **style: Any
+) -> None:
+    """Draw a difference as a dot on its interval; hollow where one group gives no interval."""
+    known = found["low"] is not None
+    points = [(found["difference"], place)] + [(found[end], place) for end in ("low", "high") if known]
+    (dot, *ends) = points if across else [(y, x) for x, y in points]
+    axes.plot(*zip(*ends, strict=True) if ends else (), color=color, linewidth=2)
+    axes.plot(*dot, "o", color=color if known else "none", markeredgecolor=color, **style)
+
+
+def intervals_plot(names: list[str], metrics: list[dict[str, Any]], label: str) -> Markup:
+    """Draw a difference a line, the first at the top."""
+    figure, (axes,) = new_figure(1 + 0.3 * len(names))
+    for place, found in enumerate(metrics):
+        draw_interval(axes, found, place)
     axes.axvline(0, color=PLAIN, linewidth=1)
-    # A dollar sign would begin a formula
-    names = [f"{name[:40]} ({part['rows']})".replace("$", r"\$") for name, part in ordered]
-    axes.set_yticks(range(len(ordered)), names)
-    axes.set_xlabel("tuned minus base (nats a token)")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
     return as_svg(figure)
 
 
-def runs_plot(found: dict[str, dict[str, Any]], unit: str) -> Markup:
-    """Draw each run's difference from the baseline."""
-    figure, axes = new_figure(1 + 0.4 * len(found))
-    for place, metric in enumerate(found.values()):
-        draw_interval(axes, metric, place)
-    axes.axvline(0, color=PLAIN, linewidth=1)
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"difference ({unit})")
-    return as_svg(figure)
-
-
-def cost_plot(found: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]], unit: str) -> Markup:
+def cost_plot(found: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]], label: str) -> Markup:
     """Draw each run's difference over the time that its steps took."""
-    figure, axes = new_figure(3.4)
+    figure, (axes,) = new_figure(3.4)
     for (name, metric), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
-        minutes = cost[name]["training_seconds"] / 60
-        draw_interval(axes, metric, minutes, across=False, color=colour, label=name)
+        draw_interval(axes, metric, cost[name]["training_seconds"] / 60, across=False, color=colour, label=name)
     axes.axhline(0, color=PLAIN, linewidth=1)
-    axes.set(xlim=(0, None), xlabel="training steps (minutes)", ylabel=f"difference ({unit})")
+    axes.set(xlim=(0, None), xlabel="training steps (minutes)", ylabel=label)
     axes.legend(frameon=False)
     return as_svg(figure)
 
@@ -155,9 +144,12 @@ def curves_plot(curves: dict[str, dict[str, list[list[float]]]]) -> Markup:
     figure, panels = new_figure(3.6, panels=2)
     for axes, column, scale, label in zip(panels, (0, 1), (1, 60), ("supervised tokens", "minutes"), strict=True):
         for (name, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
-            for kind, style in (("train", {"linewidth": 0.8, "alpha": 0.6}), ("validation", {"marker": "o"})):
+            for kind, style in (
+                ("train", {"linewidth": 0.8, "alpha": 0.6}),
+                ("validation", {"marker": "o", "label": name}),
+            ):
                 x, y = [point[column] / scale for point in curve[kind]], [point[2] for point in curve[kind]]
-                axes.plot(x, y, color=colour, label=name if kind == "validation" else None, **style)
+                axes.plot(x, y, color=colour, **style)
         axes.set_xlabel(label)
     panels[0].set_ylabel("loss (nats a token)")
     panels[1].legend(frameon=False)

@@ -21,23 +21,16 @@ from medibot.recipe import load_recipe
 from medibot.run import Run
 
 # A file that someone hands over is taken as it is: what cannot be asked or compared is left out, and counted
-AS_IT_IS = [
-    "data.clean=[drop_unanswered, drop_unasked]",
-    "data.group_by=[]",
-    "data.validation=0.0",
-    "data.test=0.0",
-    "data.too_long=drop",
-    "training.eval_strategy=no",
-    "training.eval_on_start=false",
-    "training.load_best_model_at_end=false",
-]
+AS_IT_IS = ["data.clean=[drop_unanswered, drop_unasked]", "data.group_by=[]", "data.too_long=drop"]
+UNSPLIT = ["data.validation=0.0", "data.test=0.0", "training.eval_strategy=no", "training.eval_on_start=false"]
+UNSPLIT += ["training.load_best_model_at_end=false"]
 
 
 @dataclass(frozen=True)
 class Questions:
     """The rows that are asked: conversations, and their `input_ids` and `labels` as TRL makes them for training.
 
-    `of` rows there are; `known` names those that stand in the training split.
+    `of` rows there are; `known` names those that stand in the training split; `tokenizer` and `config` are the run's.
     """
 
     rows: Dataset
@@ -45,6 +38,8 @@ class Questions:
     of: int
     described: str
     known: list[int]
+    tokenizer: PreTrainedTokenizerBase
+    config: GenerationConfig
 
     @property
     def fingerprint(self) -> str:
@@ -57,8 +52,8 @@ def held_out_file(run: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> D
     if not file.is_file():
         raise RecipeError.of("DATA", f"{str(file)!r} not found", "give a .jsonl, .csv or .parquet file")
     unlimited = ["data.limit=null"] if load_recipe(str(run.recipe)).data.limit else []
-    recipe = load_recipe(str(run.recipe), [*AS_IT_IS, *unlimited, f"data.path={json.dumps(str(file))}"])
-    prepared = prepare(recipe, tokenizer)
+    overrides = [*AS_IT_IS, *UNSPLIT, *unlimited, f"data.path={json.dumps(str(file))}"]
+    prepared = prepare(load_recipe(str(run.recipe), overrides), tokenizer)
     for line in prepared.ledger:
         if line["dropped"]:
             print(f"{file.name}: {line['dropped']} rows dropped by {line['rule']}")
@@ -75,8 +70,8 @@ def choose_questions(
 ) -> Questions:
     """Return the rows to ask, with labels that are proven to cover each answer and its stop token and nothing else.
 
-    With `train`, rows that are known from it are named. Fewer than all are chosen by a hash of their text, so that
-    everybody asks the same.
+    With `train`, rows whose question, or nearly their answer, stands there are named. Fewer than all are chosen by a
+    hash of their text, so that everybody asks the same.
     """
     if found is None:
         raise RecipeError.of("eval", "the recipe keeps no test split (data.test is 0)", "give DATA=file.jsonl")
@@ -84,7 +79,12 @@ def choose_questions(
     rows = found.select(sorted(order[:most]))
     tokens = tokenize_rows(tokenizer, rows)
     refuse_faults(audit_labels(tokens, rows, tokenizer, config.eos_token_id, None, "test"), tokens, tokenizer)
-    return Questions(rows, tokens, len(found), described, known_rows(rows, train) if train is not None else [])
+    known = []
+    if train is not None:
+        asked = {fold(question(row)) for row in train}
+        near = find_near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
+        known = [row["row"] for row in rows if fold(question(row)) in asked or fold(reference(row)) in near]
+    return Questions(rows, tokens, len(found), described, known, tokenizer, config)
 
 
 def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
@@ -92,16 +92,8 @@ def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
     with tempfile.TemporaryDirectory() as folder:
         switches = {"report_to": "none", "bf16": False, "max_length": None, "disable_tqdm": True}
         args = SFTConfig(folder, use_cpu=True, activation_checkpointing=False, **switches)
-        chosen = rows.select_columns(COLUMNS)
-        trainer = SFTTrainer(make_tiny_model(tokenizer), args=args, train_dataset=chosen, processing_class=tokenizer)
-        return trainer.train_dataset
-
-
-def known_rows(rows: Dataset, train: Dataset) -> list[int]:
-    """Return which rows have a question, or nearly an answer, of the training split."""
-    questions = {fold(question(row)) for row in train}
-    near = find_near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
-    return [row["row"] for row in rows if fold(question(row)) in questions or fold(reference(row)) in near]
+        chosen, model = rows.select_columns(COLUMNS), make_tiny_model(tokenizer)
+        return SFTTrainer(model, args=args, train_dataset=chosen, processing_class=tokenizer).train_dataset
 
 
 def question(row: dict[str, Any]) -> str:

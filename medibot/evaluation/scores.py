@@ -8,15 +8,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from filelock import FileLock
-from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from medibot.data.prepared import cache_folder
 from medibot.errors import RecipeError
@@ -33,107 +32,98 @@ from medibot.run import Run, read_lines
 TOKENS_A_BATCH = 2048
 # ("likelihood" | "answer", places of rows…)
 Batch = tuple[Any, ...]
+Rows = list[dict[str, Any]]
+Loader = Callable[[str], contextlib.AbstractContextManager[PreTrainedModel]]
 
 
-def loaders(
-    recipe: Recipe, run: Run, dtype: torch.dtype
-) -> dict[str, Callable[[], contextlib.AbstractContextManager[PreTrainedModel]]]:
-    """Return how to get each model, base first; an adapter's base is the same load with the adapter off."""
-
-    @cache
-    def load_once() -> PreTrainedModel | PeftModel:
-        return load_tuned(recipe, run.weights, dtype)
+def model_loader(recipe: Recipe, run: Run, dtype: torch.dtype) -> Loader:
+    """Return a context manager that gives "base" or "tuned"; an adapter's base is the same load with the adapter off."""
+    load_once = cache(lambda: load_tuned(recipe, run.weights, dtype))
 
     @contextlib.contextmanager
-    def base() -> Generator[PreTrainedModel]:
-        if recipe.lora:
+    def load(which: str) -> Generator[PreTrainedModel]:
+        if which == "tuned":
+            yield load_once()
+        elif recipe.lora:
             with load_once().disable_adapter():
                 yield load_once()
         else:
             yield load_base(recipe, dtype).to("cuda" if torch.cuda.is_available() else "cpu").eval()
             gc.collect()
 
-    @contextlib.contextmanager
-    def tuned() -> Generator[PreTrainedModel]:
-        yield load_once()
-
-    return {"base": base, "tuned": tuned}
+    return load
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """What decides a model's scores: with the same key they are not computed again."""
+def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> Rows:
+    """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done.
 
-    recipe: Recipe
-    run: Run
-    questions: Questions
-    tokenizer: PreTrainedTokenizerBase
-    config: GenerationConfig
-    precision: Precision
+    The file's name is a sha256 of all that decides the scores, the tuned weights only where they are asked.
+    """
+    adapter = sorted(run.weights.glob("*.safetensors")) if which == "tuned" else []
+    decisive = [
+        questions.fingerprint,
+        tokenizer_fingerprint(questions.tokenizer),
+        template_kwargs(recipe),
+        questions.config.to_dict(),
+        identify_base(recipe),
+        recipe.quantization,
+        precision.name,
+        batch_size(recipe),
+        [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
+        {file.name: hash_file(file) for file in adapter},
+    ]
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
-    def key(self, which: str) -> str:
-        """Return a sha256 of questions, tokenizer, template, decoding, base, precision, versions, and tuned weights."""
-        packages = ("torch", "transformers", "peft", "bitsandbytes")
-        adapter = sorted(self.run.weights.glob("*.safetensors")) if which == "tuned" else []
-        parts = [
-            self.questions.fingerprint,
-            tokenizer_fingerprint(self.tokenizer),
-            template_kwargs(self.recipe),
-            self.config.to_dict(),
-            identify_base(self.recipe),
-            self.recipe.quantization,
-            self.precision.name,
-            batch_size(self.recipe),
-            [importlib.metadata.version(name) for name in packages],
-            {file.name: hash_file(file) for file in adapter},
-        ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-    def score(self, which: str, load: Callable[[], Any]) -> list[dict[str, Any]]:
-        """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done."""
-        folder = Run(cache_folder().with_name("scores"))
-        folder.folder.mkdir(parents=True, exist_ok=True)
-        file = folder.folder / f"{self.key(which)[:32]}.jsonl"
-        with FileLock(file.with_suffix(".lock")):
-            done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
-            # A line that a killed evaluation never finished must not be continued
-            lines = [json.dumps({"batch": b, "scores": s}, ensure_ascii=False) for b, s in done.items()]
-            folder.write(file.name, "\n".join(lines))
-            work = make_batches(self.questions, batch_size(self.recipe))
-            left = [batch for batch in work if batch not in done]
-            if len(left) < len(work):
-                print(f"{which}: {len(work) - len(left)} of {len(work)} batches are known already")
-            if left:
-                with load() as model:
-                    for batch in show_progress(which, left, len(work)):
-                        done[batch] = self.score_batch(model, batch)
-                        folder.append(file, {"batch": batch, "scores": done[batch]})
-        rows: list[dict[str, Any]] = [{} for _ in self.questions.rows]
-        for batch in work:
-            for place, score in zip(batch[1:], done[batch], strict=True):
-                rows[place] |= score
-        return rows
-
-    def score_batch(self, model: PreTrainedModel, batch: Batch) -> list[dict[str, Any]]:
-        """Return the scores of the rows of one batch."""
+    def score(model: PreTrainedModel, batch: Batch) -> Rows:
         kind, *places = batch
         if kind == "likelihood":
-            return likelihood(model, self.questions.tokens.select(places).to_list())
-        prompts = [self.questions.rows[place]["prompt"] for place in places]
-        template = template_kwargs(self.recipe)
-        answers = generate_answers(model, self.tokenizer, prompts, self.config, template, len(prompts))
+            return likelihood(model, questions.tokens.select(places).to_list())
+        prompts = [questions.rows[place]["prompt"] for place in places]
+        answers = generate_answers(
+            model, questions.tokenizer, prompts, questions.config, template_kwargs(recipe), len(prompts)
+        )
         return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
+
+    batches = make_batches(questions, batch_size(recipe))
+    done = complete(which, key[:32], batches, load, score)
+    rows: Rows = [{} for _ in questions.rows]
+    for batch in batches:
+        for place, found in zip(batch[1:], done[batch], strict=True):
+            rows[place] |= found
+    return rows
+
+
+def complete(
+    which: str, key: str, batches: list[Batch], load: Loader, score: Callable[[PreTrainedModel, Batch], Rows]
+) -> dict[Batch, Rows]:
+    """Return the scores of all batches: those kept under `key`, and the others by `score`, kept one by one."""
+    folder = Run(cache_folder().with_name("scores"))
+    folder.folder.mkdir(parents=True, exist_ok=True)
+    file = folder.folder / f"{key}.jsonl"
+    with FileLock(file.with_suffix(".lock")):
+        done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
+        # A line that a killed evaluation never finished must not be continued
+        lines = [json.dumps({"batch": b, "scores": s}, ensure_ascii=False) for b, s in done.items()]
+        folder.write(file.name, "\n".join(lines))
+        left = [batch for batch in batches if batch not in done]
+        if len(left) < len(batches):
+            print(f"{which}: {len(batches) - len(left)} of {len(batches)} batches are known already")
+        if left:
+            with load(which) as model:
+                for batch in show_progress(which, left, len(batches)):
+                    done[batch] = score(model, batch)
+                    folder.append(file, {"batch": batch, "scores": done[batch]})
+    return done
 
 
 def show_progress(which: str, left: list[Batch], total: int) -> Iterator[Batch]:
     """Yield the batches with a bar on a terminal, and with a line now and then elsewhere."""
     bar_columns = (which, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bar_columns, disable=not sys.stdout.isatty()) as bar:
-        for number, batch in enumerate(bar.track(left), start=1):
+        for done, batch in enumerate(bar.track(left), start=total - len(left) + 1):
             yield batch
-            missing = len(left) - number
-            if bar.disable and missing % max(1, total // 10) == 0:
-                print(f"{which}: {total - missing} of {total} batches", flush=True)
+            if bar.disable and (total - done) % max(1, total // 10) == 0:
+                print(f"{which}: {done} of {total} batches", flush=True)
 
 
 def batch_size(recipe: Recipe) -> int:
@@ -142,42 +132,34 @@ def batch_size(recipe: Recipe) -> int:
 
 
 def make_batches(questions: Questions, most: int) -> list[Batch]:
-    """Return ("likelihood" | "answer", places of rows…): rows of like length together.
-
-    The longest come first, so that memory fails early.
-    """
+    """Return batches of rows of like length, the longest first, so that memory fails early."""
     lengths = [len(row["input_ids"]) for row in questions.tokens]
     prompts = [sum(label == -100 for label in row["labels"]) for row in questions.tokens]
     work: list[Batch] = []
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    # Sorting is stable: rows of one length stay in order
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     while order:
         size = max(1, min(most, TOKENS_A_BATCH // lengths[order[0]]))
         work.append(("likelihood", *order[:size]))
         order = order[size:]
-    order = sorted(range(len(lengths)), key=lambda place: (-prompts[place], place))
+    order = sorted(range(len(lengths)), key=lambda place: -prompts[place])
     return work + [("answer", *order[start : start + most]) for start in range(0, len(order), most)]
 
 
 @torch.inference_mode()
-def likelihood(model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def likelihood(model: PreTrainedModel, rows: Rows) -> Rows:
     """Return for each row of `input_ids` and `labels`: `nll` (nats, summed over its labels), `tokens`, `correct` (argmax)."""
-    width = max(len(row["input_ids"]) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        mask[place, : len(row["input_ids"])] = 1
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    texts = [torch.tensor(row["input_ids"], device=model.device) for row in rows]
+    ids, mask = (pad_sequence(part, batch_first=True) for part in (texts, [torch.ones_like(ids) for ids in texts]))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     scores = []
-    for place, row in enumerate(rows):
+    for row, every in zip(rows, logits, strict=True):
         labels = torch.tensor(row["labels"][1:], device=logits.device)
         kept = labels != -100
-        predicted = logits[place, : len(labels)][kept].float()
-        nll = torch.nn.functional.cross_entropy(predicted, labels[kept], reduction="sum").item()
+        predicted, labels = every[: len(labels)][kept].float(), labels[kept]
+        nll = torch.nn.functional.cross_entropy(predicted, labels, reduction="sum").item()
         if not math.isfinite(nll):
-            raise RecipeError.of(
-                "eval", f"the likelihood of an answer is {nll}", "the weights are damaged: train again"
-            )
-        correct = int((predicted.argmax(-1) == labels[kept]).sum())
-        scores.append({"nll": nll, "tokens": int(kept.sum()), "correct": correct})
+            what = f"the likelihood of an answer is {nll}"
+            raise RecipeError.of("eval", what, "the weights are damaged: train again")
+        scores.append({"nll": nll, "tokens": len(labels), "correct": int((predicted.argmax(-1) == labels).sum())})
     return scores

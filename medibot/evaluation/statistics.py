@@ -12,18 +12,37 @@ from medibot.evaluation.metrics import METRICS, Metric, Row
 CONFIDENCE, RESAMPLES, SEED = 0.95, 10_000, 0
 # Resamples x groups held in memory at once
 CHUNK = 4_000_000
+FIGURES = ("baseline", "value", "difference", "low", "high", "verdict")
 
 
-def total(scores: Sequence[Row]) -> dict[str, float]:
-    """Return each metric's value on the rows."""
-    sums = {metric.name: [np.array(sum(column)) for column in columns(metric, scores)] for metric in METRICS}
-    return {metric.name: float(value(metric, *sums[metric.name])) for metric in METRICS}
+def compare_scores(
+    a: Sequence[Row], b: Sequence[Row], groups: Sequence[str], metrics: Sequence[Metric] = METRICS
+) -> dict[str, dict[str, Any]]:
+    """Return for each metric `label`, `better`, `baseline` (of a), `value` (of b), `difference`, `low`, `high`, `verdict`.
 
-
-def columns(metric: Metric, scores: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """Return the metric's numerators and denominators."""
-    numerators = [float(row[metric.numerator]) for row in scores]
-    return numerators, [float(row[metric.denominator]) if metric.denominator else 1.0 for row in scores]
+    a[i] and b[i] score the same row, of group groups[i]. The intervals are 95 % percentile intervals of a paired
+    bootstrap that draws whole groups, since rows of one topic stand and fall together; the percentiles are widened for
+    few groups (Hesterberg 2015, What Teachers Should Know About the Bootstrap). One group gives no interval.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    # Numerator and denominator of a, then of b
+    sums = np.zeros((len(names), len(metrics), 4))
+    for index, metric in enumerate(metrics):
+        numerators, below = ([row[metric.numerator] for row in rows] for rows in (a, b)), metric.denominator
+        denominators = ([row[below] if below else 1 for row in rows] for rows in (a, b))
+        for part, column in zip((0, 2, 1, 3), (*numerators, *denominators), strict=True):
+            sums[:, index, part] = np.bincount(member, weights=column, minlength=len(names))
+    whole, drawn = sums.sum(axis=0), resample(sums) if len(names) > 1 else None
+    results = {}
+    for index, metric in enumerate(metrics):
+        low = high = None
+        if drawn is not None:
+            low, high = np.quantile(difference(metric, drawn[:, index]), tails(len(names))).tolist()
+        of_a, of_b = (float(value(metric, *whole[index, at : at + 2])) for at in (0, 2))
+        figures = (of_a, of_b, float(difference(metric, whole[index])), low, high, verdict(metric, low, high))
+        described = {"label": metric.label, "better": metric.better}
+        results[metric.name] = described | dict(zip(FIGURES, figures, strict=True))
+    return results
 
 
 def value(metric: Metric, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -35,45 +54,12 @@ def value(metric: Metric, numerator: np.ndarray, denominator: np.ndarray) -> np.
 
 
 def difference(metric: Metric, sums: np.ndarray) -> np.ndarray:
-    """Return what b has more than a, from the four sums in the last axis: numerator and denominator of a, then of b."""
+    """Return what b has more than a, from the four sums in the last axis."""
     a, b = (value(metric, sums[..., at], sums[..., at + 1]) for at in (0, 2))
     return np.abs(np.log(b)) - np.abs(np.log(a)) if metric.scale == "log_distance" else b - a
 
 
-def compare_scores(
-    a: Sequence[Row], b: Sequence[Row], groups: Sequence[str], metrics: Sequence[Metric] = METRICS
-) -> dict[str, dict[str, Any]]:
-    """Return for each metric `baseline` (of a), `value` (of b), `difference` with `low` and `high`, and `verdict`.
-
-    a[i] and b[i] score the same row, of group groups[i]. The intervals are 95 % percentile intervals of a paired
-    bootstrap that draws whole groups, since rows of one topic stand and fall together; the percentiles are widened for
-    few groups (Hesterberg 2015, What Teachers Should Know About the Bootstrap). One group gives no interval.
-    """
-    names, member = np.unique(groups, return_inverse=True)
-    sums = np.zeros((len(names), len(metrics), 4))
-    for index, metric in enumerate(metrics):
-        for part, column in enumerate([*columns(metric, a), *columns(metric, b)]):
-            sums[:, index, part] = np.bincount(member, weights=column, minlength=len(names))
-    drawn = resample(sums) if len(names) > 1 else None
-    whole = sums.sum(axis=0)
-    results = {}
-    for index, metric in enumerate(metrics):
-        low = high = None
-        if drawn is not None:
-            low, high = (float(q) for q in np.quantile(difference(metric, drawn[:, index]), tails(len(names))))
-        results[metric.name] = {
-            "baseline": float(value(metric, *whole[index, :2])),
-            "value": float(value(metric, *whole[index, 2:])),
-            "difference": float(difference(metric, whole[index])),
-            "low": low,
-            "high": high,
-            "verdict": verdict(metric, low, high),
-        }
-    return results
-
-
 def verdict(metric: Metric, low: float | None, high: float | None) -> str:
-    """Return better, worse, or that the interval holds zero."""
     if low is None or high is None or low <= 0.0 <= high:
         return "no evidence"
     return "better" if (high < 0.0) == (metric.better == "lower") else "worse"
@@ -81,14 +67,10 @@ def verdict(metric: Metric, low: float | None, high: float | None) -> str:
 
 def resample(sums: np.ndarray) -> np.ndarray:
     """Return sums of as many groups as there are, drawn with replacement: [RESAMPLES, metrics, 4] of [groups, metrics, 4]."""
-    generator = np.random.default_rng(SEED)
-    count = len(sums)
-    step = max(1, CHUNK // count)
-    parts = [
-        generator.multinomial(count, np.full(count, 1 / count), size=min(step, RESAMPLES - start))
-        @ sums.reshape(count, -1)
-        for start in range(0, RESAMPLES, step)
-    ]
+    generator, count = np.random.default_rng(SEED), len(sums)
+    step, shares = max(1, CHUNK // count), np.full(count, 1 / count)
+    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+    parts = [generator.multinomial(count, shares, size) @ sums.reshape(count, -1) for size in sizes]
     return np.concatenate(parts).reshape(RESAMPLES, *sums.shape[1:])
 
 

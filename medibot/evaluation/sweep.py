@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from medibot import tracking
-from medibot.errors import RecipeError
-from medibot.evaluation.compare import Comparison, compare
+from medibot.errors import RecipeError, one_line
+from medibot.evaluation.compare import compare
 from medibot.evaluation.evaluate import evaluate
+from medibot.evaluation.report import Report
 from medibot.recipe import load_recipe
 from medibot.recipe.files import find_file
 
@@ -22,7 +23,7 @@ ARGUMENTS, RUN_ID = "${args_no_hyphens}", "$WANDB_RUN_ID"
 RECIPE, RUN = r"RECIPE=(\S+)", rf"RUN=(\S*){re.escape(RUN_ID)}"
 
 
-def sweep(name: str, rows: int | None = None) -> Comparison | None:
+def sweep(name: str, rows: int | None = None) -> Report | None:
     """Run the sweep file `name`; offline, return how the trainings compare on `rows` rows of the test split.
 
     Offline, every cell's overrides are checked before the first training starts.
@@ -40,12 +41,12 @@ def read_sweep(file: Path) -> dict[str, Any]:
     try:
         spec = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError.of(str(file), f"not YAML: {' '.join(str(error).split())}", "mend it") from error
+        raise RecipeError.of(str(file), f"not YAML: {one_line(error)}", "mend it") from error
     parts = (("parameters", dict), ("command", list), ("method", str))
     wrong = [key for key, kind in parts if not isinstance(spec, dict) or not isinstance(spec.get(key), kind)]
     if wrong:
         raise RecipeError.of(str(file), f"needs {', '.join(wrong)}", "write it as recipes/sweeps/rank-and-rate.yaml")
-    if ARGUMENTS not in spec["command"] or in_command(spec, RECIPE) is None or in_command(spec, RUN) is None:
+    if ARGUMENTS not in spec["command"] or None in (in_command(spec, RECIPE), in_command(spec, RUN)):
         what = f"the command needs RECIPE=, RUN=…{RUN_ID} and {ARGUMENTS}"
         raise RecipeError.of(str(file), what, "write it as in recipes/sweeps/rank-and-rate.yaml")
     return spec
@@ -60,17 +61,16 @@ def in_command(spec: dict[str, Any], pattern: str) -> str | None:
 def grid_cells(file: Path, spec: dict[str, Any]) -> list[dict[str, Any]]:
     """Return {parameter: value} of each training of the grid, the last parameter changing fastest."""
     if spec["method"] != "grid":
-        remedy = "write method: grid, or log in to W&B"
-        raise RecipeError.of(str(file), f"method {spec['method']} needs W&B's server", remedy)
+        what, remedy = f"method {spec['method']} needs W&B's server", "write method: grid, or log in to W&B"
+        raise RecipeError.of(str(file), what, remedy)
     columns = []
     for key, written in spec["parameters"].items():
-        values = []
-        if isinstance(written, dict):
-            values = written.get("values", [written["value"]] if "value" in written else [])
+        known = written if isinstance(written, dict) else {}
+        values = known.get("values", [known["value"]] if "value" in known else [])
         if not isinstance(values, list) or not values:
             raise RecipeError.of(str(file), f"{key} has no values", f"write {key}: {{values: [a, b]}}")
-        columns.append([(key, value) for value in values])
-    return [dict(cell) for cell in itertools.product(*columns)]
+        columns.append(values)
+    return [dict(zip(spec["parameters"], cell, strict=True)) for cell in itertools.product(*columns)]
 
 
 def cell_arguments(cell: dict[str, Any]) -> list[str]:
@@ -83,19 +83,19 @@ def cell_name(cell: dict[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "-", "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in cell.items()))
 
 
-def run_here(file: Path, spec: dict[str, Any], rows: int | None) -> Comparison | None:
+def run_here(file: Path, spec: dict[str, Any], rows: int | None) -> Report | None:
     """Train the whole grid, going on past a training that fails; then evaluate and compare what was trained."""
-    recipe, prefix = in_command(spec, RECIPE) or "", in_command(spec, RUN) or ""
     grid = grid_cells(file, spec)
     for cell in grid:
-        load_recipe(recipe, cell_arguments(cell))
+        load_recipe(in_command(spec, RECIPE) or "", cell_arguments(cell))
     trained, failed = [], []
     for place, cell in enumerate(grid, start=1):
-        name = prefix + cell_name(cell)
+        name = (in_command(spec, RUN) or "") + cell_name(cell)
         print(f"[{place}/{len(grid)}] {name}", flush=True)
-        words = [[str(word)] if word != ARGUMENTS else cell_arguments(cell) for word in spec["command"]]
-        environment = os.environ | {"WANDB_RUN_ID": cell_name(cell)}
-        done = subprocess.run(list(itertools.chain(*words)), env=environment)
+        command = [str(word) for word in spec["command"]]
+        at = command.index(ARGUMENTS)
+        command[at : at + 1] = cell_arguments(cell)
+        done = subprocess.run(command, env=os.environ | {"WANDB_RUN_ID": cell_name(cell)})
         (failed if done.returncode else trained).append(name)
     for name in trained:
         print(f"evaluating {name}", flush=True)
@@ -115,8 +115,8 @@ def run_online(spec: dict[str, Any]) -> None:
     try:
         made = wandb.sweep(spec, project=project)
     except Exception as error:  # wandb's and requests' errors have no base of their own
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RecipeError.of("SWEEP", f"W&B refused it: {why}", "WANDB_MODE=offline runs it here") from error
+        what = f"W&B refused it: {tracking.name_error(error)}"
+        raise RecipeError.of("SWEEP", what, "WANDB_MODE=offline runs it here") from error
     print(f"on another machine: wandb agent {project}/{made}")
     done = subprocess.run([sys.executable, "-m", "wandb", "agent", "--project", project, made])
     if done.returncode:
