@@ -22,27 +22,23 @@ def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
     """Return rows with the mapped columns under `prompt` and `completion`, and `row`, their index in the source."""
     data = recipe.data
     columns = rows[0].keys()
+    mapped = {"prompt": data.prompt, "completion": data.completion}
     wanted = [("data.prompt", data.prompt), ("data.completion", data.completion)]
-    generic = {"prompt": data.prompt, "completion": data.completion}
-    wanted += [("data.group_by", column) for column in data.group_by if column not in generic]
-    for key, column in wanted:
+    for key, column in wanted + [("data.group_by", column) for column in data.group_by if column not in mapped]:
         if column not in columns:
             raise recipe.error(key, f"{data.path} has no column {column!r}", f"it has {', '.join(columns)}")
     if data.prompt == data.completion:
         raise recipe.error("data.completion", "the same column as data.prompt", "name the answers' column")
-    kept = [column for column in columns if column not in generic.values()]
+    kept = [column for column in columns if column not in mapped.values()]
     if clash := RESERVED & set(kept):
         raise recipe.error("data.path", f"column {sorted(clash)[0]!r} has a name that MediBot gives", "rename it")
-    mapped = []
     for index, row in enumerate(rows):
-        for column in generic.values():
+        for column in mapped.values():
             if not isinstance(row[column], str | None):
                 what = f"row {index} holds {type(row[column]).__name__}, not text, in column {column!r}"
                 raise recipe.error("data.path", what, "convert the column to text")
-        mapped.append(
-            {"row": index} | {key: row[column] for key, column in generic.items()} | {c: row[c] for c in kept}
-        )
-    return mapped
+    taken = {**mapped, **{column: column for column in kept}}
+    return [{"row": index, **{key: row[column] for key, column in taken.items()}} for index, row in enumerate(rows)]
 
 
 def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> None:
@@ -71,10 +67,8 @@ def escape_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], L
 def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[Row], LedgerLine]:
     """Return rows with `tokens`; those over `training.max_length` are dropped, or refused under `too_long: error`."""
     limit = recipe.training.get("max_length", 1024)
-    chats = [prompt_of(recipe, row) + completion_of(row) for row in rows]
-    counted = [
-        row | {"tokens": tokens} for row, tokens in zip(rows, count_tokens(recipe, tokenizer, chats), strict=True)
-    ]
+    counts = count_tokens(recipe, tokenizer, [prompt_of(recipe, row) + completion_of(row) for row in rows])
+    counted = [row | {"tokens": tokens} for row, tokens in zip(rows, counts, strict=True)]
     long = [row for row in counted if limit is not None and row["tokens"] > limit]
     if long and recipe.data.too_long == "error":
         worst = max(long, key=lambda row: row["tokens"])
@@ -116,15 +110,16 @@ def completion_of(row: Row) -> list[dict[str, str]]:
 
 def render(recipe: Recipe, rows: list[Row]) -> pyarrow.Table:
     """Return TRL's conversational prompt/completion rows, with the source's other columns beside them."""
-    counts = {"row", "part", "tokens"}
-    extra = [column for column in rows[0] if column not in {"prompt", "completion"}]
-    columns = {c: [row.get(c) if c in counts else as_text(row.get(c)) for row in rows] for c in extra}
+    columns: dict[str, list[Any]] = {}
+    for column in [name for name in rows[0] if name not in {"prompt", "completion"}]:
+        values = [row.get(column) for row in rows]
+        # Counts stay numbers, text stays text, anything else becomes JSON, so that one column has one type
+        is_count = column in {"row", "part", "tokens"}
+        columns[column] = [
+            value if is_count or isinstance(value, str | None) else json.dumps(value, ensure_ascii=False, default=str)
+            for value in values
+        ]
     columns["prompt"] = [prompt_of(recipe, row) for row in rows]
     columns["completion"] = [completion_of(row) for row in rows]
     columns["chat_template_kwargs"] = [template_kwargs(recipe)] * len(rows)
     return pyarrow.table(columns)
-
-
-def as_text(value: Any) -> str | None:
-    """Return text as it is and anything else as JSON, so that one column has one type."""
-    return value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False, default=str)

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from medibot.errors import RecipeError
 from medibot.model.template import SAMPLE_CHAT
@@ -54,12 +54,7 @@ class Checker:
     """Compare the trainer's rows of one split with the conversations that they were made from."""
 
     def __init__(
-        self,
-        audit: Audit,
-        conversations: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        stops: list[int],
-        limit: int | None,
+        self, audit: Audit, conversations: Dataset, tokenizer: Tokenizer, stops: list[int], limit: int | None
     ) -> None:
         self.audit, self.conversations, self.tokenizer = audit, conversations, tokenizer
         self.stops, self.limit = stops, limit
@@ -80,6 +75,10 @@ class Checker:
     def template_ids(self, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
         """Return the token ids of a rendered conversation."""
         return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+
+    def count_controls(self, ids: list[int]) -> Counter[int]:
+        """Return how often each control token is there."""
+        return Counter(token for token in ids if token in self.controls)
 
     def is_blank(self, token: int) -> bool:
         """Tell whether a token is white space."""
@@ -109,9 +108,8 @@ class Checker:
         one_bos = (ids[:1] == [bos]) == self.starts_with_bos and ids[:2] != [bos, bos]
         audit.note("bos", index, bos is not None and not one_bos)
         place = self.places.get(hash(tuple(ids)), index if in_order else None)
-        if place is None:
-            audit.note("outside", index, True)
-        else:
+        audit.note("outside", index, place is None)
+        if place is not None:
             self.compare(index, ids, trained[0], self.conversations[place])
 
     def compare(self, index: int, ids: list[int], start: int, row: dict[str, Any]) -> None:
@@ -123,23 +121,21 @@ class Checker:
         end = len(ids)
         while end > start and (ids[end - 1] in self.controls or self.is_blank(ids[end - 1])):
             end -= 1
-        exact = is_same_text(self.tokenizer.decode(ids[start:end]), row["completion"][0]["content"])
-        audit.note("outside", index, not exact or (prefixed and start != len(prompt)))
+        # Up to what tokenizers fold: white space, and characters that are compositions of others
+        texts = (self.tokenizer.decode(ids[start:end]), row["completion"][0]["content"])
+        trained, answer = ("".join(unicodedata.normalize("NFKC", text).split()) for text in texts)
+        audit.note("outside", index, trained != answer or (prefixed and start != len(prompt)))
         roles = tuple(message["role"] for message in row["prompt"])
         if roles not in self.skeletons:
             plain = [{"role": role, "content": "x"} for role in (*roles, "assistant")]
             self.skeletons[roles] = self.count_controls(self.template_ids(plain, **kwargs))
         audit.note("control", index, self.count_controls(ids) != self.skeletons[roles])
 
-    def count_controls(self, ids: list[int]) -> Counter[int]:
-        """Return how often each control token is there."""
-        return Counter(token for token in ids if token in self.controls)
-
 
 def audit_labels(
     dataset: Dataset,
     conversations: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     stops: list[int],
     max_length: int | None,
     split: str = "train",
@@ -158,12 +154,6 @@ def audit_labels(
     return audit
 
 
-def is_same_text(trained: str, answer: str) -> bool:
-    """Compare up to what tokenizers fold: white space, and characters that are compositions of others."""
-    plain = ["".join(unicodedata.normalize("NFKC", text).split()) for text in (trained, answer)]
-    return plain[0] == plain[1]
-
-
 def spans(dataset: Dataset) -> Iterator[tuple[list[int], list[int]]]:
     """Yield input ids and labels of each row; of each row inside, where rows are packed."""
     packed = "seq_lengths" in dataset.column_names
@@ -174,21 +164,17 @@ def spans(dataset: Dataset) -> Iterator[tuple[list[int], list[int]]]:
             start += length
 
 
-def refuse_faults(audit: Audit, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_faults(audit: Audit, dataset: Dataset, tokenizer: Tokenizer) -> None:
     """Raise RecipeError for what would teach the wrong thing; each kind of fault with its count and an example."""
     faults = []
     for key, rows in audit.violations.items():
         example = f"{audit.rows_in:,} in, {audit.rows_out:,} out"
         if key != "lost":
-            example = f"row {rows[0]}: {describe_labels(*next(islice(spans(dataset), rows[0], None)), tokenizer)}"
+            ids, labels = next(islice(spans(dataset), rows[0], None))
+            trained = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+            ends = [trained] if len(trained) <= 24 else [trained[:12], trained[-12:]]
+            covered = " … ".join(repr(tokenizer.decode(end)) for end in ends)
+            example = f"row {rows[0]}: " + (f"the loss covers {covered}" if trained else "every label is masked")
         faults.append(f"{len(rows):,} of {audit.rows_out:,} {audit.split}: {NAMES[key]} ({example})")
     if faults:
         raise RecipeError.of("loss mask", "; ".join(faults), "see the painted rows with: medibot inspect")
-
-
-def describe_labels(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the beginning and the end of what the loss covers."""
-    trained = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    if len(trained) > 24:
-        return f"the loss covers {tokenizer.decode(trained[:12])!r} … {tokenizer.decode(trained[-12:])!r}"
-    return f"the loss covers {tokenizer.decode(trained)!r}" if trained else "every label is masked"

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
 from rich.progress import Progress
@@ -19,17 +18,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from medibot.cleaning import clean, expand
 from medibot.cleaning.ledger import LedgerLine, row_key
 from medibot.cleaning.rules import Row
+from medibot.data import splitting
 from medibot.data.conversations import escape_rows, fit_length, map_columns, render, require_text
 from medibot.data.sources import open_source
-from medibot.data.splitting import (
-    Splits,
-    drop_leaks,
-    leak_report,
-    random_split_leaks,
-    sha256,
-    split_fingerprint,
-    split_rows,
-)
+from medibot.data.splitting import sha256
 from medibot.model.generation import load_generation_config
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
@@ -124,51 +116,42 @@ def prepare_rows(
     rows, line = fit_length(recipe, tokenizer, rows)
     ledger.append(line)
     group_by = [{data.prompt: "prompt", data.completion: "completion"}.get(column, column) for column in data.group_by]
-    splits = split_rows(rows, group_by, data.validation, data.test, data.seed)
-    splits, lines = drop_leaks(splits)
-    leaks = leak_report(splits, group_by)
-    leaks["random_split"] = random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
-    chosen, limits = limit_rows(recipe, splits)
-    ledger += [*lines, *limits]
-    require_rows(recipe, chosen)
-    sizes = {name: len(chosen[name]) for name in SPLITS}
+    splits = splitting.split_rows(rows, group_by, data.validation, data.test, data.seed)
+    splits, lines = splitting.drop_leaks(splits)
+    leaks = splitting.leak_report(splits, group_by)
+    leaks["random_split"] = splitting.random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
+    chosen, limits = limit_rows(recipe, vars(splits))
+    sizes = {name: len(rows) for name, rows in chosen.items()}
     record = {
-        "ledger": [asdict(line) for line in ledger],
+        "ledger": [asdict(line) for line in [*ledger, *lines, *limits]],
         "leaks": leaks,
-        "split": {"fingerprint": split_fingerprint(splits), "rows": sizes},
+        "split": {"fingerprint": splitting.split_fingerprint(splits), "rows": sizes},
     }
-    write(folder, {name: render(recipe, chosen[name]) for name in SPLITS if chosen[name]}, record)
-
-
-def write(folder: Path, tables: dict[str, pyarrow.Table], record: dict[str, Any]) -> None:
-    """Write splits and record to `folder` at once, by rename."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for name, table in tables.items():
-        Dataset(table).save_to_disk(str(partial / name))
+    for name, rows in chosen.items():
+        if rows:
+            Dataset(render(recipe, rows)).save_to_disk(str(partial / name))
     (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def limit_rows(recipe: Recipe, splits: Splits) -> tuple[dict[str, list[Row]], list[LedgerLine]]:
-    """Return `data.limit` rows of a split: those with the smallest hash, so that a larger limit only adds rows."""
-    limit = recipe.data.limit
-    limits = limit if isinstance(limit, dict) else {"train": limit} if limit else {}
-    chosen = {name: getattr(splits, name) for name in SPLITS}
-    lines = []
+def limit_rows(recipe: Recipe, splits: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[LedgerLine]]:
+    """Return `data.limit` rows of a split, and a ledger line for each limit; refuse a split that is left empty.
+
+    Those with the smallest hash stay, so that a larger limit only adds rows.
+    """
+    data, chosen, lines = recipe.data, dict(splits), []
+    limits = data.limit if isinstance(data.limit, dict) else {"train": data.limit} if data.limit else {}
     for name, most in limits.items():
         rows = chosen[name]
-        first = sorted(rows, key=lambda row: sha256(f"{recipe.data.seed}:{row['prompt']}:{row['row']}"))[:most]
+        first = sorted(rows, key=lambda row: sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))[:most]
         chosen[name] = sorted(first, key=row_key)
         lines.append(LedgerLine(f"limit {name} to {most:,}", len(rows), len(rows) - len(first), 0, 0, len(first), []))
-    return chosen, lines
-
-
-def require_rows(recipe: Recipe, chosen: dict[str, list[Row]]) -> None:
-    """Raise RecipeError for a split that has no row and should have some."""
-    for name, share in (("train", 1.0), ("validation", recipe.data.validation), ("test", recipe.data.test)):
+    for name, share in (("train", 1.0), ("validation", data.validation), ("test", data.test)):
         if share and not chosen[name]:
             what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"
             key = "data.validation" if name == "train" else f"data.{name}"
             raise recipe.error(key, what, "change the share or add rows")
+    return chosen, lines

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet
@@ -65,28 +65,20 @@ def hub_rows(recipe: Recipe) -> list[Row]:
 
 
 def read_files(recipe: Recipe, files: list[Path]) -> list[Row]:
-    """Return the rows of all files, each with every column of any of them."""
-    rows = [row for file in files for row in read_file(recipe, file)]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return [{column: row.get(column) for column in columns} for row in rows]
-
-
-def read_file(recipe: Recipe, file: Path) -> list[Row]:
-    """Return the rows of one parquet, JSON lines or CSV file; raise RecipeError at the line of a malformed one."""
-    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
-    try:
-        rows = readers[file.suffix](file)
-    except (pyarrow.ArrowException, OSError) as error:
-        what = f"{file} cannot be read: {str(error).splitlines()[0]}"
-        raise recipe.error("data.path", what, "name a whole, readable file") from error
-    if not rows:
-        raise recipe.error("data.path", f"{file} has no rows", "name a file with rows")
-    return rows
-
-
-def read_parquet(file: Path) -> list[Row]:
-    """Return the rows of a parquet file."""
-    return pyarrow.parquet.read_table(file).to_pylist()
+    """Return the rows of all files, each with every column of any of them; an error names file and line."""
+    readers = {".parquet": lambda file: pyarrow.parquet.read_table(file).to_pylist(), ".jsonl": read_jsonl}
+    found: list[Row] = []
+    for file in files:
+        try:
+            rows = readers.get(file.suffix, read_csv)(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            what = f"{file} cannot be read: {str(error).splitlines()[0]}"
+            raise recipe.error("data.path", what, "name a whole, readable file") from error
+        if not rows:
+            raise recipe.error("data.path", f"{file} has no rows", "name a file with rows")
+        found += rows
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    return [{column: row.get(column) for column in columns} for row in found]
 
 
 def read_jsonl(file: Path) -> list[Row]:
@@ -109,34 +101,26 @@ def read_jsonl(file: Path) -> list[Row]:
 
 def read_csv(file: Path) -> list[Row]:
     """Return the rows of a CSV file, all of them text; an empty cell is None."""
-    records = csv_records(file)
-    start, header = next(records, (1, []))
-    if len(set(header)) != len(header):
-        raise RecipeError.of(f"{file}:{start}", "a column name stands twice in the header", "rename one")
-    rows = []
-    for start, cells in records:
-        if len(cells) != len(header):
-            what = f"{len(cells)} cells under {len(header)} columns"
-            raise RecipeError.of(f"{file}:{start}", what, "quote cells that hold commas or line breaks")
-        rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
-    return rows
-
-
-def csv_records(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (the line that it begins on, its cells) of each record; blank lines are none."""
     csv.field_size_limit(1 << 27)
     records = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
-    while True:
-        start = records.line_num + 1
-        try:
-            cells = next(records, None)
-        except csv.Error as error:
-            what = f"not CSV: {error}"
-            raise RecipeError.of(f"{file}:{start}", what, "close each quote, and double those inside a cell") from error
-        if cells is None:
-            return
-        if cells:
-            yield start, cells
+    header: list[str] = []
+    rows = []
+    start = 1
+    try:
+        for cells in records:
+            if header and cells and len(cells) != len(header):
+                what = f"{len(cells)} cells under {len(header)} columns"
+                raise RecipeError.of(f"{file}:{start}", what, "quote cells that hold commas or line breaks")
+            if header and cells:
+                rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
+            header = header or cells
+            if len(set(header)) != len(header):
+                raise RecipeError.of(f"{file}:{start}", "a column name stands twice in the header", "rename one")
+            start = records.line_num + 1
+    except csv.Error as error:
+        remedy = "close each quote, and double those inside a cell"
+        raise RecipeError.of(f"{file}:{start}", f"not CSV: {error}", remedy) from error
+    return rows
 
 
 def read_text(file: Path) -> str:

@@ -6,12 +6,17 @@ together.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
 from medibot.cleaning.rules import Row, fold
@@ -34,23 +39,19 @@ def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
     """
     columns = group_by or ["prompt"]
     values = [row_values(row, columns) for row in rows]
-    parent: dict[tuple[int, str], tuple[int, str]] = {value: value for row in values for value in row}
-
-    def root(value: tuple[int, str]) -> tuple[int, str]:
-        while parent[value] != value:
-            parent[value] = value = parent[parent[value]]
-        return value
-
-    for first, *others in filter(None, values):
-        for other in others:
-            parent[root(other)] = root(first)
+    places = {value: place for place, value in enumerate(dict.fromkeys(itertools.chain.from_iterable(values)))}
+    ties = [(places[first], places[other]) for first, *others in filter(None, values) for other in others]
+    graph = coo_array((np.ones(len(ties)), np.reshape(ties, (-1, 2)).T), shape=(len(places), len(places)))
+    group_of = connected_components(graph, directed=False)[1]
     # The smallest hash among the values of the first column that the group has: more documents or questions on known
     # topics leave it as it is.
-    names: dict[tuple[int, str], tuple[int, str]] = {}
-    for value in parent:
-        name = (value[0], sha256(f"{columns[value[0]]}\0{value[1]}"))
-        names[root(value)] = min(name, names.get(root(value), name))
-    return [names[root(found[0])][1] if found else own_key(row) for row, found in zip(rows, values, strict=True)]
+    names: dict[int, tuple[int, str]] = {}
+    for (column, text), group in zip(places, group_of, strict=True):
+        name = (column, sha256(f"{columns[column]}\0{text}"))
+        names[group] = min(name, names.get(group, name))
+    # A row without a value is a group of its own, named after its text
+    own = (sha256(json.dumps([row["prompt"], row["completion"]])) for row in rows)
+    return [names[group_of[places[found[0]]]][1] if found else key for found, key in zip(values, own, strict=True)]
 
 
 def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
@@ -61,11 +62,6 @@ def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
         entries = value if isinstance(value, (list, tuple)) else [value]
         values += [(place, fold(str(entry))) for entry in entries if entry is not None]
     return [(place, text) for place, text in values if text]
-
-
-def own_key(row: Row) -> str:
-    """Return the key of a row that has no value to be grouped by: its own text."""
-    return sha256(json.dumps([row["prompt"], row["completion"]]))
 
 
 def sha256(text: str) -> str:
@@ -93,32 +89,28 @@ def drop_leaks(splits: Splits, threshold: float = 0.8) -> tuple[Splits, list[Led
     test = without_known_answers(splits.test, [*splits.train, *validation], threshold)
     distinct = replace(splits, validation=validation, test=test)
     single = replace(distinct, validation=first_answers(validation), test=first_answers(test))
+    whole, left, last = ([*each.train, *each.validation, *each.test] for each in (splits, distinct, single))
     return single, [
-        compare_rows("splitting.near_answers", all_rows(splits), all_rows(distinct)),
-        compare_rows("splitting.second_answers", all_rows(distinct), all_rows(single)),
+        compare_rows("splitting.near_answers", whole, left),
+        compare_rows("splitting.second_answers", left, last),
     ]
-
-
-def all_rows(splits: Splits) -> list[Row]:
-    """Return the rows of every split."""
-    return [*splits.train, *splits.validation, *splits.test]
 
 
 def without_known_answers(rows: list[Row], earlier: list[Row], threshold: float) -> list[Row]:
     """Return the rows whose answer is not nearly one of `earlier`."""
-    known = find_near_texts(answers(rows), answers(earlier), threshold)
-    return [row for row, answer in zip(rows, answers(rows), strict=True) if answer not in known]
+    known = find_near_texts(folded(rows, "completion"), folded(earlier, "completion"), threshold)
+    return [row for row, answer in zip(rows, folded(rows, "completion"), strict=True) if answer not in known]
 
 
 def first_answers(rows: list[Row]) -> list[Row]:
     """Return the first row of each question."""
-    first = {fold(row["prompt"] or ""): row for row in reversed(rows)}
+    first = dict(zip(reversed(folded(rows, "prompt")), reversed(rows), strict=True))
     return [row for row in rows if first[fold(row["prompt"] or "")] is row]
 
 
-def answers(rows: list[Row]) -> list[str]:
-    """Return the answers, folded: what is equal here is an exact copy."""
-    return [fold(row["completion"] or "") for row in rows]
+def folded(rows: list[Row], column: str) -> list[str]:
+    """Return a column's texts, folded: what is equal here is an exact copy."""
+    return [fold(row[column] or "") for row in rows]
 
 
 def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold: float) -> set[str]:
@@ -155,11 +147,9 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
 
 def leak_report(splits: Splits, group_by: list[str], threshold: float = 0.8) -> dict[str, dict[str, int]]:
     """Return, for each held-out split against each earlier one, how many of its rows share what with the other."""
-    return {
-        "validation_in_train": leak_counts(splits.validation, splits.train, group_by, threshold),
-        "test_in_train": leak_counts(splits.test, splits.train, group_by, threshold),
-        "test_in_validation": leak_counts(splits.test, splits.validation, group_by, threshold),
-    }
+    pairs = (("validation", "train"), ("test", "train"), ("test", "validation"))
+    parts = vars(splits)
+    return {f"{one}_in_{two}": leak_counts(parts[one], parts[two], group_by, threshold) for one, two in pairs}
 
 
 def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str], threshold: float) -> dict[str, int]:
@@ -168,10 +158,10 @@ def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str], thresh
     for column in [*group_by, *({"prompt"} - set(group_by))]:
         known = {value for row in earlier for value in row_values(row, [column])}
         counts[column] = sum(not known.isdisjoint(row_values(row, [column])) for row in rows)
-    known_answers = set(answers(earlier))
-    near = find_near_texts(answers(rows), answers(earlier), threshold)
-    counts["exact_answer"] = sum(answer in known_answers for answer in answers(rows))
-    counts["near_answer"] = sum(answer in near for answer in answers(rows))
+    own, others = folded(rows, "completion"), folded(earlier, "completion")
+    exact, near = set(others), find_near_texts(own, others, threshold)
+    counts["exact_answer"] = sum(answer in exact for answer in own)
+    counts["near_answer"] = sum(answer in near for answer in own)
     return counts
 
 
@@ -188,9 +178,6 @@ def random_split_leaks(
 
 def split_fingerprint(splits: Splits) -> str:
     """Return a sha256 over which text is in which split; any moved, edited, added or dropped row changes it."""
-    lines = sorted(
-        json.dumps([name, *row_key(row), row["prompt"], row["completion"]])
-        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-        for row in rows
-    )
+    texts = ((name, row) for name, rows in vars(splits).items() for row in rows)
+    lines = sorted(json.dumps([name, *row_key(row), row["prompt"], row["completion"]]) for name, row in texts)
     return sha256("\n".join(lines))
