@@ -1,50 +1,86 @@
 """The verbs: arguments in, one call, exit code out. An author's mistake is one line and exit code 2."""
 
-import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+import medibot
 from medibot.errors import RecipeError, Stopped
 from medibot.recipe import diff_recipes, list_recipes, load_recipe
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
 STOPPED = 75
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
-RecipeName = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
+PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_ERROR_REPORTING": "false"}
+app = typer.Typer(
+    help="MediBot: recipes that turn a chat model into a medical question-answering assistant.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+def require_folder(file: Path | None) -> Path | None:
+    """Raise RecipeError, before any work, for a file that could not be written afterwards."""
+    if file and file.is_dir():
+        raise RecipeError.of("--html", f"{file} is a folder", "name a file")
+    if file and not file.parent.is_dir():
+        raise RecipeError.of("--html", f"folder {file.parent} not found", "make it, or go to where it is")
+    return file
+
+
+Name = Annotated[str, typer.Argument(help="A name of recipes/, or a path.")]
+Recipes = Annotated[list[str] | None, typer.Argument(help="Names of recipes/, or paths; default: all.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")]
-TrainedRun = Annotated[str, typer.Option(help="A trained run of outputs/.")]
-Accelerate = Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")]
+RuleList = Annotated[str | None, typer.Argument(help="A name for several, such as medquad.")]
+Page = Annotated[Path | None, typer.Option("--html", callback=require_folder, help="Write it as a page here, too.")]
+Row = Annotated[int | None, typer.Option(help="Paint this row of the training split as well.")]
+Gpu = Annotated[str | None, typer.Option(help="24GB, or a name such as L4; default: this machine.")]
+Config = Annotated[str | None, typer.Option(help="A file of accelerate_configs/, by name or path.")]
 Launch = Annotated[str, typer.Option(help="More arguments for accelerate launch.")]
+NewRun = Annotated[str | None, typer.Option(help="Name of the outputs folder; default: the recipe's.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Start even what by its plan cannot fit.")]
+TrainedRun = Annotated[str, typer.Option(help="A trained run of outputs/.")]
+Question = Annotated[str, typer.Option("--question", "-q")]
 Longest = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-
-
-@app.callback()
-def describe() -> None:
-    """MediBot: recipes that turn a chat model into a medical question-answering assistant."""
+Temperature = Annotated[float | None, typer.Option(min=0, help="0: greedy; default: as the run was evaluated.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")]
+Rows = Annotated[int | None, typer.Option(min=1, help="Evaluate only so many rows: a quick look.")]
+HeldOut = Annotated[
+    Path | None, typer.Option(help="A file in the schema of the recipe's data; default: the test split.")
+]
+Runs = Annotated[list[str], typer.Argument(help="Evaluated runs of outputs/.")]
+Baseline = Annotated[str, typer.Option(help="What each is compared with: base, or one of them.")]
+Tasks = Annotated[list[str] | None, typer.Argument(help="Of benchmarks/tasks, or lm-eval's own; default: medical.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")]
+Sweep = Annotated[str, typer.Argument(help="A file of recipes/sweeps/, by name or path.")]
+Project = Annotated[str, typer.Option(help="The W&B project.")]
+Repo = Annotated[str, typer.Option(help="Where to on the hub: owner/name.")]
+Folder = Annotated[str, typer.Option(help="merged, model or gguf; default: merged if it is there.")]
+Public = Annotated[bool, typer.Option("--public", help="A public repository; private otherwise.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Send it; without, only say what would go out.")]
 
 
 def show(result: Any) -> None:
     """Print a result; it says itself what its tables are."""
     from rich.console import Console
 
-    # A path that is cut into lines cannot be copied
-    Console(markup=False, highlight=False).print(result, crop=False)
+    # Text such as `[topic]` is no markup, and a path that is cut into lines cannot be copied
+    Console(markup=False, emoji=False, highlight=False).print(result, crop=False)
 
 
 @app.command("list")
 def list_() -> None:
     """List the recipes, and what each is for."""
-    for name, purpose in list_recipes():
-        print(f"{name:24} {purpose}")
+    print("\n".join(f"{name:24} {purpose}" for name, purpose in list_recipes()))
 
 
 @app.command()
-def validate(recipes: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+def validate(recipes: Recipes = None) -> None:
     """Check recipes (all of them by default) without loading data or weights."""
     problems = []
     for name in recipes or [name for name, _ in list_recipes()]:
@@ -60,36 +96,26 @@ def validate(recipes: Annotated[list[str] | None, typer.Argument()] = None) -> N
 @app.command()
 def diff(a: str, b: str) -> None:
     """Show what differs between two recipes, key by key."""
-    from rich.table import Column, Table
-    from rich.text import Text
+    from rich.table import Table
 
-    # Text such as `[topic]` would be read as rich's markup
-    table = Table("key", Column(Text(a)), Column(Text(b)))
+    table = Table("key", a, b)
     for row in diff_recipes(load_recipe(a), load_recipe(b)):
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*map(str, row))
     show(table if table.row_count else f"{a} and {b} say the same")
 
 
 @app.command()
-def rules(name: Annotated[str | None, typer.Argument(help="A name for several, such as medquad.")] = None) -> None:
+def rules(name: RuleList = None) -> None:
     """List the cleaning rules."""
     from medibot.cleaning import describe_rules
 
-    for rule, purpose in describe_rules(name):
-        print(f"{rule:36} {purpose}")
+    print("\n".join(f"{rule:36} {purpose}" for rule, purpose in describe_rules(name)))
 
 
 @app.command()
-def inspect(
-    recipe: RecipeName = "quickstart",
-    overrides: Overrides = None,
-    html: Annotated[Path | None, typer.Option(help="Write the painted page here, too.")] = None,
-    row: Annotated[int | None, typer.Option(help="Paint this row of the training split as well.")] = None,
-) -> None:
+def inspect(recipe: Name = "quickstart", overrides: Overrides = None, html: Page = None, row: Row = None) -> None:
     """Show ledger, leak report, loss-mask report and painted examples; load no weights."""
     checked = load_recipe(recipe, overrides or [])
-    if html:
-        require_folder(html, "--html")
     from medibot.training.inspection import inspect_recipe
 
     found = inspect_recipe(checked, row)
@@ -102,10 +128,10 @@ def inspect(
 
 @app.command()
 def plan(
-    recipe: RecipeName = "quickstart",
+    recipe: Name = "quickstart",
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option(help="24GB, or a name such as L4; default: this machine.")] = None,
-    accelerate: Accelerate = None,
+    gpu: Gpu = None,
+    accelerate: Config = None,
     launch: Launch = "",
 ) -> None:
     """Plan memory, largest micro-batch, steps, time and disk of a training; load no weights."""
@@ -124,12 +150,12 @@ def plan(
 
 @app.command()
 def train(
-    recipe: RecipeName = "quickstart",
+    recipe: Name = "quickstart",
     overrides: Overrides = None,
-    run: Annotated[str | None, typer.Option(help="Name of the outputs folder; default: the recipe's.")] = None,
-    accelerate: Accelerate = None,
+    run: NewRun = None,
+    accelerate: Config = None,
     launch: Launch = "",
-    anyway: Annotated[bool, typer.Option("--anyway", help="Start even what by its plan cannot fit.")] = False,
+    anyway: Anyway = False,
 ) -> None:
     """Train a recipe through accelerate launch; the same command again goes on, or says that it is done."""
     from medibot.training import launch as launching
@@ -141,23 +167,11 @@ def train(
     # Until there is something to save, a signal just ends it, without Python's traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     checked = load_recipe(recipe, overrides or [])
-    from medibot.run import open_run
-    from medibot.training.session import print_next_steps
-    from medibot.training.session import train as train_recipe
-
-    name = run or checked.name
-    finished = open_run(name).record().get("status") == "finished"
-    trained = train_recipe(checked, name, anyway)
-    if not finished and os.environ.get("RANK", "0") == "0":
-        print_next_steps(trained)
+    medibot.train(checked, run or checked.name, anyway)
 
 
 @app.command()
-def ask(
-    run: TrainedRun = "quickstart",
-    question: Annotated[str, typer.Option("--question", "-q")] = "What is anemia?",
-    max_new_tokens: Longest = 256,
-) -> None:
+def ask(run: TrainedRun = "quickstart", question: Question = "What is anemia?", max_new_tokens: Longest = 256) -> None:
     """Ask a run one question: print the base model's answer and the tuned one's."""
     from medibot.serving.chat import ask as ask_run
 
@@ -165,13 +179,7 @@ def ask(
 
 
 @app.command()
-def chat(
-    run: TrainedRun = "quickstart",
-    max_new_tokens: Longest = 256,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="0: greedy; default: as the run was evaluated.")
-    ] = None,
-) -> None:
+def chat(run: TrainedRun = "quickstart", max_new_tokens: Longest = 256, temperature: Temperature = None) -> None:
     """Talk with a run at the terminal, or answer each line of a pipe."""
     from medibot.serving.assistant import Decoding
     from medibot.serving.chat import chat as talk
@@ -180,10 +188,7 @@ def chat(
 
 
 @app.command()
-def serve(
-    run: TrainedRun = "quickstart",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")] = 8000,
-) -> None:
+def serve(run: TrainedRun = "quickstart", port: Port = 8000) -> None:
     """Serve a web page and an OpenAI-style endpoint on this machine: base and tuned model, until Ctrl-C."""
     from medibot.serving.server import serve as serve_run
 
@@ -191,38 +196,19 @@ def serve(
 
 
 @app.command("eval")
-def eval_(
-    run: TrainedRun = "quickstart",
-    rows: Annotated[int | None, typer.Option(min=1, help="Only so many rows: a quick look.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A file in the schema of the recipe's data; default: the test split.")
-    ] = None,
-) -> None:
+def eval_(run: TrainedRun = "quickstart", rows: Rows = None, data: HeldOut = None) -> None:
     """Compare base and tuned model on held-out questions, with intervals, a page, and one verdict."""
-    from medibot.evaluation.evaluate import evaluate
-
-    show(evaluate(run, rows, data))
+    show(medibot.evaluate(run, rows, data))
 
 
 @app.command()
-def compare(
-    runs: Annotated[list[str], typer.Argument(help="Evaluated runs of outputs/.")],
-    baseline: Annotated[str, typer.Option(help="What each is compared with: base, or one of them.")] = "base",
-) -> None:
+def compare(runs: Runs, baseline: Baseline = "base") -> None:
     """Compare runs: recipes, curves, test metrics with paired intervals, cost, and which one wins."""
-    from medibot.evaluation.compare import compare as compare_runs
-
-    show(compare_runs(runs, baseline))
+    show(medibot.compare(runs, baseline))
 
 
 @app.command()
-def benchmark(
-    tasks: Annotated[
-        list[str] | None, typer.Argument(help="Of benchmarks/tasks, or lm-eval's own; default: medical.")
-    ] = None,
-    run: TrainedRun = "quickstart",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
-) -> None:
+def benchmark(tasks: Tasks = None, run: TrainedRun = "quickstart", limit: Limit = None) -> None:
     """Ask base and tuned model multiple-choice questions by lm-eval: did the fine-tune cost knowledge?"""
     from medibot.evaluation.benchmark import benchmark as run_benchmark
 
@@ -230,10 +216,7 @@ def benchmark(
 
 
 @app.command()
-def sweep(
-    name: Annotated[str, typer.Argument(help="A file of recipes/sweeps/, by name or path.")],
-    rows: Annotated[int | None, typer.Option(min=1, help="Evaluate each training on only so many rows.")] = None,
-) -> None:
+def sweep(name: Sweep, rows: Rows = None) -> None:
     """Train a grid: as a W&B sweep where this machine is logged in, else here in sequence, then compared."""
     from medibot.evaluation.sweep import sweep as run_sweep
 
@@ -242,7 +225,7 @@ def sweep(
 
 
 @app.command()
-def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "medibot") -> None:
+def dashboard(project: Project = "medibot") -> None:
     """Show recipes side by side in W&B; without a key, in the terminal."""
     from medibot.tracking import dashboard as open_dashboard
 
@@ -252,9 +235,7 @@ def dashboard(project: Annotated[str, typer.Option(help="The W&B project.")] = "
 @app.command()
 def merge(run: TrainedRun = "quickstart") -> None:
     """Merge base and adapter into whole weights, proven to answer as the trained model does."""
-    from medibot.export.merge import merge as merge_run
-
-    show(merge_run(run))
+    show(medibot.merge(run))
 
 
 @app.command("export-gguf")
@@ -266,13 +247,8 @@ def export_gguf(run: TrainedRun = "quickstart") -> None:
 
 
 @app.command()
-def card(
-    run: TrainedRun = "quickstart",
-    html: Annotated[Path | None, typer.Option(help="Write the card as a page here, too.")] = None,
-) -> None:
+def card(run: TrainedRun = "quickstart", html: Page = None) -> None:
     """Write the run's model card into each of its folders that can be shared."""
-    if html:
-        require_folder(html, "--html")
     from medibot.export.card import write_cards
 
     print("written: " + ", ".join(map(str, write_cards(run, html))))
@@ -280,11 +256,7 @@ def card(
 
 @app.command()
 def push(
-    run: TrainedRun = "quickstart",
-    repo: Annotated[str, typer.Option(help="Where to on the hub: owner/name.")] = "",
-    folder: Annotated[str, typer.Option(help="merged, model or gguf; default: merged if it is there.")] = "",
-    public: Annotated[bool, typer.Option("--public", help="A public repository; private otherwise.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Send it; without, only say what would go out.")] = False,
+    run: TrainedRun = "quickstart", repo: Repo = "", folder: Folder = "", public: Public = False, yes: Yes = False
 ) -> None:
     """Show what would go to the hub, and with --yes send it there, into a private repository."""
     from medibot.export.push import push as push_run
@@ -297,9 +269,9 @@ def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
     from medibot.recipe.schema import write_schema
 
-    path = Path("recipes/recipe.schema.json")
-    require_folder(path, "schema")
-    write_schema(path)
+    if not Path("recipes").is_dir():
+        raise RecipeError.of("schema", "folder recipes not found", "go to where it is")
+    write_schema(Path("recipes/recipe.schema.json"))
 
 
 @app.command("convert-gguf")
@@ -310,36 +282,18 @@ def convert_gguf(file: Path, folder: Path) -> None:
     convert(file, folder)
 
 
-def require_folder(file: Path, subject: str) -> None:
-    """Raise RecipeError, before any work, for a file that could not be written afterwards."""
-    if file.is_dir():
-        raise RecipeError.of(subject, f"{file} is a folder", "name a file")
-    if not file.parent.is_dir():
-        raise RecipeError.of(subject, f"folder {file.parent} not found", "make it, or go to where it is")
-
-
-def fail(code: int, message: str) -> NoReturn:
-    """Print why, once on each machine, and exit."""
-    from medibot.training.launch import leave_exit_code
-
-    if leave_exit_code(code):
-        print(message, file=sys.stderr, flush=True)
-    # torchrun kills the other processes when one fails, and stopping is no failure
-    sys.exit(0 if code == STOPPED and "MEDIBOT_EXIT" in os.environ else code)
-
-
 def main() -> None:
     """Run the command line: private by default, and one line for an author's mistake."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.update(PRIVATE | os.environ)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # It advises a package from the hub that nothing here needs
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
-    except RecipeError as error:
-        fail(2, str(error))
-    except Stopped as stopped:
-        fail(STOPPED, str(stopped))
+    except (RecipeError, Stopped) as error:
+        from medibot.training.launch import leave_exit_code
+
+        code = 2 if isinstance(error, RecipeError) else STOPPED
+        if leave_exit_code(code):
+            print(error, file=sys.stderr, flush=True)
+        # torchrun kills the other processes when one fails, and stopping is no failure
+        sys.exit(0 if code == STOPPED and "MEDIBOT_EXIT" in os.environ else code)

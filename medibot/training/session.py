@@ -68,6 +68,8 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
             trainer.add_callback(Record(trainer, run, mirror, prepared, signals))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             save(trainer, prepared, run, mirror, plan)
+    if main:
+        print_next_steps(run)
     return run
 
 
