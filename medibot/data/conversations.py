@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
-from medibot.cleaning.ledger import LedgerLine
+from medibot.cleaning.ledger import LedgerLine, compare_rows
 from medibot.cleaning.rules import Row
 from medibot.model.template import template_kwargs
 from medibot.model.tokenizer import escape_markers, make_prompt
@@ -57,11 +57,7 @@ def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> N
 def escape_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
     """Return rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
     after = [row | {key: escape_markers(row[key], markers) for key in ("prompt", "completion")} for row in rows]
-    changed = [(old, new) for old, new in zip(rows, after, strict=True) if old != new]
-    examples = [
-        {"row": old["row"], "before": old["completion"], "after": new["completion"]} for old, new in changed[:3]
-    ]
-    return after, LedgerLine("role markers made text", len(rows), 0, len(changed), 0, len(rows), examples)
+    return after, compare_rows("role markers made text", rows, after)
 
 
 def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[Row], LedgerLine]:
@@ -69,16 +65,14 @@ def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Ro
     limit = recipe.training.get("max_length", 1024)
     counts = count_tokens(recipe, tokenizer, [prompt_of(recipe, row) + completion_of(row) for row in rows])
     counted = [row | {"tokens": tokens} for row, tokens in zip(rows, counts, strict=True)]
-    long = [row for row in counted if limit is not None and row["tokens"] > limit]
-    if long and recipe.data.too_long == "error":
-        worst = max(long, key=lambda row: row["tokens"])
-        what = f"{len(long):,} conversations are longer than {limit} tokens (row {worst['row']}: {worst['tokens']})"
-        raise recipe.error("training.max_length", what, "raise it, or write data.too_long: drop")
     kept = [row for row in counted if limit is None or row["tokens"] <= limit]
+    if len(kept) < len(rows) and recipe.data.too_long == "error":
+        worst = max(counted, key=lambda row: row["tokens"])
+        what = f"{len(rows) - len(kept):,} conversations are longer than {limit} tokens (row {worst['row']}: {worst['tokens']})"
+        raise recipe.error("training.max_length", what, "raise it, or write data.too_long: drop")
     if not kept:
         raise recipe.error("training.max_length", f"every conversation is longer than {limit} tokens", "raise it")
-    examples = [{"row": row["row"], "before": row["completion"], "after": None} for row in long[:3]]
-    return kept, LedgerLine("longer than max_length", len(rows), len(long), 0, 0, len(kept), examples)
+    return kept, compare_rows("longer than max_length", counted, kept)
 
 
 def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> list[int]:

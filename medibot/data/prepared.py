@@ -16,7 +16,7 @@ from rich.progress import Progress
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medibot.cleaning import clean, expand
-from medibot.cleaning.ledger import LedgerLine, row_key
+from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
 from medibot.cleaning.rules import Row
 from medibot.data import splitting
 from medibot.data.conversations import escape_rows, fit_length, map_columns, render, require_text
@@ -148,7 +148,7 @@ def limit_rows(recipe: Recipe, splits: dict[str, list[Row]]) -> tuple[dict[str, 
         rows = chosen[name]
         first = sorted(rows, key=lambda row: sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))[:most]
         chosen[name] = sorted(first, key=row_key)
-        lines.append(LedgerLine(f"limit {name} to {most:,}", len(rows), len(rows) - len(first), 0, 0, len(first), []))
+        lines.append(compare_rows(f"limit {name} to {most:,}", rows, chosen[name]))
     for name, share in (("train", 1.0), ("validation", data.validation), ("test", data.test)):
         if share and not chosen[name]:
             what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"
