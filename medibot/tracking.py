@@ -18,14 +18,7 @@ from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder, read_json
 
 # What a dashboard can put on the x-axis
-AXES = (
-    "train/global_step",
-    "train/num_supervised_tokens_seen",
-    "train/num_input_tokens_seen",
-    "train/num_examples_seen",
-    "train/epoch",
-    "train/seconds",
-)
+COUNTS = ("global_step", "num_supervised_tokens_seen", "num_input_tokens_seen", "num_examples_seen", "epoch", "seconds")
 # Seconds that the beginning and the end of a run wait for a server that does not answer
 INIT_TIMEOUT, FINISH_TIMEOUT = 20, 30
 
@@ -39,21 +32,15 @@ class Mirror:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Send one step's metrics."""
-        self.send("metrics", lambda: self.wandb_run.log(metrics))
+        self.send("metrics", lambda _: self.wandb_run.log(metrics))
 
     def summary(self, values: dict[str, Any]) -> None:
         """Send values of the whole run."""
-        self.send("summary", lambda: self.wandb_run.summary.update(values))
+        self.send("summary", lambda _: self.wandb_run.summary.update(values))
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Send one table under `name`, in the place of the one before."""
-
-        def call() -> None:
-            import wandb
-
-            self.wandb_run.log({name: wandb.Table(columns=columns, data=rows)})
-
-        self.send("tables and artifacts", call)
+        self.send("tables and artifacts", lambda wandb: self.wandb_run.log({name: wandb.Table(columns, rows)}))
 
     def artifact(self, kind: str, name: str, files: list[Path], manifest: dict[str, Any], uses: dict[str, str]) -> None:
         """Send `files` (of a folder, all that it holds) as one artifact; `uses` are the {name: type} it was made from.
@@ -61,9 +48,7 @@ class Mirror:
         W&B draws lineage online only: offline, `manifest` and `uses` say the same in the artifact's metadata.
         """
 
-        def call() -> None:
-            import wandb
-
+        def call(wandb: Any) -> None:
             online = self.wandb_run.settings.mode == "online"
             for used, its_kind in uses.items() if online else []:
                 # One that was tracked offline and never synced is not there to be used
@@ -80,12 +65,14 @@ class Mirror:
 
         self.send("tables and artifacts", call)
 
-    def send(self, what: str, call: Callable[[], None]) -> None:
-        """Call, unless there is no W&B run or `what` failed before: a broken server costs one line, not a training."""
+    def send(self, what: str, call: Callable[[Any], None]) -> None:
+        """Call with wandb, unless there is no run or `what` failed before: a broken server costs a line, no training."""
         if self.wandb_run is None or what in self.failed:
             return
+        import wandb
+
         try:
-            call()
+            call(wandb)
         except Exception as error:  # wandb's errors have no base of their own
             self.failed.add(what)
             print(f"W&B: {name_error(error)}; no more {what} are sent, the run's folder has them all")
@@ -104,13 +91,22 @@ def tracked(
     if recipe.tracking is None or not main_process:
         yield Mirror()
         return
-    wandb_run = start(recipe, run, config, job_type)
+    import wandb
+
+    wandb_run, exit_code = start(recipe, run, config, job_type), 1
     try:
         yield Mirror(wandb_run)
-    except BaseException:
-        finish(wandb_run, run, exit_code=1)
-        raise
-    finish(wandb_run, run)
+        exit_code = 0
+    finally:
+        try:
+            wandb_run.finish(exit_code)
+            if wandb_run.settings.mode == "offline":
+                print(f"W&B: kept offline; to upload: wandb sync {run.folder}/wandb/offline-run-*")
+        except Exception as error:  # a timeout, or any of wandb's errors, which have no base of their own
+            print(f"W&B: {name_error(error).rstrip('.')}; to upload the rest: wandb sync {wandb_run.settings.sync_dir}")
+            # What wandb would do at exit, where its error would be a traceback
+            with suppress(Exception):
+                wandb.teardown()
 
 
 def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> Any:
@@ -120,15 +116,9 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    settings = wandb.Settings(
-        console="off",
-        disable_code=True,
-        init_timeout=INIT_TIMEOUT,
-        finish_timeout=FINISH_TIMEOUT,
-        finish_timeout_raises=True,
-        silent=True,
-        disable_job_creation=True,
-    )
+    quiet = {"console": "off", "silent": True, "disable_code": True, "disable_job_creation": True}
+    timeouts = {"init_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT, "finish_timeout_raises": True}
+    settings = wandb.Settings(**quiet, **timeouts)
     identity = hashlib.sha256((run.record()["fingerprint"] + run.name + job_type).encode()).hexdigest()[:16]
     options: dict[str, Any] = {
         "project": "medibot",
@@ -149,27 +139,11 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
         # The failed attempt would hold on to the run's id
         wandb.teardown()
         wandb_run = wandb.init(mode="offline", settings=settings, **options)
-    for axis in AXES:
-        wandb_run.define_metric(axis)
+    for count in COUNTS:
+        wandb_run.define_metric(f"train/{count}")
     wandb_run.define_metric("*", step_metric="train/global_step")
     print(f"W&B: {f'offline in {run.folder}/wandb' if wandb_run.settings.mode == 'offline' else wandb_run.url}")
     return wandb_run
-
-
-def finish(wandb_run: Any, run: Run, exit_code: int = 0) -> None:
-    """End the W&B run; what it could not send stays in the folder, and one line says how to send it later."""
-    import wandb
-
-    try:
-        wandb_run.finish(exit_code)
-    except Exception as error:  # a timeout, or any of wandb's errors, which have no base of their own
-        print(f"W&B: {name_error(error).rstrip('.')}; to upload the rest: wandb sync {wandb_run.settings.sync_dir}")
-        # What wandb would do at exit, where its error would be a traceback
-        with suppress(Exception):
-            wandb.teardown()
-        return
-    if wandb_run.settings.mode == "offline":
-        print(f"W&B: kept offline; to upload: wandb sync {run.folder}/wandb/offline-run-*")
 
 
 def comparison_group(recipe: Recipe, run: Run) -> str:
@@ -210,11 +184,8 @@ def dashboard(project: str) -> None:
         view = make_view(wandb.Api().default_entity, project)
         view.save()
     except Exception as error:  # wandb's and requests' errors have no base of their own
-        what, remedy = (
-            f"W&B refused the view: {name_error(error)}",
-            "log in again, or WANDB_MODE=offline make dashboard",
-        )
-        raise RecipeError.of("dashboard", what, remedy) from error
+        remedy = "log in again, or WANDB_MODE=offline make dashboard"
+        raise RecipeError.of("dashboard", f"W&B refused the view: {name_error(error)}", remedy) from error
     print(f"W&B: {view.url}")
 
 
@@ -231,43 +202,28 @@ def make_view(entity: str, project: str) -> Any:
         "best validation loss": "eval_loss_best",
     }
     costs = {"seconds of steps": "cost.training_seconds", "peak bytes": "cost.peak_memory_bytes"}
-    curves = [
-        wr.LinePlot(title=f"{loss} by {name}", x=axis, y=[metric], max_runs_to_show=20)
-        for loss, metric in losses.items()
-        for name, axis in axes.items()
-    ]
-    against = [
-        wr.ScatterPlot(title=f"{good} against {price}", x=wr.SummaryMetric(cost), y=wr.SummaryMetric(metric))
-        for good, metric in quality.items()
-        for price, cost in costs.items()
-    ]
-    tables = [wr.WeavePanelSummaryTable(table_name=name) for name in ("test/metrics", "test/answers", "answers")]
-    sections = {
-        "Curves": curves,
-        "Cost against quality": against,
+    panels = {
+        "Curves": [
+            wr.LinePlot(title=f"{loss} by {name}", x=axis, y=[metric], max_runs_to_show=20)
+            for loss, metric in losses.items()
+            for name, axis in axes.items()
+        ],
+        "Cost against quality": [
+            wr.ScatterPlot(title=f"{good} against {price}", x=wr.SummaryMetric(cost), y=wr.SummaryMetric(metric))
+            for good, metric in quality.items()
+            for price, cost in costs.items()
+        ],
         "What differs": [wr.RunComparer(diff_only="split")],
-        "Answers": tables,
+        "Answers": [wr.WeavePanelSummaryTable(table_name=name) for name in ("test/metrics", "test/answers", "answers")],
     }
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name="MediBot recipes compared",
-        sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()],
-        settings=ws.WorkspaceSettings(x_axis=axes["supervised tokens"]),
-    )
+    sections = [ws.Section(name=name, panels=found, is_open=True) for name, found in panels.items()]
+    settings = ws.WorkspaceSettings(x_axis=axes["supervised tokens"])
+    title = "MediBot recipes compared"
+    return ws.Workspace(entity=entity, project=project, name=title, sections=sections, settings=settings)
 
 
 def browse() -> None:
-    """Open `wandb leet` on all runs of outputs/ at once."""
-    folder = link_logs()
-    if not sys.stdout.isatty():
-        remedy = f"open one, and: wandb leet {folder}"
-        raise RecipeError.of("dashboard", "without a W&B key it needs a terminal", remedy)
-    subprocess.run([sys.executable, "-m", "wandb", "leet", str(folder)], check=False)
-
-
-def link_logs() -> Path:
-    """Link every run's W&B log into outputs/.leet/, one folder a run, as leet wants to have them."""
+    """Link every run's W&B log into outputs/.leet/, one folder a run as leet wants them, and open `wandb leet` there."""
     logs = sorted(outputs_folder().glob("*/wandb/*run-*/run-*.wandb"))
     if not logs:
         raise RecipeError.of("dashboard", f"no W&B run in {outputs_folder()}", "run: make train")
@@ -276,4 +232,7 @@ def link_logs() -> Path:
     for log in logs:
         (folder / log.parent.name).mkdir(parents=True)
         (folder / log.parent.name / log.name).symlink_to(log.absolute())
-    return folder
+    if not sys.stdout.isatty():
+        remedy = f"open one, and: wandb leet {folder}"
+        raise RecipeError.of("dashboard", "without a W&B key it needs a terminal", remedy)
+    subprocess.run([sys.executable, "-m", "wandb", "leet", str(folder)], check=False)

@@ -34,7 +34,9 @@ def test_the_saved_view_shows_curves_cost_against_quality_differences_and_answer
 def test_without_a_key_the_terminal_shows_every_run(trained, monkeypatch):
     for name, seed in (("one", 1), ("two", 2)):
         trained(name, "quantization=null", "tracking={project: mine}", f"training.seed={seed}")
-    folder = tracking.link_logs()
+    with pytest.raises(RecipeError, match="needs a terminal"):
+        tracking.dashboard("mine")
+    folder = open_run("one").folder.parent / ".leet"
     logs = sorted(open_run("one").folder.parent.glob("*/wandb/offline-run-*/run-*.wandb"))
     assert sorted(path.resolve() for path in folder.glob("*/*.wandb")) == sorted(path.resolve() for path in logs)
     assert len(logs) == 2
