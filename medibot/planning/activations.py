@@ -6,7 +6,6 @@ is taken to keep what the second one does.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -15,8 +14,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from medibot.planning.memory import build_skeleton, cast_bytes, load_config
@@ -33,61 +30,30 @@ UNTRACED = 34
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward pass keeps: a layer, what is outside of layers, one hidden state.
-
-    `freed` is what a layer allocates and frees again on its way.
-    """
+    """Bytes that a forward pass keeps: a layer, what is outside of layers, one hidden state."""
 
     layer: int
     outside: int
     state: int
-    freed: int
     traced: bool
 
 
-class Allocated(TorchDispatchMode):
-    """Collect every storage that an operation makes; holding on to them keeps their identity."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = storage
-        return made
-
-
-class GPUDropout(torch.nn.Dropout):
-    """Dropout as on a GPU, which keeps one byte a value; torch on a CPU keeps the scaled noise."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.native_dropout(input, self.p, self.training)[0]
-
-
-def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
+def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, rows: int, length: int) -> Kept:
     """Trace the first one and two layers over `rows` x `length` tokens; estimate a model that cannot be traced."""
     try:
-        one, two = (trace_layers(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2))
+        one, two = (trace_layers(recipe, dtype, compute, layers, rows, length) for layers in (1, 2))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
         state = rows * length * load_config(recipe).get_text_config().hidden_size * compute.itemsize
-        return Kept(state * UNTRACED // 2, state, state, state * UNTRACED, traced=False)
+        return Kept(state * UNTRACED // 2, state, state, traced=False)
     layer = two.layer - one.layer
-    return Kept(layer, max(0, one.layer - layer), two.state, two.freed - one.freed, traced=True)
+    return Kept(layer, max(0, one.layer - layer), two.state, traced=True)
 
 
-def trace_layers(
-    recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, rows: int, length: int
-) -> Kept:
+def trace_layers(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, layers: int, rows: int, length: int) -> Kept:
     """Run the backbone's first `layers` on fake tensors: `layer` is all that they keep."""
     model = build_skeleton(recipe, dtype, layers, quantized=False)
-    for name, module in list(model.named_modules()) if gpu else []:
-        if isinstance(module, torch.nn.Dropout):
-            model.set_submodule(name, GPUDropout(module.p))
     backbone = (model.get_base_model() if recipe.lora is not None else model).base_model
+    # Holding on to the storages keeps their identity
     saved: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,26 +74,21 @@ def trace_layers(
         # A single row is never padded, and upstream then drops the mask
         mask = torch.ones_like(ids) if rows > 1 else None
         batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        with Allocated() as allocated, autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             made = torch.func.functional_call(backbone, values, kwargs=batch)
         kept = sum(storage.nbytes() for storage in saved.values()) - cast_bytes(backbone, compute)
-        total = sum(storage.nbytes() for key, storage in allocated.storages.items() if key not in parameters)
-        return Kept(kept, 0, made.last_hidden_state.nbytes, total - kept, traced=True)
+        return Kept(kept, 0, made.last_hidden_state.nbytes, traced=True)
 
 
-def head_bytes(
-    gpu: bool, training: bool, supervised: int, config: PretrainedConfig, compute: torch.dtype, full: bool
-) -> int:
-    """Return the bytes that head and loss need on top, at their highest point, to score `supervised` positions.
+def head_bytes(gpu: bool, supervised: int, config: PretrainedConfig, compute: torch.dtype, full: bool) -> int:
+    """Return the bytes that head and loss need on top, at their highest point, to learn from `supervised` positions.
 
     On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU that of medibot/training/cpu.py, two tiles in
     float32. Both keep the hidden states of those positions and their gradient. `full`: the head is trained, too.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
+    logits, cast = 2 * 4 * min(CPU_TILE, supervised) * vocabulary, 0
     if gpu:
         width = min(GPU_TILE[1], vocabulary)
         logits, cast = min(GPU_TILE[0], supervised) * width * compute.itemsize, width * hidden * compute.itemsize
-    else:
-        logits, cast = 2 * 4 * min(CPU_TILE, supervised) * vocabulary, 0
-    states = supervised * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))
-    return logits + states + (4 * vocabulary * hidden + cast if full else 0)
+    return logits + supervised * hidden * (4 + 2 * compute.itemsize) + (4 * vocabulary * hidden + cast if full else 0)

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, one_line
 from medibot.recipe.files import search_folders
 
 if TYPE_CHECKING:
@@ -31,6 +30,14 @@ GPUS = {
     "H100 PCIe": (80, 756.0),
     "H100": (80, 989.0),
     "H200": (141, 989.0),
+}
+# accelerate's distributed_type, and its version of FSDP or stage of ZeRO
+KINDS = {
+    ("NO", None): "one process",
+    ("MULTI_GPU", None): "DDP",
+    ("FSDP", 2): "FSDP2",
+    ("DEEPSPEED", 2): "ZeRO-2",
+    ("DEEPSPEED", 3): "ZeRO-3",
 }
 # Assumed, not measured: CUDA context and library workspaces of a process, and NCCL's buffers where there are several
 CONTEXT, NCCL = 600_000_000, 300_000_000
@@ -92,35 +99,27 @@ def find_config(name: str) -> Path:
 
 
 def read_hardware(file: Path) -> Hardware:
-    """Read an accelerate config; raise RecipeError if it is none, or of a kind that trains something else."""
+    """Read an accelerate config; raise RecipeError if it is none, or for what upstream would not do as written."""
+    remedy = "take one of accelerate_configs/"
     try:
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        what = f"{file} is not YAML: {' '.join(str(error).split())}"
-        raise RecipeError.of("ACCELERATE", what, "take one of accelerate_configs/") from error
+        raise RecipeError.of("ACCELERATE", f"{file} is not YAML: {one_line(error)}", remedy) from error
     if not isinstance(written, dict):
-        raise RecipeError.of("ACCELERATE", f"{file} is not an accelerate config", "take one of accelerate_configs/")
-    plugin = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(written.get("distributed_type", "NO"), "")
+        raise RecipeError.of("ACCELERATE", f"{file} is not an accelerate config", remedy)
+    kind = written.get("distributed_type", "NO")
+    plugin = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(kind, "")
     settings = written | (written.get(plugin) or {})
-    return Hardware(file.stem, read_kind(file, settings), settings)
-
-
-def read_kind(file: Path, settings: Mapping[str, Any]) -> str:
-    """Return how a config shares the work; raise RecipeError for what upstream would not do as written."""
-    written, stage = settings.get("distributed_type", "NO"), settings.get("zero_stage", 2)
-    if written in ("NO", "MULTI_GPU"):
-        return {"NO": "one process", "MULTI_GPU": "DDP"}[written]
-    if written == "FSDP" and settings.get("fsdp_version", 1) == 2:
-        return "FSDP2"
-    if written == "DEEPSPEED" and stage in (2, 3):
-        return f"ZeRO-{stage}"
+    version = {"FSDP": settings.get("fsdp_version", 1), "DEEPSPEED": settings.get("zero_stage", 2)}.get(kind)
+    if (kind, version) in KINDS:
+        return Hardware(file.stem, KINDS[kind, version], settings)
     remedies = {
         "MULTI_CPU": "accelerate starts one process under MULTI_CPU, whatever num_processes says: take cpu-2",
         "FSDP": "FSDP1 is deprecated upstream: write fsdp_version: 2",
         "DEEPSPEED": "only ZeRO-2 and ZeRO-3 are supported",
     }
-    remedy = remedies.get(written, "take one of accelerate_configs/")
-    raise RecipeError.of("ACCELERATE", f"{file}: distributed_type {written} is not supported", remedy)
+    what = f"{file}: distributed_type {kind} is not supported"
+    raise RecipeError.of("ACCELERATE", what, remedies.get(kind, remedy))
 
 
 def find_device(written: str, dtype: str | None) -> Device:

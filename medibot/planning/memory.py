@@ -5,6 +5,7 @@ parameter's shape is the real one.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
+from medibot.errors import one_line
 from medibot.model.loading import call_loader
 from medibot.model.precision import make_lora_config, make_quantization_config
 from medibot.recipe import Recipe
@@ -53,46 +55,38 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
 def build_skeleton(
     recipe: Recipe, dtype: torch.dtype, layers: int | None = None, quantized: bool = True
 ) -> torch.nn.Module:
-    """Return the recipe's model on the meta device, with its adapters; `layers` keeps only its first ones.
+    """Return the recipe's model on the meta device, with its adapters in float32; `layers` keeps only its first ones.
 
     Raises RecipeError where the adapters match no module.
     """
-    config = load_config(recipe)
+    config, bits = load_config(recipe), make_quantization_config(recipe, dtype)
     text = config.get_text_config()
     if layers is not None:
-        kinds = text.to_dict().get("layer_types")
         text.num_hidden_layers = layers
-        if kinds:
+        if kinds := text.to_dict().get("layer_types"):
             text.layer_types = kinds[:layers]
     attention = "eager" if recipe.model.get("attn_implementation") == "eager" else "sdpa"
-    trusted = recipe.model.get("trust_remote_code", False)
+    written = {"attn_implementation": attention, "trust_remote_code": recipe.model.get("trust_remote_code", False)}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted
-        )
-    bits = make_quantization_config(recipe, dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **written)
     if bits is not None and quantized:
         kept = HfQuantizer.get_modules_to_not_convert(model, bits.llm_int8_skip_modules, model._keep_in_fp32_modules)
         model = replace_with_bnb_linear(model, kept, bits)
-    return (model if recipe.lora is None else add_adapters(recipe, model, cut=layers is not None)).train()
-
-
-def add_adapters(recipe: Recipe, model: torch.nn.Module, cut: bool) -> torch.nn.Module:
-    """Give the skeleton its adapters, in float32 as in training."""
     lora: Any = make_lora_config(recipe)
+    if lora is None:
+        return model.train()
     # An initialisation by the weights needs their values; shapes do not depend on it
     lora.init_lora_weights = True
-    if cut:
+    if layers is not None:
         lora.layers_to_transform = lora.layer_replication = None
     try:
         adapted = get_peft_model(model, lora)
     except NoMatchingPeftModuleError as error:
-        what = " ".join(str(error).split())
-        raise recipe.error("lora.target_modules", what, "name modules that this model has") from error
+        raise recipe.error("lora.target_modules", one_line(error), "name modules that this model has") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return adapted
+    return adapted.train()
 
 
 def count_bytes(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> Parameters:
@@ -102,21 +96,18 @@ def count_bytes(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> Par
     packed = {id(m.weight): m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)}
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapters = {id(parameter) for parameter in learned} if recipe.lora is not None else set()
-    base: dict[str, int] = {}
+    base: Counter[str] = Counter()
     for parameter in model.parameters():
-        if id(parameter) in adapters:
-            continue
-        sizes = {str(parameter.dtype).removeprefix("torch."): parameter.nbytes}
         if id(parameter) in packed:
-            sizes = quantized_bytes(packed[id(parameter)], double)
-        for name, size in sizes.items():
-            base[name] = base.get(name, 0) + size
+            base.update(quantized_bytes(packed[id(parameter)], double))
+        elif id(parameter) not in adapters:
+            base[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding = model.get_input_embeddings().weight.numel()
     trained = sum(parameter.nbytes for parameter in learned)
     return Parameters(
         base=base,
-        quantized=sum(base.get(name, 0) for name in QUANTIZED),
+        quantized=sum(base[name] for name in QUANTIZED),
         adapters=trained if adapters else 0,
         trained=trained,
         casts=cast_bytes(model, compute),

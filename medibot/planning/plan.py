@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import torch
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PretrainedConfig
 
 from medibot.data.prepared import Prepared, prepare
@@ -25,8 +25,8 @@ from medibot.recipe import Recipe
 from medibot.run import outputs_folder
 
 # Measured on CPUs, glibc 2.36 (benchmarks/plan.py): what a training's process grows by beside what is counted here, and
-# the share of what a layer allocates and frees that the heap cannot use again
-LATER, HOLES = 25_000_000, 0.22
+# by how much the heap is larger than the activations in it
+LATER, HEAP = 25_000_000, 1.3
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Plan:
     """One training on one device.
 
     Exact: parameters, adapters, gradients, optimizer state. Traced: activations. Estimated: the rest. `lengths` are the
-    tokens of each row, `supervised_share` of the longest one is learned from, `evaluated` are the tokens of an
-    evaluation's largest batch, `overhead` the bytes that the process holds whatever it trains.
+    tokens of each row, `supervised_share` of the longest one is learned from, `overhead` are the bytes that the process
+    holds whatever it trains.
     """
 
     recipe: Recipe
@@ -46,7 +46,6 @@ class Plan:
     parameters: Parameters
     lengths: np.ndarray
     supervised_share: float
-    evaluated: int
     overhead: int
 
     @property
@@ -67,20 +66,16 @@ class Plan:
     @cached_property
     def schedule(self) -> Schedule:
         """Return steps, tokens, time and disk."""
-        parts = (self.recipe, self.lengths, self.parameters, self.config, self.device, self.layout, self.checkpointing)
-        return make_schedule(*parts)
+        return make_schedule(self)
 
-    def memory(
-        self, rows: int | None = None, checkpointing: bool | None = None, layout: Layout | None = None
-    ) -> dict[str, int]:
+    def memory(self, rows: int | None = None, checkpointing: bool | None = None) -> dict[str, int]:
         """Return bytes on one device, by what they are for; `peak` is what has to fit."""
-        layout = layout or self.layout
         checkpointing = self.checkpointing if checkpointing is None else checkpointing
-        parts = self.fixed(layout) | self.batch(rows or self.rows, checkpointing)
+        parts = self.fixed(self.layout) | self.batch(rows or self.rows, checkpointing)
         passing, gradients = parts["activations"] + parts["logits"], parts["gradients"]
         always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
-        together = setting(self.recipe, "gradient_accumulation_steps") > 1 or layout.strategy == "ddp"
+        together = setting(self.recipe, "gradient_accumulation_steps") > 1 or self.layout.strategy == "ddp"
         return parts | {"peak": always + (passing + gradients if together else max(passing, gradients))}
 
     def fixed(self, layout: Layout) -> dict[str, int]:
@@ -109,44 +104,24 @@ class Plan:
             "overhead": self.overhead,
         }
 
+    @cached_property
+    def traces(self) -> dict[int, Kept]:
+        """Return what a forward pass over one and two of the longest rows keeps; a mask comes with the second."""
+        compute = self.device.compute
+        return {rows: trace(self.recipe, self.weights, compute, rows, self.longest) for rows in (1, 2)}
+
     def batch(self, rows: int, checkpointing: bool) -> dict[str, int]:
         """Return what is kept for the backward pass, and what comes on top: logits, or one layer's gradients."""
-        kept, layers = self.kept(rows), self.config.num_hidden_layers
-        stored = layers * (kept.state if checkpointing else kept.layer) + kept.outside
-        layer = kept.layer * (2 if checkpointing else 1)
-        logits = self.head(rows * self.longest, training=True)
-        if not self.device.gpu:
-            stored += int(HOLES * (kept.freed if checkpointing else layers * kept.freed))
-            if setting(self.recipe, "eval_strategy") != "no" or setting(self.recipe, "eval_on_start"):
-                # The heap gives little back: an evaluation comes on top of it
-                logits = max(logits, self.head(self.evaluated, training=False))
-        return {"activations": stored, "logits": max(logits, layer)}
-
-    @cached_property
-    def one_row(self) -> Kept:
-        """Return what a forward pass over the longest row keeps."""
-        return trace(self.recipe, self.weights, self.device.compute, self.device.gpu, 1, self.longest)
-
-    @cached_property
-    def two_rows(self) -> Kept:
-        """Return what a forward pass over two of the longest rows keeps; a mask comes with the second."""
-        return trace(self.recipe, self.weights, self.device.compute, self.device.gpu, 2, self.longest)
-
-    def kept(self, rows: int) -> Kept:
-        """Return what a forward pass over `rows` of the longest rows keeps: traced for one and two, then in proportion."""
-        flat = is_flat(self.recipe)
-        traced, times = (self.one_row, rows) if rows == 1 or flat else (self.two_rows, rows / 2)
-        scaled = (int(size * times) for size in (traced.layer, traced.outside, traced.state, traced.freed))
-        layer, outside, state, freed = scaled
+        flat, layers, compute = is_flat(self.recipe), self.config.num_hidden_layers, self.device.compute
+        traced = 1 if rows == 1 or flat else 2
+        kept, times = self.traces[traced], rows / traced
+        stored = times * (layers * (kept.state if checkpointing else kept.layer) + kept.outside)
         # The rows of a flat batch are told apart by a mask over all its tokens
-        mask = (rows * self.longest) ** 2 * self.device.compute.itemsize if flat else 0
-        return Kept(layer, outside + mask, state, freed, traced.traced)
-
-    def head(self, positions: int, training: bool) -> int:
-        """Return what head and loss need for a batch of so many positions."""
-        supervised = math.ceil(positions * self.supervised_share)
-        full = training and self.recipe.lora is None
-        return head_bytes(self.device.gpu, training, supervised, self.config, self.device.compute, full)
+        stored += (rows * self.longest) ** 2 * compute.itemsize if flat else 0
+        supervised = math.ceil(rows * self.longest * self.supervised_share)
+        logits = head_bytes(self.device.gpu, supervised, self.config, compute, full=self.recipe.lora is None)
+        layer = times * kept.layer * (2 if checkpointing else 1)
+        return {"activations": int(stored * (1 if self.device.gpu else HEAP)), "logits": int(max(logits, layer))}
 
     def fits(self, rows: int | None = None, checkpointing: bool | None = None) -> bool:
         """Tell whether a micro-batch of `rows` of the longest rows fits."""
@@ -181,9 +156,8 @@ class Plan:
         """Raise RecipeError, before a weight is loaded, for what cannot fit."""
         if not self.fits():
             peak, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
-            what = (
-                f"{self.rows} rows of {self.longest} tokens need {peak:.1f} GB, {self.device.name} has {capacity:.1f}"
-            )
+            rows, name = f"{self.rows} rows of {self.longest} tokens", self.device.name
+            what = f"{rows} need {peak:.1f} GB, {name} has {capacity:.1f}"
             raise self.recipe.error("training.per_device_train_batch_size", what, f"{self.advice()}; or ANYWAY=1")
 
     def planned_peak(self) -> int:
@@ -202,7 +176,7 @@ class Plan:
             "processes": self.layout.processes,
             "micro_batch": self.rows,
             "activation_checkpointing": self.checkpointing,
-            "activations_traced": self.kept(self.rows).traced,
+            "activations_traced": self.traces[1].traced,
             "memory_bytes": self.memory(),
             "fits": self.fits(),
             "largest_micro_batch": self.most_rows(),
@@ -217,28 +191,18 @@ class Plan:
         }
 
     def __rich__(self) -> Group:
-        """Return the verdict, memory by part and strategy, and the figures below it."""
+        """Return the verdict, memory by part, and the figures below it."""
         fit = "fits" if self.fits() else f"does NOT fit: {self.advice()}"
         peak, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
         verdict = f"{self.recipe.name} {fit} ({peak:.1f} of {capacity:.1f} GB, {self.device.name})"
-        return Group(verdict, self.memory_table(), *(f"{name:14}{value}" for name, value in self.figures()))
-
-    def memory_table(self) -> Table:
-        """Return memory by what it is for, for this layout, or for every strategy where several processes train."""
-        ways, other = self.layout.processes, not self.checkpointing
-        names = ("ddp", "zero2", "zero3", "fsdp2")
-        layouts = [Layout(name, ways) for name in names] if ways > 1 else [self.layout]
-        title = f"GB on one device of {ways}, {self.rows} rows of {self.longest} tokens"
-        table = Table("", *(layout.strategy for layout in layouts), title=title, title_justify="left")
-        columns = [self.memory(layout=layout) for layout in layouts]
-        for part in dict.fromkeys(part for column in columns for part in column):
-            if any(column.get(part) for column in columns):
-                table.add_row(part, *(f"{column.get(part, 0) / GB:.3f}" for column in columns))
-        again = [self.memory(checkpointing=other, layout=layout)["peak"] for layout in layouts]
-        table.add_row(f"peak {'with' if other else 'without'} checkpointing", *(f"{size / GB:.3f}" for size in again))
-        for column in table.columns[1:]:
-            column.justify = "right"
-        return table
+        title = f"GB on one device of {self.layout.processes}, {self.rows} rows of {self.longest} tokens"
+        table = Table("", Column(self.layout.strategy, justify="right"), title=title, title_justify="left")
+        other = f"peak with{'out' if self.checkpointing else ''} checkpointing"
+        parts = self.memory() | {other: self.memory(checkpointing=not self.checkpointing)["peak"]}
+        for part, size in parts.items():
+            if size:
+                table.add_row(part, f"{size / GB:.3f}")
+        return Group(verdict, table, *(f"{name:14}{value}" for name, value in self.figures()))
 
     def figures(self) -> list[tuple[str, str]]:
         """Return name and value of each line below the table."""
@@ -247,7 +211,7 @@ class Plan:
         if schedule.hours is not None:
             long = f"{schedule.hours:.1f} h" if schedule.hours >= 1 else f"{60 * schedule.hours:.0f} min"
             time = f"{long} (estimate: {UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device)"
-        traced = "traced" if self.kept(self.rows).traced else "a rule of thumb: this architecture cannot be traced"
+        traced = "traced" if self.traces[1].traced else "a rule of thumb: this architecture cannot be traced"
         other = self.most_rows(checkpointing=not self.checkpointing)
         lengths = self.as_dict()["lengths"].items()
         return [
@@ -263,30 +227,21 @@ class Plan:
         ]
 
 
-def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
-    """Return the settings with which each process takes its share of the recipe's batch."""
-    rows, accumulated = share_batch(recipe, processes)
-    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
-
-
 def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
     """Return the plan of a training on `device`, with the weights and rows that each process would hold."""
-    training = prepared.recipe.training | per_process(prepared.recipe, layout.processes)
+    training = prepared.recipe.training | share_batch(prepared.recipe, layout.processes)
     recipe = dataclasses.replace(prepared.recipe, training=training)
     weights = weights_dtype(recipe, device.compute)
     rows: Any = prepared.load("train")
-    held_out: Any = prepared.load("validation")
     lengths = np.array(rows["tokens"])
     answer = rows[int(lengths.argmax())]["completion"][0]["content"]
     share = min(1.0, len(prepared.tokenizer(answer, add_special_tokens=False)["input_ids"]) / int(lengths.max()))
-    size = setting(recipe, "per_device_eval_batch_size")
-    evaluated = min(size, len(held_out)) * max(held_out["tokens"]) if held_out is not None else 0
     if setting(recipe, "packing"):
         whole = setting(recipe, "max_length")
         lengths = np.full(math.ceil(lengths.sum() / whole), whole)
     overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else psutil.Process().memory_info().rss + LATER
     config, parameters = load_config(recipe).get_text_config(), count_bytes(recipe, weights, device.compute)
-    return Plan(recipe, weights, device, layout, config, parameters, lengths, share, evaluated, overhead)
+    return Plan(recipe, weights, device, layout, config, parameters, lengths, share, overhead)
 
 
 def plan_recipe(recipe: Recipe, gpu: str | None, hardware: Hardware, processes: int) -> Plan:

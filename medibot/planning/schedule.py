@@ -2,15 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PretrainedConfig
 from trl import SFTConfig
 
-from medibot.planning.hardware import Device, Layout
-from medibot.planning.memory import Parameters
 from medibot.recipe import Recipe
+
+if TYPE_CHECKING:
+    from medibot.planning.plan import Plan
 
 # The share of a data sheet's TFLOPs that a fine-tuning is taken to reach; 0.3 to 0.45 is usual
 UTILIZATION = 0.35
@@ -40,26 +40,18 @@ class Schedule:
     disk: int
 
 
-def make_schedule(
-    recipe: Recipe,
-    lengths: np.ndarray,
-    parameters: Parameters,
-    config: PretrainedConfig,
-    device: Device,
-    layout: Layout,
-    checkpointing: bool,
-) -> Schedule:
-    """Return the schedule of a training on rows of `lengths` tokens."""
+def make_schedule(plan: "Plan") -> Schedule:
+    """Return the schedule of a planned training."""
+    recipe, processes = plan.recipe, plan.layout.processes
     accumulated = setting(recipe, "gradient_accumulation_steps")
-    batch = setting(recipe, "per_device_train_batch_size") * layout.processes
-    epoch = math.ceil(math.ceil(len(lengths) / batch) / accumulated)
+    batch = setting(recipe, "per_device_train_batch_size") * processes
+    epoch = math.ceil(math.ceil(len(plan.lengths) / batch) / accumulated)
     most = setting(recipe, "max_steps")
     steps = most if most > 0 else math.ceil(epoch * setting(recipe, "num_train_epochs"))
-    tokens = round(steps * accumulated * layout.processes * padded_tokens(recipe, lengths))
-    flops = tokens * flops_per_token(lengths, parameters, config, checkpointing)
-    speed = (device.tflops or 0) * 1e12 * UTILIZATION * layout.processes
-    hours = flops / speed / 3600 if speed else None
-    return Schedule(steps, tokens, flops, hours, disk_bytes(recipe, parameters, steps))
+    tokens = round(steps * accumulated * processes * padded_tokens(recipe, plan.lengths))
+    flops = tokens * flops_per_token(plan)
+    speed = (plan.device.tflops or 0) * 1e12 * UTILIZATION * processes
+    return Schedule(steps, tokens, flops, flops / speed / 3600 if speed else None, disk_bytes(plan, steps))
 
 
 def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
@@ -74,25 +66,25 @@ def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
     return float(np.mean([batch.sum() if is_flat(recipe) else len(batch) * batch.max() for batch in batches]))
 
 
-def flops_per_token(
-    lengths: np.ndarray, parameters: Parameters, config: PretrainedConfig, checkpointing: bool
-) -> float:
+def flops_per_token(plan: "Plan") -> float:
     """Return the floating-point operations of one token, forward and backward.
 
     Two a weight forward; as many for the gradient of the inputs, for that of trained weights, and for what checkpointing
     computes twice (Kaplan et al., 2020, arXiv 2001.08361). Attention as upstream computes it, over all pairs of a row.
     """
+    config, parameters, lengths = plan.config, plan.parameters, plan.lengths
     weights = parameters.total - (0 if config.tie_word_embeddings else parameters.embedding)
     head = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     # A token of a long row meets more others: the mean over tokens, not over rows
     met = float(np.average(lengths, weights=lengths))
     linear, attention = 2 * weights, 4 * config.num_hidden_layers * config.num_attention_heads * head * met
     forward = linear + attention
-    return forward * (2 if checkpointing else 1) + linear + 2 * attention + 2 * parameters.trainable
+    return forward * (2 if plan.checkpointing else 1) + linear + 2 * attention + 2 * parameters.trainable
 
 
-def disk_bytes(recipe: Recipe, parameters: Parameters, steps: int) -> int:
+def disk_bytes(plan: "Plan", steps: int) -> int:
     """Return the bytes of the checkpoints that exist at once, and of the model."""
+    recipe, trained = plan.recipe, plan.parameters.trained
     every = setting(recipe, "save_steps")
     saves = {
         "no": 0,
@@ -103,4 +95,4 @@ def disk_bytes(recipe: Recipe, parameters: Parameters, steps: int) -> int:
     # The best one is kept beside the last one, and one is written before another goes
     least = 2 if setting(recipe, "load_best_model_at_end") else 1
     at_once = min(saves, max(limit, least) + 1) if limit else saves
-    return at_once * (parameters.trained + parameters.optimizer) + parameters.trained
+    return at_once * (trained + plan.parameters.optimizer) + trained

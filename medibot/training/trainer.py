@@ -25,8 +25,8 @@ from medibot.data.prepared import Prepared
 from medibot.errors import RecipeError, one_line
 from medibot.model.loading import load_base, weights_dtype
 from medibot.model.precision import make_lora_config
+from medibot.planning.conflicts import share_batch
 from medibot.planning.hardware import is_zero3
-from medibot.planning.plan import per_process
 from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu
 
@@ -170,7 +170,7 @@ def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
         # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
         reentrant = is_zero3() and prepared.recipe.lora is not None
         written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
-    return SFTConfig(**(decided | written | per_process(prepared.recipe, PartialState().num_processes)))
+    return SFTConfig(**(decided | written | share_batch(prepared.recipe, PartialState().num_processes)))
 
 
 def load_weights(prepared: Prepared) -> PreTrainedModel:

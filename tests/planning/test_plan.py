@@ -119,7 +119,7 @@ def test_activations_are_those_that_autograd_really_keeps(method, recipe):
     mask[0, :5] = 0
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         made = backbone(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
-    found = trace(checked, FLOAT, FLOAT, False, 2, 48)
+    found = trace(checked, FLOAT, FLOAT, 2, 48)
     assert made.last_hidden_state.nbytes == found.state and found.traced
     assert 2 * found.layer + found.outside == pytest.approx(sum(s.nbytes() for s in keeps.values()), rel=0.02)
 
@@ -130,9 +130,9 @@ def test_a_model_that_cannot_be_traced_is_estimated_and_says_so(recipe, monkeypa
     def refuse(*_):
         raise DataDependentOutputException("aten.nonzero")
 
-    traced = trace(recipe(), FLOAT, FLOAT, False, 2, 48)
+    traced = trace(recipe(), FLOAT, FLOAT, 2, 48)
     monkeypatch.setattr(activations, "trace_layers", refuse)
-    guessed = trace(recipe(), FLOAT, FLOAT, False, 2, 48)
+    guessed = trace(recipe(), FLOAT, FLOAT, 2, 48)
     assert not guessed.traced and 0.5 < guessed.layer / traced.layer < 2
 
 
@@ -259,7 +259,7 @@ def test_the_verb_prints_tables_and_writes_json(recipe, make_model, workplace):
     more = ["--gpu", "L4", "--accelerate", "fsdp2", "--launch", "--num_processes 4"]
     done = CliRunner().invoke(cli.app, [*words, *more])
     assert done.exit_code == 0, done.output
-    for said in ("fsdp2", "zero3", "4-bit blocks", "at most", "estimate", "data-sheet"):
+    for said in ("fsdp2", "one device of 4", "4-bit blocks", "at most", "estimate", "data-sheet"):
         assert said in done.output, said
     written = read_json(workplace / "outputs" / "plans" / "quickstart.json")
     assert written["strategy"] == "fsdp2" and written["processes"] == 4 and written["hours_estimated"] > 0
