@@ -8,6 +8,8 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from medibot.data.sources import SUFFIXES
 from medibot.model.loading import method_name
@@ -15,13 +17,6 @@ from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, read_json
 
 LIBRARY = {"model": "peft", "merged": "transformers", "gguf": "gguf"}
-LIMITS = (
-    "Nobody with clinical training has reviewed its answers; doses, numbers and names can be invented.",
-    "It was trained on single questions: longer conversations are untested.",
-    "MediBot's emergency notices are made outside the model, and do not come with these weights.",
-    "What its base model and its data got wrong, or leave out, it can have learned.",
-    "One training with one seed.",
-)
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("medibot"),
     autoescape=jinja2.select_autoescape(["html.j2"]),
@@ -49,43 +44,34 @@ def write_cards(name: str, html: Path | None = None) -> list[Path]:
 
 def render_page(title: str, card: ModelCard) -> str:
     """Return a card as a page; HTML in its text is shown, not read."""
-    from markdown_it import MarkdownIt
-    from markupsafe import Markup
-
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(card.text)
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
     body = body.replace("<pre>", '<pre tabindex="0">')
-    front = card.data.to_yaml()
-    return TEMPLATES.get_template("card.html.j2").render(title=title, front=front, body=Markup(body))
+    return TEMPLATES.get_template("card.html.j2").render(title=title, front=card.data.to_yaml(), body=Markup(body))
 
 
 def render_card(run: Run, recipe: Recipe, folder: Path) -> str:
     """Return front matter and text of the card that belongs into `folder`."""
     record = run.record()
-    ledger = read_json(run.folder / "ledger.json")
-    results = read_if_there(run.folder / "eval" / "results.json")
-    base, data = base_facts(recipe, record["parts"]["base"]), data_facts(recipe)
+    identity = record["parts"]["base"]
+    names = ("ledger.json", "split.json", "audit.json", "environment.json", "eval/results.json")
+    files: dict[str, Any] = {Path(name).stem: read_if_there(run.folder / name) for name in names}
+    base, data = base_facts(recipe, identity), data_facts(recipe)
     text = TEMPLATES.get_template("card.md.j2").render(
+        files | files["ledger"],
         run=run.name,
         kind=folder.name,
         method=method_name(recipe),
         recipe=recipe,
         base=base,
-        identity=record["parts"]["base"],
+        identity=identity,
         data=data,
         merge=read_if_there(folder / "merge.json"),
-        ledger=ledger["ledger"],
-        leaks=ledger["leaks"],
-        split=read_json(run.folder / "split.json"),
-        audit=read_json(run.folder / "audit.json"),
-        results=results,
-        limits=limits(results),
-        environment=read_json(run.folder / "environment.json"),
         summary=record["summary"],
         fingerprint=record["fingerprint"],
         written=yaml.safe_dump(without_folders(recipe.as_dict()), sort_keys=False, allow_unicode=True, width=120),
     )
-    front = front_matter(run, recipe, folder, base, data, results)
+    front = front_matter(run, recipe, folder, base, data, files["results"])
     text = f"---\n{front.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
     # Results name files by their whole path
     text = text.replace(recipe.data.path, data["name"])
@@ -144,16 +130,6 @@ def data_facts(recipe: Recipe) -> dict[str, Any]:
     path = recipe.data.path
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES and not Path(path).exists()
     return {"name": without_folders(path), "hub": path if on_hub else None}
-
-
-def limits(results: dict[str, Any] | None) -> list[str]:
-    """Return what a reader must not conclude."""
-    if results is None:
-        return [*LIMITS, "It has not been evaluated."]
-    rows, held_out = results["rows"], results["of"]
-    asked = f"The metrics are of {rows} questions from the source that it was trained on, and say nothing about others."
-    quick = [f"Only {rows} of {held_out} held-out rows were asked: a quick look."] if rows < held_out else []
-    return [*LIMITS, asked, *quick]
 
 
 def without_folders(value: Any) -> Any:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from medibot.errors import RecipeError
 from medibot.export.probe import Probe, make_probe
@@ -69,15 +69,23 @@ def merge(name: str) -> Merge:
         if is_merged(run, adapter):
             return Merge(name, run.merged, read_json(run.merged / "merge.json"), made_now=False)
         dtype = choose_precision(recipe.model.get("dtype")).dtype
-        probe = probe_trained(run, recipe, dtype)
-        kept, measured = keep_nearest(run, recipe, probe, dtype)
+        # The model as it was trained: quantized base and adapter
+        trained, tokenizer = load_tuned(recipe, run.weights, dtype), AutoTokenizer.from_pretrained(run.weights)
+        probe = make_probe(trained, recipe, tokenizer, GenerationConfig.from_pretrained(run.weights))
+        del trained
+        # An adapter that was trained on 4-bit weights fits them, not the weights that the base came with. Which base
+        # the merge should start from depends on the model, so both are tried.
+        folders = {
+            mode: run.folder / f".merged-{mode}.partial" for mode in (MODES if recipe.quantization else ["base"])
+        }
+        measured = {mode: write_merge(run, recipe, mode, folder, probe, dtype) for mode, folder in folders.items()}
+        kept = min(measured, key=lambda mode: measured[mode]["mean_kl"])
         require_faithful(run, kept, measured[kept])
         proof = {"kept": kept, **probe.as_dict(), "dtype": str(dtype).removeprefix("torch."), "modes": measured}
-        folder = candidate_folder(run, kept)
-        Run(folder).write("merge.json", proof | {"adapter": adapter})
-        sync_to_disk(folder)
+        Run(folders[kept]).write("merge.json", proof | {"adapter": adapter})
+        sync_to_disk(folders[kept])
         shutil.rmtree(run.merged, ignore_errors=True)
-        folder.rename(run.merged)
+        folders[kept].rename(run.merged)
     return Merge(name, run.merged, proof, made_now=True)
 
 
@@ -87,67 +95,30 @@ def is_merged(run: Run, adapter: str) -> bool:
     return proof.is_file() and read_json(proof)["adapter"] == adapter
 
 
-def candidate_folder(run: Run, mode: str) -> Path:
-    """Return where the weights of one way to merge are written before one of them is kept."""
-    return run.folder / f".merged-{mode}.partial"
-
-
-def probe_trained(run: Run, recipe: Recipe, dtype: torch.dtype) -> Probe:
-    """Ask the model as it was trained: quantized base and adapter."""
-    trained = load_tuned(recipe, run.weights, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(run.weights)
-    probe = make_probe(trained, recipe, tokenizer, GenerationConfig.from_pretrained(run.weights))
-    del trained
-    gc.collect()
-    return probe
-
-
-def keep_nearest(run: Run, recipe: Recipe, probe: Probe, dtype: torch.dtype) -> tuple[str, dict[str, dict[str, float]]]:
-    """Write each way to merge, measure it, and keep the nearest; return (its mode, what each mode measured).
-
-    An adapter that was trained on 4-bit weights fits them, not the weights that the base came with. Which base the
-    merge should start from depends on the model, so both are tried.
-    """
-    kept, measured = "", {}
-    for mode in MODES if recipe.quantization else ("base",):
-        folder = candidate_folder(run, mode)
-        shutil.rmtree(folder, ignore_errors=True)
-        merge_weights(recipe, run, dtype, mode).save_pretrained(folder)
-        copy_tokenizer(run.weights, folder)
-        gc.collect()
-        # What is proven is what was saved, read back as any program would
-        device = {"device_map": "auto"} if torch.cuda.is_available() else {}
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **device).eval()
-        measured[mode] = probe.distance(saved)
-        del saved
-        gc.collect()
-        if kept and measured[kept]["mean_kl"] <= measured[mode]["mean_kl"]:
-            shutil.rmtree(folder)
-            continue
-        if kept:
-            shutil.rmtree(candidate_folder(run, kept))
-        kept = mode
-    return kept, measured
-
-
-def merge_weights(recipe: Recipe, run: Run, dtype: torch.dtype, mode: str) -> PreTrainedModel:
-    """Return base and adapter as one model, on the CPU, in the training's precision.
+def write_merge(
+    run: Run, recipe: Recipe, mode: str, folder: Path, probe: Probe, dtype: torch.dtype
+) -> dict[str, float]:
+    """Write base and adapter as one model, in the training's precision; return how far it is from the trained one.
 
     "base" adds the adapter to the weights that the base model came with, "dequantized" to what 4-bit or 8-bit storage
     left of them, which is what the adapter was trained on.
     """
+    gc.collect()
+    shutil.rmtree(folder, ignore_errors=True)
     if mode == "base":
         base = load_base(dataclasses.replace(recipe, quantization=None), dtype)
     else:
         base = load_base(recipe, dtype, device="cpu").dequantize(dtype)
-    return PeftModel.from_pretrained(base, run.weights).merge_and_unload(safe_merge=True)
-
-
-def copy_tokenizer(weights: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation config of the run, over what upstream wrote."""
-    for file in weights.iterdir():
+    PeftModel.from_pretrained(base, run.weights).merge_and_unload(safe_merge=True).save_pretrained(folder)
+    del base
+    gc.collect()
+    # Tokenizer, chat template and generation config are the run's, over what upstream wrote
+    for file in run.weights.iterdir():
         if not file.name.startswith(NOT_COPIED):
             shutil.copyfile(file, folder / file.name)
+    # What is proven is what was saved, read back as any program would
+    device = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    return probe.distance(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **device))
 
 
 def require_faithful(run: Run, mode: str, found: dict[str, float]) -> None:

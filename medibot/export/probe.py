@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
@@ -39,16 +40,30 @@ class Probe:
         return logit_distance(self.logits, answer_logits(model, self.sequences))
 
 
-def make_probe(
-    model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
-) -> Probe:
-    """Let `model` answer the run's held-out questions greedily; `config` names its stop tokens."""
+@torch.inference_mode()
+def make_probe(model: PreTrainedModel, recipe: Recipe, tokenizer: Tokenizer, config: GenerationConfig) -> Probe:
+    """Let `model` answer the run's held-out questions greedily, TOKENS at most; `config` names its stop tokens."""
     asked, prompts = held_out_prompts(recipe, tokenizer)
-    sequences = greedy_answers(model, tokenizer, prompts, config, template_kwargs(recipe))
+    rendering: dict[str, Any] = {
+        "add_generation_prompt": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+        "padding": True,
+    }
+    rendering |= {"tokenizer_kwargs": {"padding_side": "left"}} | template_kwargs(recipe)
+    batch = tokenizer.apply_chat_template(prompts, **rendering).to(model.device)
+    stops = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    # Without the run's repetition penalty and minimum lengths: they would hide what the weights say
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=TOKENS, **stops)
+    output = model.generate(**batch, generation_config=greedy)[:, batch["input_ids"].shape[1] :].tolist()
+    sequences = []
+    for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], output, strict=True):
+        end = next((place for place, token in enumerate(answer, start=1) if token in config.eos_token_id), None)
+        sequences.append((ids[mask.bool()].tolist(), answer[:end]))
     return Probe(asked, sequences, answer_logits(model, sequences))
 
 
-def held_out_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[list[dict[str, str]]]]:
+def held_out_prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, list[list[dict[str, str]]]]:
     """Return (source, prompts): of the validation split, or the fixed questions where the data cannot be read.
 
     The test split stays closed: which merge is kept is a choice.
@@ -66,32 +81,6 @@ def held_out_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tupl
         raise RecipeError.of("merge", "no validation split and no fixed question to prove a merge with", remedy)
     markers = role_markers(tokenizer)
     return "fixed questions", [make_prompt(text, recipe.data.system, markers) for text in questions]
-
-
-@torch.inference_mode()
-def greedy_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
-    config: GenerationConfig,
-    template: dict[str, Any],
-) -> list[Sequence]:
-    """Return (prompt, answer) of each prompt as token ids; an answer has up to TOKENS, its stop token included."""
-    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    batch = tokenizer.apply_chat_template(
-        prompts, padding=True, tokenizer_kwargs={"padding_side": "left"}, **kwargs, **template
-    ).to(model.device)
-    stops = config.eos_token_id
-    # Without the run's repetition penalty and minimum lengths: they would hide what the weights say
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=TOKENS, eos_token_id=stops, pad_token_id=config.pad_token_id
-    )
-    output = model.generate(**batch, generation_config=greedy)[:, batch["input_ids"].shape[1] :].tolist()
-    sequences = []
-    for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], output, strict=True):
-        end = next((place for place, token in enumerate(answer, start=1) if token in stops), None)
-        sequences.append((ids[mask.bool()].tolist(), answer[:end]))
-    return sequences
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Send one folder of a run to the hub: shown first, private unless asked otherwise, never without card and licence."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,26 +55,12 @@ def push(name: str, repo: str, what: str = "", public: bool = False, yes: bool =
     """
     run = find_finished_run(name)
     recipe = load_recipe(str(run.recipe))
-    require_target(repo)
     folder = choose_folder(run, what)
-    require_licence(run, recipe)
-    require_card(run, folder)
-    if folder == run.weights and recipe.lora and "hub" not in run.record()["parts"]["base"]:
-        what = "the adapter names a base model of this machine, which nobody else can load"
-        raise RecipeError.of("push", what, f"push whole weights: make merge RUN={name}, make card RUN={name}")
+    for subject, wrong, remedy in find_obstacles(run, recipe, folder, repo):
+        raise RecipeError.of(subject, wrong, remedy)
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in KEPT_BACK)
     url = send(folder, files, repo, public, f"{name}, {folder.name}, by MediBot") if yes else None
     return Push(run, recipe, folder, files, repo, public, url)
-
-
-def require_target(repo: str) -> None:
-    """Raise RecipeError for what is not owner/name."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise RecipeError.of("REPO", f"{repo!r} is not a repository name of the hub", "write owner/name") from error
-    if repo.count("/") != 1:
-        raise RecipeError.of("REPO", f"{repo!r} names no owner", "write owner/name")
 
 
 def choose_folder(run: Run, what: str) -> Path:
@@ -88,26 +75,31 @@ def choose_folder(run: Run, what: str) -> Path:
     return folder
 
 
-def require_licence(run: Run, recipe: Recipe) -> None:
-    """Raise RecipeError where the recipe does not say that its data may be shared."""
-    if recipe.data.license is None:
-        what = f"the licence of {recipe.data.path} is not known"
+def find_obstacles(run: Run, recipe: Recipe, folder: Path, repo: str) -> Iterator[tuple[str, str, str]]:
+    """Yield why `folder` cannot be shared as `repo`: (what the user typed, what is wrong, what to do)."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        yield "REPO", f"{repo!r} is not a repository name of the hub", "write owner/name"
+    if repo.count("/") != 1:
+        yield "REPO", f"{repo!r} names no owner", "write owner/name"
+    data, file = recipe.data, folder / "README.md"
+    if data.license is None:
         remedy = f"if you may share what is made of it, write data.license (and data.attribution) into {run.recipe}"
-        raise RecipeError.of("push", what, remedy)
-    if recipe.data.license.startswith("cc-by") and recipe.data.attribution is None:
-        what = f"{recipe.data.license} asks for the names of the data's authors"
-        raise RecipeError.of("push", what, f"write data.attribution into {run.recipe}")
-
-
-def require_card(run: Run, folder: Path) -> None:
-    """Raise RecipeError for a folder without the run's card; upstream leaves a form there that nobody filled in."""
-    file = folder / "README.md"
+        yield "push", f"the licence of {data.path} is not known", remedy
+    elif data.license.startswith("cc-by") and data.attribution is None:
+        what = f"{data.license} asks for the names of the data's authors"
+        yield "push", what, f"write data.attribution into {run.recipe}"
     card = ModelCard.load(file, ignore_metadata_errors=True).data if file.is_file() else None
+    # Upstream leaves a form there that nobody filled in
     if card is None or "medibot" not in (card.tags or []):
-        raise RecipeError.of("push", f"{folder} has no model card", f"run: make card RUN={run.name}")
-    if card.license == "unknown":
+        yield "push", f"{folder} has no model card", f"run: make card RUN={run.name}"
+    elif card.license == "unknown":
         what = "the card does not know the base model's licence"
-        raise RecipeError.of("push", what, f"write it into {file}, as the hub writes it, if it lets you share this")
+        yield "push", what, f"write it into {file}, as the hub writes it, if it lets you share this"
+    if folder == run.weights and recipe.lora and "hub" not in run.record()["parts"]["base"]:
+        what = "the adapter names a base model of this machine, which nobody else can load"
+        yield "push", what, f"push whole weights: make merge RUN={run.name}, make card RUN={run.name}"
 
 
 def send(folder: Path, files: list[Path], repo: str, public: bool, message: str) -> str:
