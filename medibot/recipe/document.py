@@ -94,20 +94,15 @@ class NodeLoader(yaml.BaseLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse indirection and bottomless nesting before the node is built."""
-        event = self.peek_event()
-        alias = isinstance(event, yaml.AliasEvent)
-        refusals = (
-            (
-                alias or event.anchor is not None,
-                "anchors and aliases are not read",
-                "write the value out, or quote text",
-            ),
-            (not alias and event.tag is not None, "tags are not read", "leave it out, or put text in quotes"),
-            (self.depth >= MAX_DEPTH, "is nested too deep", ""),
-        )
-        for refused, what, remedy in refusals:
-            if refused:
-                raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
+        event, refused = self.peek_event(), None
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            refused = "anchors and aliases are not read", "write the value out, or quote text"
+        elif event.tag is not None:
+            refused = "tags are not read", "leave it out, or put text in quotes"
+        elif self.depth >= MAX_DEPTH:
+            refused = "is nested too deep", ""
+        if refused:
+            raise yaml.MarkedYAMLError(problem=refused[0], problem_mark=event.start_mark, note=refused[1])
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -124,23 +119,16 @@ def read_document(text: str, file: str) -> Document:
         what = f"holds the control character U+{error.character:04X}"
         raise syntax_error(file, text, error.position, what, "remove it") from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError([Problem(file, mark.line + 1, mark.column + 1, "", *explain_syntax(error))]) from error
+        mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "cannot be read"
+        said = (f"is not YAML: {problem}", "") if error.note is None else (problem, error.note)
+        usual = (words[1:] for words in COMPLAINTS if words[0] in f"{error.context}\n{problem}")
+        raise RecipeError([Problem(file, mark.line + 1, mark.column + 1, "", *next(usual, said))]) from error
     except (ValueError, OverflowError) as error:  # PyYAML turns the number of an escape into a character unchecked
         raise RecipeError([Problem(file, loader.line + 1, loader.column + 1, "", "escape is no character")]) from error
     document = Document(None, {}, [])
     if node is not None:
         document.value = read_node(node, "", document, file)
     return document
-
-
-def explain_syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
-    """Return PyYAML's message in a line, with a remedy for the usual ones."""
-    problem = error.problem or error.context or "cannot be read"
-    for words, what, remedy in COMPLAINTS:
-        if words in f"{error.context}\n{problem}":
-            return what, remedy
-    return (f"is not YAML: {problem}", "") if error.note is None else (problem, error.note)
 
 
 def read_node(node: yaml.Node, key: str, document: Document, file: str) -> Any:
@@ -159,9 +147,13 @@ def read_node(node: yaml.Node, key: str, document: Document, file: str) -> Any:
         return values
     mapping: dict[str, Any] = {}
     for name_node, value_node in node.value:
-        place, name = mark_place(name_node, file), read_name(name_node)
+        place = mark_place(name_node, file)
+        try:
+            name = read_scalar(name_node)
+        except ValueError:
+            name = None
         inner = f"{key}.{name}" if key else str(name)
-        if name is None:
+        if not isinstance(name, str):
             document.problems.append(Problem(*place, key, "a key must be text", "put it in quotes"))
         elif name in mapping:
             first = document.places[inner].line
@@ -177,17 +169,10 @@ def mark_place(node: yaml.Node, file: str) -> Place:
     return Place(file, node.start_mark.line + 1, node.start_mark.column + 1)
 
 
-def read_name(node: yaml.Node) -> str | None:
-    """Return a mapping's key, or None where it is not text."""
-    try:
-        name = read_scalar(node) if isinstance(node, yaml.ScalarNode) else None
-    except ValueError:
+def read_scalar(node: yaml.Node) -> bool | int | float | str | None:
+    """Return a scalar's value: text where it is quoted; None for a list or a mapping, which no key can be."""
+    if not isinstance(node, yaml.ScalarNode):
         return None
-    return name if isinstance(name, str) else None
-
-
-def read_scalar(node: yaml.ScalarNode) -> bool | int | float | str | None:
-    """Return a scalar's value: text where it is quoted."""
     return scalar(node.value) if node.style is None else plain_text(node.value)
 
 

@@ -14,6 +14,8 @@ from medibot.recipe.suggestions import describe, expected, explain, is_secret, s
 
 def check(values: dict[str, Any]) -> list[Finding]:
     """Return all mistakes of a recipe's values."""
+    from medibot.cleaning import rule_problem
+
     findings = [*find_outline(values), *find_secrets("", values)]
     sections = {name: dict(values[name]) for name in SECTIONS if isinstance(values.get(name), dict)}
     for name, section in sections.items():
@@ -21,13 +23,20 @@ def check(values: dict[str, Any]) -> list[Finding]:
     generate = sections.get("evaluation", {}).get("generate")
     if isinstance(generate, dict):
         findings += find_in_section("evaluation.generate", generate)
-    findings += find_cleaning(sections.get("data", {}))
-    flawed = {split_key(finding.key)[0] if finding.what != "no such section" else "" for finding in findings}
+    rules = sections.get("data", {}).get("clean")
+    for index, rule in enumerate(rules if isinstance(rules, list) else []):
+        if isinstance(rule, str | dict) and (problem := rule_problem(rule)):
+            findings.append(Finding(f"data.clean[{index}]", problem))
+    flawed = {re.split(r"[.\[]", finding.key)[0] if finding.what != "no such section" else "" for finding in findings}
     for finding in findings:  # what follows may trust the types of what is left
-        section, *setting = split_key(finding.key)
+        section, *setting = re.split(r"[.\[]", finding.key)[:2]
         for name in setting:
             sections.get(section, {}).pop(name, None)
-    findings += find_refused_values(sections)
+    for key, value, reason in REFUSED_VALUES:
+        section, _, name = key.partition(".")
+        found = sections.get(section, {}).get(name)
+        if type(found) is type(value) and found == value:
+            findings.append(Finding(key, f"cannot be {json.dumps(value)}", reason))
     findings += find_training(sections.get("training", {}))
     findings += find_lora(sections.get("lora", {}))
     findings += find_between_sections(sections)
@@ -36,11 +45,6 @@ def check(values: dict[str, Any]) -> list[Finding]:
     for name in {"training", "lora", "quantization"} & sections.keys() - flawed:
         findings += [found for found in find_upstream(name, sections[name]) if found.key not in told]
     return list({finding.key: finding for finding in reversed(findings)}.values())
-
-
-def split_key(key: str) -> list[str]:
-    """Return the section and the setting that a dotted key lies in."""
-    return re.split(r"[.\[]", key)[:2]
 
 
 def find_outline(values: dict[str, Any]) -> Iterator[Finding]:
@@ -74,7 +78,13 @@ def find_in_section(section: str, values: dict[str, Any]) -> Iterator[Finding]:
         if any(item["type"] == "missing" for item in errors):
             yield Finding(key, "is required")
         elif any(item["type"] == "extra_forbidden" for item in errors):
-            yield unknown_name(section, key)
+            name = key.removeprefix(f"{section}.")
+            if key in REFUSED:
+                yield Finding(key, "does not stand in a recipe", REFUSED[key])
+            elif name == "<<":
+                yield Finding(key, "merge keys are not read", "write the settings out")
+            else:
+                yield Finding(key, "no such setting", suggest(section, name))
         elif any(item["loc"][-1] == "[key]" for item in errors):
             yield Finding(key, "no such setting", f"there are {expected(errors[-1])}")
         else:
@@ -91,16 +101,6 @@ def locate(key: str, values: Any, error: Any) -> tuple[str, Any]:
     return (f"{key}.{error['loc'][-1]}", None) if error["type"] == "missing" else (key, values)
 
 
-def unknown_name(section: str, key: str) -> Finding:
-    """Return the finding for a name that the section does not have: never wanted, or not known."""
-    if key in REFUSED:
-        return Finding(key, "does not stand in a recipe", REFUSED[key])
-    name = key.removeprefix(f"{section}.")
-    if name == "<<":
-        return Finding(key, "merge keys are not read", "write the settings out")
-    return Finding(key, "no such setting", suggest(section, name))
-
-
 def find_secrets(key: str, value: Any) -> Iterator[Finding]:
     """Yield values that look like API keys; a revision may be a commit."""
     if isinstance(value, dict):
@@ -111,25 +111,6 @@ def find_secrets(key: str, value: Any) -> Iterator[Finding]:
             yield from find_secrets(f"{key}[{index}]", inner)
     elif isinstance(value, str) and is_secret(value) and not key.endswith(".revision"):
         yield Finding(key, "looks like an API key", "no secrets in recipes: `hf auth login`, `wandb login`")
-
-
-def find_refused_values(sections: dict[str, Any]) -> Iterator[Finding]:
-    """Yield values that upstream accepts and that would spoil the run."""
-    for key, value, reason in REFUSED_VALUES:
-        section, _, name = key.partition(".")
-        found = sections.get(section, {}).get(name)
-        if type(found) is type(value) and found == value:
-            yield Finding(key, f"cannot be {json.dumps(value)}", reason)
-
-
-def find_cleaning(data: dict[str, Any]) -> Iterator[Finding]:
-    """Yield cleaning rules that are unknown, or have unknown settings."""
-    from medibot.cleaning import rule_problem
-
-    rules = data.get("clean")
-    for index, rule in enumerate(rules if isinstance(rules, list) else []):
-        if isinstance(rule, str | dict) and (problem := rule_problem(rule)):
-            yield Finding(f"data.clean[{index}]", problem)
 
 
 def find_upstream(section: str, values: dict[str, Any]) -> Iterator[Finding]:

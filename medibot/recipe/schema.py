@@ -245,12 +245,8 @@ def constructor_section(name: str, constructor: Any, hints: dict[str, Any]) -> t
             continue
         default = parameter.default if isinstance(parameter.default, bool | int | float | str) else None
         fields[key] = (hints.get(key, Any), default.value if isinstance(default, Enum) else default)
-    return create_model(
-        f"{name.capitalize()}Section",
-        __base__=Section,
-        __doc__=f"Keyword arguments of {constructor.__name__}.",
-        **fields,
-    )
+    about = f"Keyword arguments of {constructor.__name__}."
+    return create_model(f"{name.capitalize()}Section", __base__=Section, __doc__=about, **fields)
 
 
 @cache

@@ -10,7 +10,6 @@ The threshold is measured when the run is trained, on the validation split, whos
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -33,35 +32,27 @@ COLUMNS = ("topic", "source", "document", "url")
 MOST, BATCH = 1000, 64
 
 
-@dataclass(frozen=True)
-class Source:
-    """One training question; `row` is its place in the training split, `similarity` from 0 to 1."""
+class Evidence:
+    """The training questions of one run: a dict each, with `question` and what the recipe names in COLUMNS."""
 
-    question: str
-    similarity: float
-    topic: str | None
-    source: str | None
-    document: str | None
-    url: str | None
-    row: int
-
-    def __str__(self) -> str:
-        parts = [self.topic and f"topic: {self.topic}", self.source, self.document, self.url]
-        return f"{self.similarity:.2f}  {self.question}  ({'; '.join(filter(None, parts)) or f'row {self.row}'})"
-
-
-class Index:
-    """Similarity of questions to a fixed list of questions and their topics."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[dict[str, Any]], threshold: float = 0.0) -> None:
+        self.rows, self.threshold = rows, threshold
         questions = [row["question"] for row in rows]
         # Hashed, so that what was never seen counts as rare instead of being left out
         self.counts = HashingVectorizer(
             analyzer="char_wb", ngram_range=(3, 5), alternate_sign=False, norm=None, preprocessor=normalize
         )
         self.weights = TfidfTransformer(sublinear_tf=True).fit(self.counts.transform(questions))
-        self.questions = self.vectors(questions)
-        self.topics = self.topic_weights(rows)
+        self.questions, self.topics = self.vectors(questions), self.topic_weights(rows)
+
+    @classmethod
+    def of(cls, run: Run) -> "Evidence | None":
+        """Load that of a finished run; None for one that was trained before there was any."""
+        file = run.folder / FILE
+        if not file.is_file():
+            return None
+        record = read_json(file)
+        return cls(record["rows"], record["threshold"])
 
     def vectors(self, texts: list[str]) -> csr_matrix:
         """Return TF-IDF rows of length one."""
@@ -79,48 +70,38 @@ class Index:
         held.data[:] = 1
         return (held @ topics.T).toarray()
 
+    def find(self, question: str, count: int = 3) -> tuple[bool, list[dict[str, Any]]]:
+        """Return (whether any row is close, the close ones of the `count` nearest or else the nearest one).
 
-class Evidence:
-    """The training questions of one run."""
-
-    def __init__(self, record: dict[str, Any]) -> None:
-        self.threshold: float = record["threshold"]
-        self.rows: list[dict[str, Any]] = record["rows"]
-        self.index = Index(self.rows)
-
-    @classmethod
-    def of(cls, run: Run) -> "Evidence | None":
-        """Load that of a finished run; None for one that was trained before there was any."""
-        file = run.folder / FILE
-        return cls(read_json(file)) if file.is_file() else None
-
-    def nearest(self, question: str, count: int = 3) -> list[Source]:
-        """Return the `count` nearest training questions, those that are close first."""
-        shares = self.index.shares([question], self.index.topics)[0]
-        cosines = (self.index.vectors([question]) @ self.index.questions.T).toarray()[0]
+        Each is its row with `row`, the place in the training split, and `similarity`.
+        """
+        shares = self.shares([question], self.topics)[0]
+        cosines = (self.vectors([question]) @ self.questions.T).toarray()[0]
         # Which of a topic's questions it is, and which of two topics that are both named in full, the whole wording says
         order = numpy.lexsort((-(shares + cosines), shares < self.threshold))[:count]
-        return [Source(similarity=round(float(shares[row]), 3), row=int(row), **self.rows[row]) for row in order]
-
-    def find(self, question: str, count: int = 3) -> tuple[bool, list[Source]]:
-        """Return (whether anything is close, what to show): the close ones, or the nearest."""
-        found = self.nearest(question, count)
-        close = [source for source in found if source.similarity >= self.threshold]
-        return bool(close), close or found[:1]
-
-    def close(self, question: str) -> bool:
-        """Tell whether anything that was trained on is about what `question` names."""
-        return self.find(question, 1)[0]
+        close = [place for place in order if round(float(shares[place]), 3) >= self.threshold]
+        shown = close or order[:1]
+        return bool(close), [
+            self.rows[place] | {"similarity": round(float(shares[place]), 3), "row": int(place)} for place in shown
+        ]
 
     def about(self, questions: list[str]) -> str:
         """Return a conversation's last question, with the one before it where it points back and alone is not close."""
         last = questions[-1]
-        return last if self.close(last) or not POINTS_BACK.search(last.lower()) else " ".join(questions[-2:])
+        alone = self.find(last, 1)[0] or not POINTS_BACK.search(last.lower())
+        return last if alone else " ".join(questions[-2:])
 
-    def lines(self, question: str, count: int = 3) -> list[str]:
+    def lines(self, question: str) -> list[str]:
         """Return what is shown under an answer: the close ones, or a warning and the nearest."""
-        close, shown = self.find(question, count)
-        return [CLOSE if close else NO_MATCH, *(f"  {source}" for source in shown)]
+        close, shown = self.find(question)
+        lines = [CLOSE if close else NO_MATCH]
+        for source in shown:
+            named = [source[name] for name in COLUMNS if source[name]]
+            if source["topic"]:
+                named[0] = f"topic: {named[0]}"
+            where = "; ".join(named) or f"row {source['row']}"
+            lines.append(f"  {source['similarity']:.2f}  {source['question']}  ({where})")
+        return lines
 
 
 def normalize(text: str) -> str:
@@ -140,9 +121,8 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """Return the content of `evidence.json`: training questions with sources, the threshold, what it was measured on."""
     train, validation = prepared.load("train"), prepared.load("validation")
     rows, groups = read_questions(recipe, train)
-    index = Index(rows)
     asked, asked_groups = read_questions(recipe, validation or train)
-    unseen, seen = measure(index, groups, asked[:MOST], asked_groups[:MOST])
+    unseen, seen = measure(Evidence(rows), groups, asked[:MOST], asked_groups[:MOST])
     threshold = choose_threshold(unseen, seen)
     measured = {
         "split": "validation" if validation else "train",
@@ -167,22 +147,22 @@ def read_questions(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]]
 
 
 def measure(
-    index: Index, groups: numpy.ndarray, asked: list[dict[str, Any]], asked_groups: numpy.ndarray
+    evidence: Evidence, groups: numpy.ndarray, asked: list[dict[str, Any]], asked_groups: numpy.ndarray
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return each question's highest similarity to training rows of other groups, and to others of its own group.
 
     Nothing was trained on for the former, and for the latter something was: what lies between tells them apart.
     """
-    topics = index.topic_weights(asked)
+    topics = evidence.topic_weights(asked)
     unseen, seen = [], []
     for start in range(0, len(asked), BATCH):
         batch = slice(start, start + BATCH)
         questions = [row["question"] for row in asked[batch]]
         own = asked_groups[batch, None]
-        others = numpy.where(own == groups, -1, index.shares(questions, index.topics))
+        others = numpy.where(own == groups, -1, evidence.shares(questions, evidence.topics))
         mates = own == asked_groups
         mates[range(len(questions)), range(start, start + len(questions))] = False
-        among = numpy.where(mates, index.shares(questions, topics), -1)
+        among = numpy.where(mates, evidence.shares(questions, topics), -1)
         unseen.append(others.max(axis=1))
         seen.append(among.max(axis=1))
     return tuple(values[values >= 0] for values in map(numpy.concatenate, (unseen, seen)))

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import jinja2
@@ -106,7 +105,7 @@ class Service:
             return None
         asked = self.evidence.about([message["content"] for message in messages if message["role"] == "user"])
         close, shown = self.evidence.find(asked)
-        return {"close": close, "said": CLOSE if close else NO_MATCH, "sources": [asdict(source) for source in shown]}
+        return {"close": close, "said": CLOSE if close else NO_MATCH, "sources": shown}
 
 
 class Answer:
