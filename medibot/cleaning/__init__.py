@@ -10,7 +10,10 @@ Use `clean`, `rule_problem` and `describe_rules`; `data.clean` in a recipe names
 import difflib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from medibot.cleaning import medquad, rules
 from medibot.cleaning.ledger import LedgerLine, compare_rows
@@ -23,34 +26,10 @@ RULES: dict[str, TableRule] = {
     **{f"medquad.{rule.__name__}": over_rows(rule) for rule in medquad.ROW_RULES},
     **{f"medquad.{rule.__name__}": rule for rule in medquad.TABLE_RULES},
 }
-MEDQUAD_RULES: list[str | dict[str, dict[str, Any]]] = [
-    "medquad.keep_specific_cuis",
-    "drop_unanswered",
-    "drop_unasked",
-    "drop_echoes",
-    "medquad.drop_link_lists",
-    "medquad.drop_page_dumps",
-    "medquad.drop_topicless_questions",
-    "medquad.cut_repeated_question",
-    "medquad.cut_symptom_table",
-    "medquad.cut_summary_prefix",
-    "medquad.cut_key_points",
-    "medquad.split_squashed_bullets",
-    "normalise_whitespace",
-    "medquad.cut_agency_credit",
-    "medquad.cut_list_copies",
-    "medquad.cut_link_sentences",
-    "medquad.restore_letters",
-    "medquad.ask_naturally",
-    "drop_short",
-    "medquad.drop_damaged_quantities",
-    "drop_repetitive",
-    "drop_duplicates",
-    {"drop_repeated_questions": {"per": "document_source"}},
-    {"limit_repeated_answers": {"copies": 3}},
-]
 # One name for a list that several recipes share
-NAMED_LISTS: dict[str, list[RuleItem]] = {"medquad": MEDQUAD_RULES}
+NAMED_LISTS: dict[str, list[RuleItem]] = yaml.safe_load(
+    Path(__file__).with_name("lists.yaml").read_text(encoding="utf-8")
+)
 
 
 def expand(items: list[RuleItem]) -> list[RuleItem]:
@@ -95,24 +74,17 @@ def rule_problem(item: Any) -> str | None:
     if not isinstance(settings, dict):
         return f"{name}: settings are written {{setting: value}}, not {settings!r}"
     known = dict(list(inspect.signature(RULES[name]).parameters.items())[1:])
-    problems = [setting_problem(key, value, known) for key, value in settings.items()]
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            return f"{name}: no such setting: {key} ({hint})"
+        wanted = known[key].annotation
+        # `true` is an int to Python, but no author means a count by it; a whole number is a fine float
+        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            return f"{name}: {key} must be {inspect.formatannotation(wanted)}, not {value!r}"
     needed = [key for key, setting in known.items() if setting.default is setting.empty and key not in settings]
-    problem = next(filter(None, [*problems, *(f"needs a value for {key}" for key in needed)]), None)
-    return f"{name}: {problem}" if problem else None
-
-
-def setting_problem(key: str, value: Any, known: dict[str, inspect.Parameter]) -> str | None:
-    """Return what is wrong with one keyword argument of a rule, or None."""
-    if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
-        return f"no such setting: {key} ({hint})"
-    expected = known[key].annotation
-    # `true` is an int to Python, but no author means a count by it; a whole number is a fine float
-    accepted = (int, float) if expected is float else expected
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        return f"{key} must be {inspect.formatannotation(expected)}, not {value!r}"
-    return None
+    return f"{name}: needs a value for {needed[0]}" if needed else None
 
 
 def describe_rules(name: str | None = None) -> list[tuple[str, str]]:

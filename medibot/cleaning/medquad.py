@@ -1,12 +1,13 @@
 """Mend or drop what is defective in MedQuAD (Ben Abacha and Demner-Fushman, BMC Bioinformatics 20, 511, 2019).
 
 Every rule is pure. Those in ROW_RULES take one row and return it, a changed copy, or None to drop it; those in
-TABLE_RULES take and return the whole list. `medibot.cleaning` names them "medquad.<function>", and its
-MEDQUAD_RULES is the order that recipes use.
+TABLE_RULES take and return the whole list. `medibot.cleaning` names them "medquad.<function>";
+lists.yaml has the order that recipes use.
 """
 
 import re
 from collections import defaultdict
+from pathlib import Path
 
 from medibot.cleaning.rules import Row, fold, with_text
 
@@ -59,32 +60,13 @@ REFERENCE = re.compile(
     re.S,
 )
 
-# Words that are nothing else without their apostrophe; whether "its", "lets" or "doctors" lost one cannot be told.
-APOSTROPHES = (
-    "don't doesn't didn't isn't aren't wasn't weren't won't can't couldn't shouldn't wouldn't hasn't haven't hadn't "
-    "you're you've you'll they're they've that's I've Alzheimer's Parkinson's Crohn's Hashimoto's Huntington's "
-    "Hodgkin's Addison's Cushing's Peyronie's Hirschsprung's Raynaud's Barrett's Gaucher's Tourette's Paget's "
-    "Meniere's Leigh's Friedreich's Farber's Wallenberg's body's child's woman's women's children's man's baby's"
-)
-ACCENTS = (
-    "Sjögren Sjögren's Ménière Ménière's Guillain-Barré Behçet Behçet's Sézary Waldenström Müllerian Ménétrier "
-    "Ménétrier's Alström Björnstad Gräsbeck Schönlein Sträussler café-au-lait"
-)
-
-
-def lost_letters() -> dict[str, str]:
-    """Return the closed list as {damaged word: word}, with a capital variant of each word that starts small."""
-    pairs = {word.replace("'", ""): word for word in APOSTROPHES.split()}
-    pairs |= {"".join(c for c in word if c.isascii() and c != "'"): word for word in ACCENTS.split()}
-    # What lost only its accent kept the apostrophe.
-    pairs |= {"".join(c for c in word if c.isascii()): word for word in ACCENTS.split()}
-    pairs |= {"a persons": "a person's", "caf au lait": "café au lait"}
-    return pairs | {damaged[0].upper() + damaged[1:]: word[0].upper() + word[1:] for damaged, word in pairs.items()}
-
-
-LOST_LETTERS = lost_letters()
+# A closed list of words that cannot be anything else: {damaged word: word}, each small one with a capital, too
+LOST_LETTERS = {"a persons": "a person's", "caf au lait": "café au lait"}
+for word in re.sub("(?m)^#.*$", "", Path(__file__).with_name("lost_letters.txt").read_text(encoding="utf-8")).split():
+    ascii_only = "".join(c for c in word if c.isascii())
+    LOST_LETTERS |= {damaged: word for damaged in (ascii_only, ascii_only.replace("'", "")) if damaged != word}
+LOST_LETTERS |= {old[0].upper() + old[1:]: new[0].upper() + new[1:] for old, new in LOST_LETTERS.items()}
 LOST_LETTER_WORD = re.compile(r"(?<![\w'-])(?:" + "|".join(sorted(LOST_LETTERS, key=len, reverse=True)) + r")(?![\w'])")
-
 
 # The words of a topic that decide between "is" and "are", and the ends in "s" that are singular.
 TOPIC_HEAD = re.compile(r".+?(?= \(| (?:of|in|with|for|due|without)\b|: |\Z)", re.I)

@@ -26,7 +26,7 @@ from medibot.run import outputs_folder
 
 # Measured on CPUs, glibc 2.36 (benchmarks/plan.py): what a training's process grows by beside what is counted here, and
 # by how much the heap is larger than the activations in it
-LATER, HEAP = 25_000_000, 1.3
+LATER, HEAP = 25_000_000, 1.65
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from medibot.cleaning import MEDQUAD_RULES, RULES, clean, describe_rules, rule_problem
+from medibot.cleaning import NAMED_LISTS, RULES, clean, describe_rules, rule_problem
 
 
 def row(completion="Rest and drink plenty of water.", prompt="How is a cold treated?", index=0, **columns):
@@ -190,14 +190,14 @@ def test_a_named_list_does_what_its_rules_written_out_do():
         row("", "What is gout?"),
         row("Summary : It is a disease of the joints and hurts.", "What is (are) Gout ?"),
     ]
-    named, long = clean(list(rows), ["medquad"]), clean(list(rows), MEDQUAD_RULES)
-    assert named == long and len(named[1]) == len(MEDQUAD_RULES) and len(named[0]) < len(rows)
+    named, long = clean(list(rows), ["medquad"]), clean(list(rows), NAMED_LISTS["medquad"])
+    assert named == long and len(named[1]) == len(NAMED_LISTS["medquad"]) and len(named[0]) < len(rows)
 
 
 def test_rules_are_described_in_a_line_each():
     assert [name for name, _ in describe_rules()][: len(RULES)] == list(RULES)
     assert [name for name, _ in describe_rules("medquad")] == [
-        item if isinstance(item, str) else next(iter(item)) for item in MEDQUAD_RULES
+        item if isinstance(item, str) else next(iter(item)) for item in NAMED_LISTS["medquad"]
     ]
     assert all(purpose.endswith(".") for _, purpose in describe_rules("medquad"))
     ((_, said),) = describe_rules("medqaud")

@@ -1,6 +1,6 @@
 import pytest
 
-from medibot.cleaning import MEDQUAD_RULES, RULES, clean, rule_problem
+from medibot.cleaning import NAMED_LISTS, RULES, clean, rule_problem
 from medibot.cleaning.rules import fold
 
 
@@ -248,7 +248,7 @@ def test_folding_ignores_case_form_punctuation_and_space():
 
 
 def test_the_recipe_list_is_made_of_known_rules():
-    assert [rule_problem(item) for item in MEDQUAD_RULES] == [None] * len(MEDQUAD_RULES)
+    assert [rule_problem(item) for item in NAMED_LISTS["medquad"]] == [None] * len(NAMED_LISTS["medquad"])
 
 
 def test_the_recipe_list_cleans_an_invented_row():
@@ -258,6 +258,6 @@ def test_the_recipe_list_cleans_an_invented_row():
         document_source="GARD",
         question_focus="Toe rot",
     )
-    (left,), _ = clean([raw], MEDQUAD_RULES)
+    (left,), _ = clean([raw], NAMED_LISTS["medquad"])
     assert left["prompt"] == "What are the symptoms of Toe rot?"
     assert left["completion"] == "Toe rot doesn't spread to a person's foot."

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SAMPLE
 
-from medibot.cleaning import MEDQUAD_RULES
+from medibot.cleaning import NAMED_LISTS
 from medibot.data.prepared import PREPARED, SPLITS, Prepared, prepare
 from medibot.data.sources import open_source
 from medibot.errors import RecipeError
@@ -331,7 +331,7 @@ def test_prepared_rows_change_only_with_their_version(prepared_of):
         for row in rows
     ]
     write_rows(rows)
-    prepared = prepared_of(f"data.clean={json.dumps(MEDQUAD_RULES)}", "data.group_by=[focus, umls_cui]")
+    prepared = prepared_of(f"data.clean={json.dumps(NAMED_LISTS['medquad'])}", "data.group_by=[focus, umls_cui]")
     found = [
         (split, row["row"], row["prompt"], row["completion"])
         for split in SPLITS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medibot.cleaning import MEDQUAD_RULES, clean
+from medibot.cleaning import NAMED_LISTS, clean
 from medibot.cleaning.rules import fold
 from medibot.data.splitting import (
     Splits,
@@ -273,7 +273,7 @@ def cleaned():
         {**source, "prompt": source["question"], "completion": source["answer"], "row": index}
         for index, source in enumerate(parquet.read_table(MEDQUAD).to_pylist())
     ]
-    return clean(rows, MEDQUAD_RULES)
+    return clean(rows, NAMED_LISTS["medquad"])
 
 
 def test_medquad_shows_its_known_defects(cleaned):
