@@ -99,13 +99,9 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def as_number(found: re.Match[str]) -> float:
-    return float(found.group().replace(",", ""))
-
-
 def numbers(text: str) -> set[float]:
     """Return the different numbers of a text, as values."""
-    return set(map(as_number, NUMBER.finditer(LIST_MARKER.sub("", text))))
+    return {float(found.replace(",", "")) for found in NUMBER.findall(LIST_MARKER.sub("", text))}
 
 
 def doses(text: str) -> set[tuple[float, str]]:
@@ -114,5 +110,6 @@ def doses(text: str) -> set[tuple[float, str]]:
     for number in NUMBER.finditer(text):
         if unit := UNIT.match(text, number.end()):
             symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit[1], re.IGNORECASE))
-            found.add((as_number(number), f"{symbol}/{unit[2].lower()}" if unit[2] else symbol))
+            value = float(number.group().replace(",", ""))
+            found.add((value, f"{symbol}/{unit[2].lower()}" if unit[2] else symbol))
     return found
