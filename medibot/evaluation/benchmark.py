@@ -29,15 +29,14 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
     Zero-shot, through the run's own chat template and system prompt; `limit` asks the first so many of each task.
     Writes outputs/<name>/benchmark/{results.json, rows.jsonl}. Only tasks with a single correct option count ("acc").
     """
-    tasks = list(dict.fromkeys(tasks or MEDICAL))
-    manager = task_manager(tasks)
+    managers = task_managers(list(dict.fromkeys(tasks or MEDICAL)))
     run = find_finished_run(name)
     recipe = load_recipe(str(run.recipe))
     precision = choose_precision(recipe.model.get("dtype"))
     with locked(run, True):
         silence_upstream()
-        rows = ask_both(run, recipe, precision, tasks, manager, limit)
-        compared = {task: compare_rows([row for row in rows if row["task"] == task]) for task in tasks}
+        rows = ask_both(run, recipe, precision, managers, limit)
+        compared = {task: compare_rows([row for row in rows if row["task"] == task]) for task in managers}
         together = compare_rows(rows)
         results: dict[str, Any] = {"run": name, "limit": limit, "precision": precision.name}
         results |= {"seed": SEED, "resamples": RESAMPLES}
@@ -55,8 +54,8 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
     return report
 
 
-def task_manager(tasks: list[str]) -> Any:
-    """Return lm-eval's manager of our tasks and, where one of `tasks` is none of ours, of lm-eval's own below them."""
+def task_managers(tasks: list[str]) -> dict[str, Any]:
+    """Return lm-eval's manager for each task: ours come first, whatever lm-eval has under the same name."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -64,15 +63,17 @@ def task_manager(tasks: list[str]) -> Any:
         raise RecipeError.of("benchmark", "lm-eval is not installed", remedy) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ours = TaskManager(include_path=str(find_file(TASKS)), include_defaults=False)
-    manager = ours if set(tasks) <= set(ours.all_tasks) else TaskManager(include_path=str(find_file(TASKS)))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
+    # Apart from ours: a group of lm-eval's own, such as mmlu, must not find our tasks under its names
+    others = TaskManager() if set(tasks) - set(ours.all_tasks) else ours
+    managers = {task: ours if task in ours.all_tasks else others for task in tasks}
+    unknown = [task for task, manager in managers.items() if task not in manager.all_tasks]
     if unknown:
         what = f"neither {TASKS} nor lm-eval has a task {unknown[0]!r}"
         raise RecipeError.of("TASKS", what, f"there are: {', '.join(ours.all_tasks)}, and lm-eval's own")
-    return manager
+    return managers
 
 
-def ask_both(run: Run, recipe: Recipe, precision: Precision, tasks: list[str], manager: Any, limit: int | None) -> Rows:
+def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str, Any], limit: int | None) -> Rows:
     """Return a row for each question: whether base and tuned model chose rightly, and the prompt that they saw."""
     from lm_eval.models.huggingface import HFLM
 
@@ -82,7 +83,7 @@ def ask_both(run: Run, recipe: Recipe, precision: Precision, tasks: list[str], m
     for which in ("base", "tuned"):
         with load(which) as model:
             asker = HFLM(pretrained=model, tokenizer=tokenizer, **settings)
-            for task in tasks:
+            for task, manager in managers.items():
                 print(f"{which}: {task}", flush=True)
                 for sample in ask(asker, task, manager, recipe.data.system, limit):
                     row = rows.setdefault((task, sample["doc_id"]), {"task": task, "doc": sample["doc_id"]})
