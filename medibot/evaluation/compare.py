@@ -1,5 +1,6 @@
 """Compare evaluated runs side by side: what differs in their recipes, curves, test metrics with paired intervals, cost."""
 
+import itertools
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from medibot.recipe import ABSENT, flattened, load_recipe
 from medibot.run import Run, find_finished_run, outputs_folder, read_json, read_lines
 
 # A token is something else to another tokenizer
-BY_TOKEN = {"nll", "perplexity", "token_accuracy"}
+BY_TOKEN = ["nll", "perplexity", "token_accuracy"]
 # What a training took: (label, key, unit, format)
 COSTS = (
     ("supervised tokens", "supervised_tokens", 1, ",.0f"),
@@ -39,18 +40,15 @@ def compare(names: list[str], baseline: str = "base") -> Report:
     require_comparable(results, baseline)
     rows = {name: read_lines(run.folder / "eval" / "rows.jsonl") for name, run in runs.items()}
     first = results[names[0]]
-    one_tokenizer = all(found["tokenizer"] == first["tokenizer"] for found in results.values())
-    left_out = [] if one_tokenizer else sorted(BY_TOKEN)
-    metrics = {}
-    for name in names:
-        if name != baseline:
-            found = pair(rows[name], rows[name] if baseline == "base" else rows[baseline], baseline)
-            metrics[name] = {key: metric for key, metric in found.items() if key not in left_out}
+    left_out = BY_TOKEN if any(found["tokenizer"] != first["tokenizer"] for found in results.values()) else []
+    metrics = {name: pair(rows, name, baseline) for name in names if name != baseline}
+    for left, found in itertools.product(left_out, metrics.values()):
+        del found[left]
     cost = {name: run.record()["summary"]["cost"] for name, run in runs.items()}
     comparison = {
         "baseline": baseline,
         "runs": names,
-        "sentence": verdict(rows, metrics, "nll" if one_tokenizer else "bits_per_byte", baseline),
+        "sentence": verdict(rows, metrics, "bits_per_byte" if left_out else "nll", baseline),
         **{key: first[key] for key in ("fingerprint", "rows", "of", "groups")},
         "left_out": left_out,
         "differences": recipe_differences(runs),
@@ -84,10 +82,11 @@ def require_comparable(results: dict[str, dict[str, Any]], baseline: str) -> Non
             raise RecipeError.of("BASELINE", what, f"name a run: BASELINE={first}")
 
 
-def pair(rows: Rows, others: Rows, baseline: str) -> dict[str, dict[str, Any]]:
-    """Return the tuned answers of `rows` compared with those of `others`, or with the base's there."""
-    against = [line["base" if baseline == "base" else "tuned"] for line in others]
-    return compare_scores(against, [line["tuned"] for line in rows], [line["group"] for line in rows])
+def pair(rows: dict[str, Rows], name: str, baseline: str) -> dict[str, dict[str, Any]]:
+    """Return the tuned answers of a run compared with those of another, or with its own base's."""
+    against, which = (rows[name], "base") if baseline == "base" else (rows[baseline], "tuned")
+    tuned, groups = ([line[key] for line in rows[name]] for key in ("tuned", "group"))
+    return compare_scores([line[which] for line in against], tuned, groups)
 
 
 def verdict(rows: dict[str, Rows], metrics: dict[str, Any], primary: str, baseline: str) -> str:
@@ -95,7 +94,7 @@ def verdict(rows: dict[str, Rows], metrics: dict[str, Any], primary: str, baseli
     of_baseline = next(iter(metrics.values()))[primary]["baseline"]
     values = {name: metrics[name][primary]["value"] if name in metrics else of_baseline for name in rows}
     best, second, *_ = sorted(values, key=lambda name: values[name])
-    found = pair(rows[best], rows[second], second)[primary]
+    found = pair(rows, best, second)[primary]
     unit = "nats a token" if primary == "nll" else "bits a byte"
     by = f"{found['difference']:+.4f} {unit} (95 %: {interval_text(found)})"
     text = f"The data cannot tell {best} from {second}: {by}"
@@ -111,12 +110,13 @@ def recipe_differences(runs: dict[str, Run]) -> list[list[str]]:
     """Return [key, value in each run…] of the recipe keys that differ, without those that only name a run in W&B."""
     leaves = [dict(flattened(load_recipe(str(run.recipe)).as_dict())) for run in runs.values()]
     keys = dict.fromkeys(key for found in leaves for key in found if not key.startswith("tracking"))
-    values = {key: [found.get(key, ABSENT) for found in leaves] for key in keys}
-    table = [
-        [key, *(json.dumps(v) if not isinstance(v, str) and v is not ABSENT else str(v) for v in found)]
-        for key, found in values.items()
-    ]
-    return [row for row in table if len(set(row[1:])) > 1]
+    table = []
+    for key in keys:
+        values = [found.get(key, ABSENT) for found in leaves]
+        cells = [str(v) if v is ABSENT or isinstance(v, str) else json.dumps(v) for v in values]
+        if len(set(cells)) > 1:
+            table.append([key, *cells])
+    return table
 
 
 def read_curves(run: Run) -> dict[str, list[list[float]]]:
@@ -131,7 +131,7 @@ def read_curves(run: Run) -> dict[str, list[list[float]]]:
 def show_tables(comparison: dict[str, Any], costs: list[list[str]]) -> list[Any]:
     """Return what differs, metrics and cost as people read them in a terminal."""
     runs, metrics = comparison["runs"], comparison["metrics"]
-    shown: list[Any] = [*quick_look(comparison)]
+    shown: list[Any] = list(quick_look(comparison))
     if comparison["left_out"]:
         shown.append(f"left out, since the tokenizers differ: {', '.join(comparison['left_out'])}")
     if comparison["differences"]:

@@ -13,10 +13,10 @@ from medibot.data.conversations import COLUMNS
 from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
-from medibot.evaluation.metrics import definitions, score_answer
+from medibot.evaluation.metrics import METRICS, score_answer
 from medibot.evaluation.page import evaluation_page
 from medibot.evaluation.questions import Questions, choose_questions, held_out_file, question, reference
-from medibot.evaluation.report import Report, make_table, quick_look, write_report
+from medibot.evaluation.report import DIFFERENCE, Report, difference_cells, make_table, quick_look, write_report
 from medibot.evaluation.scores import Rows, model_loader, score_rows
 from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
@@ -33,18 +33,16 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
     run = find_finished_run(name)
     with locked(run, True):
         recipe = load_recipe(str(run.recipe))
-        # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
-        tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)
         prepared = prepare(recipe)
         if prepared.split["fingerprint"] != read_json(run.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"
             raise RecipeError.of(f"outputs/{name}", "the data is not what the run was split from", remedy)
-        if data is None:
-            described = f"test split of {recipe.data.path}"
-            questions = choose_questions(tokenizer, config, prepared.load("test"), rows, described)
-        else:
-            found, train = held_out_file(run, data, tokenizer), prepared.load("train")
-            questions = choose_questions(tokenizer, config, found, rows, data.name, train)
+        # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
+        tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)
+        found, train, described = prepared.load("test"), None, f"test split of {recipe.data.path}"
+        if data:
+            found, train, described = held_out_file(run, data, tokenizer), prepared.load("train"), data.name
+        questions = choose_questions(tokenizer, config, found, rows, described, train)
         for row in questions.known:
             print(f"warning: row {row} of {questions.described} is in the training split")
         load, scored, seconds = model_loader(recipe, run, prepared.precision.dtype), {}, {}
@@ -55,21 +53,11 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
         lines = join_scores(questions, scored)
         results = summarize(recipe, run, questions, lines)
         results |= {"precision": prepared.precision.name, "seconds": seconds}
-        header = ["metric", "base", "tuned", "difference", "95 % interval", "verdict"]
-        table = [
-            [
-                m["label"],
-                f"{m['baseline']:.4f}",
-                f"{m['value']:.4f}",
-                f"{m['difference']:+.4f}",
-                interval_text(m),
-                m["verdict"],
-            ]
-            for m in results["metrics"].values()
-        ]
+        table = [[found["label"], *difference_cells(found, 4)] for found in results["metrics"].values()]
+        shown = [*quick_look(results), make_table(["metric", *DIFFERENCE], table)]
         files = {"results.json": results, "rows.jsonl": lines, "report.html": evaluation_page(results, lines)}
-        folder = run.folder / ("eval" if data is None else f"eval-{data.stem}")
-        report = write_report(folder, files, results["verdict"], [*quick_look(results), make_table(header, table)])
+        folder = run.folder / (f"eval-{data.stem}" if data else "eval")
+        report = write_report(folder, files, results["verdict"], shown)
         mirror(recipe, run, report, lines)
     return report
 
@@ -95,10 +83,8 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
     whole, by = compare_lines(lines), {}
     for column in recipe.evaluation.by:
         if column in lines[0]:
-            parts: dict[str, Rows] = {}
-            for line in lines:
-                parts.setdefault(str(line[column]), []).append(line)
-            by[column] = {value: compare_lines(parts[value]) for value in sorted(parts)}
+            values = sorted({str(line[column]) for line in lines})
+            by[column] = {value: compare_lines([x for x in lines if str(x[column]) == value]) for value in values}
         else:
             print(f"warning: no column {column!r} to break the results down by")
     return {
@@ -124,8 +110,8 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
 def compare_lines(lines: Rows) -> dict[str, Any]:
     """Return how many rows there are, of how many groups of the split, and base against tuned on each metric."""
     base, tuned, group = ([line[key] for line in lines] for key in ("base", "tuned", "group"))
-    compared, defined = compare_scores(base, tuned, group), definitions()
-    metrics = {name: found | {"definition": defined[name]} for name, found in compared.items()}
+    compared = compare_scores(base, tuned, group)
+    metrics = {metric.name: compared[metric.name] | {"definition": metric.definition} for metric in METRICS}
     return {"rows": len(lines), "groups": len(set(group)), "metrics": metrics}
 
 

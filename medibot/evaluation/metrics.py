@@ -26,6 +26,8 @@ UNIT = re.compile(
     rf"[\s-]?({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])", re.IGNORECASE
 )
 ROUGE_L, CHRF = RougeScorer(["rougeL"]), ChrF(word_order=2)
+# The signature counts references, which it knows only after a first score
+CHRF.corpus_score(["a"], [["a"]])
 Row = Mapping[str, Any]
 
 
@@ -58,7 +60,8 @@ METRICS = (
     Metric("rouge_l", "ROUGE-L", "rouge_l", None, "higher",
            "F1 of the longest common subsequence of answer and reference over lower-cased [a-z0-9]+ words, no stemming; "
            "mean over rows (Lin 2004)."),
-    Metric("chrf", "chrF++", "chrf", None, "higher", "Sentence-level chrF++, mean over rows (Popović 2017)"),
+    Metric("chrf", "chrF++", "chrf", None, "higher",
+           f"Sentence-level chrF++, mean over rows (Popović 2017) [{CHRF.get_signature()}]."),
     Metric("length_ratio", "length ratio (best at 1)", "answer_words", "reference_words", "lower",
            "Words of all answers by words of all references; compared by |log ratio|, the distance from 1.",
            "log_distance"),
@@ -74,14 +77,6 @@ METRICS = (
 ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher",
                   "Share of questions whose most likely option is the right one.")
 # fmt: on
-
-
-def definitions() -> dict[str, str]:
-    """Return what each metric is, by name; chrF++ with sacrebleu's signature."""
-    # The signature counts references, which it knows only after a first score
-    CHRF.corpus_score(["a"], [["a"]])
-    found = {metric.name: metric.definition for metric in METRICS}
-    return found | {"chrf": f"{found['chrf']} [{CHRF.get_signature()}]."}
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
@@ -104,13 +99,9 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def as_number(found: re.Match[str]) -> float:
-    return float(found.group().replace(",", ""))
-
-
 def numbers(text: str) -> set[float]:
     """Return the different numbers of a text, as values."""
-    return set(map(as_number, NUMBER.finditer(LIST_MARKER.sub("", text))))
+    return {float(found.replace(",", "")) for found in NUMBER.findall(LIST_MARKER.sub("", text))}
 
 
 def doses(text: str) -> set[tuple[float, str]]:
@@ -119,5 +110,6 @@ def doses(text: str) -> set[tuple[float, str]]:
     for number in NUMBER.finditer(text):
         if unit := UNIT.match(text, number.end()):
             symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit[1], re.IGNORECASE))
-            found.add((as_number(number), f"{symbol}/{unit[2].lower()}" if unit[2] else symbol))
+            value = float(number.group().replace(",", ""))
+            found.add((value, f"{symbol}/{unit[2].lower()}" if unit[2] else symbol))
     return found

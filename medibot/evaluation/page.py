@@ -6,49 +6,44 @@ import random
 from typing import Any
 
 import jinja2
+import matplotlib
+import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by every kind of colour vision
 BASE, TUNED, PLAIN = "#0072b2", "#d55e00", "#57606a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+CURVES: dict[str, dict[str, Any]] = {"train": {"linewidth": 0.8, "alpha": 0.6}, "validation": {"marker": "o"}}
 # Rows of each kind that the page shows whole
 SHOWN = 5
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("medibot"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
+matplotlib.rcParams.update({"svg.hashsalt": "medibot", "svg.fonttype": "none", "font.family": "sans-serif"})
 
 
 def evaluation_page(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return the page of one evaluation, from results.json and rows.jsonl; the same input gives the same bytes."""
-    gains = "How much lower the negative log-likelihood of each reference is after training, row by row: "
-    words = "Words of the answers and of the references, as the share of rows that are at most so long."
-    plots = [(gains + "right of the line the tuned model is better.", gains_plot(rows)), (words, length_plot(rows))]
+    plots: dict[str, Any] = {"gains": gains_plot(rows), "lengths": length_plot(rows), "by": {}}
     for column, parts in results["by"].items():
-        text = f"Difference in nats a token for each {column.replace('_', ' ')}, with 95 % intervals (number of rows "
         most_first = sorted(parts.items(), key=lambda part: -part[1]["rows"])
         # A dollar sign would begin a formula
         names = [f"{name[:40]} ({part['rows']})".replace("$", r"\$") for name, part in most_first]
-        drawn = intervals_plot(
-            names, [part["metrics"]["nll"] for _, part in most_first], "tuned minus base (nats a token)"
-        )
-        plots.append((text + "behind it): left of the line the tuned model is better.", drawn))
-    template = TEMPLATES.get_template("evaluation.html.j2")
-    return template.render(r=results, plots=plots, chosen=side_by_side(rows))
+        found = [part["metrics"]["nll"] for _, part in most_first]
+        plots["by"][column] = intervals_plot(names, found, "tuned minus base (nats a token)")
+    return TEMPLATES.get_template("evaluation.html.j2").render(r=results, plots=plots, chosen=side_by_side(rows))
 
 
 def comparison_page(comparison: dict[str, Any], cost: list[list[str]]) -> str:
     """Return the page of a comparison, from comparison.json and the cost table's rows."""
     primary, unit = ("bits_per_byte", "bits a byte") if comparison["left_out"] else ("nll", "nats a token")
     found = {name: metrics[primary] for name, metrics in comparison["metrics"].items()}
-    baseline = comparison["baseline"]
-    differs = f"Difference from {baseline} on the test rows with 95 % intervals: left of the line is better."
-    losses = "Training loss (thin) and validation loss (dots) by supervised tokens and by wall time."
-    brought = f"What the training steps took, and what they brought against {baseline}, with 95 % intervals: "
-    plots = [
-        (differs, intervals_plot(list(found), list(found.values()), f"difference ({unit})")),
-        (losses, curves_plot(comparison["curves"])),
-        (brought + "low and left is best.", cost_plot(found, comparison["cost"], f"difference ({unit})")),
-    ]
+    plots = {
+        "intervals": intervals_plot(list(found), list(found.values()), f"difference ({unit})"),
+        "curves": curves_plot(comparison["curves"]),
+        "cost": cost_plot(found, comparison["cost"], f"difference ({unit})"),
+    }
     return TEMPLATES.get_template("comparison.html.j2").render(c=comparison, plots=plots, cost=cost)
 
 
@@ -67,12 +62,8 @@ def gain(row: dict[str, Any]) -> float:
     return row["base"]["nll"] / row["base"]["tokens"] - row["tuned"]["nll"] / row["tuned"]["tokens"]
 
 
-def new_figure(height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+def new_figure(height: float, panels: int = 1) -> tuple[Figure, list[Any]]:
     """Return a figure of the page's width, and its axes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update({"svg.hashsalt": "medibot", "svg.fonttype": "none", "font.family": "sans-serif"})
     figure = Figure(figsize=(9, height), layout="constrained")
     axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
     for one in axes:
@@ -80,7 +71,7 @@ def new_figure(height: float, panels: int = 1) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def as_svg(figure: Any) -> Markup:
+def as_svg(figure: Figure) -> Markup:
     """Return the figure as an SVG element, the same bytes each time."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -106,33 +97,26 @@ def length_plot(rows: list[dict[str, Any]]) -> Markup:
     return as_svg(figure)
 
 
-def draw_interval(
-    axes: Any, found: dict[str, Any], place: float, across: bool = True, color: str = TUNED, **style: Any
-) -> None:
-    """Draw a difference as a dot on its interval; hollow where one group gives no interval."""
-    known = found["low"] is not None
-    points = [(found["difference"], place)] + [(found[end], place) for end in ("low", "high") if known]
-    (dot, *ends) = points if across else [(y, x) for x, y in points]
-    axes.plot(*zip(*ends, strict=True) if ends else (), color=color, linewidth=2)
-    axes.plot(*dot, "o", color=color if known else "none", markeredgecolor=color, **style)
-
-
 def intervals_plot(names: list[str], metrics: list[dict[str, Any]], label: str) -> Markup:
-    """Draw a difference a line, the first at the top."""
+    """Draw a difference a line, the first at the top; hollow where one group gives no interval."""
     figure, (axes,) = new_figure(1 + 0.3 * len(names))
     for place, found in enumerate(metrics):
-        draw_interval(axes, found, place)
+        fill = "none" if found["low"] is None else "full"
+        axes.plot([found["low"], found["high"]], [place, place], color=TUNED, linewidth=2)
+        axes.plot(found["difference"], place, "o", color=TUNED, fillstyle=fill)
     axes.axvline(0, color=PLAIN, linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
     return as_svg(figure)
 
 
-def cost_plot(found: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]], label: str) -> Markup:
+def cost_plot(metrics: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]], label: str) -> Markup:
     """Draw each run's difference over the time that its steps took."""
     figure, (axes,) = new_figure(3.4)
-    for (name, metric), colour in zip(found.items(), itertools.cycle(COLOURS), strict=False):
-        draw_interval(axes, metric, cost[name]["training_seconds"] / 60, across=False, color=colour, label=name)
+    for (name, found), colour in zip(metrics.items(), itertools.cycle(COLOURS), strict=False):
+        fill, minutes = "none" if found["low"] is None else "full", cost[name]["training_seconds"] / 60
+        axes.plot([minutes, minutes], [found["low"], found["high"]], color=colour, linewidth=2)
+        axes.plot(minutes, found["difference"], "o", color=colour, fillstyle=fill, label=name)
     axes.axhline(0, color=PLAIN, linewidth=1)
     axes.set(xlim=(0, None), xlabel="training steps (minutes)", ylabel=label)
     axes.legend(frameon=False)
@@ -144,12 +128,10 @@ def curves_plot(curves: dict[str, dict[str, list[list[float]]]]) -> Markup:
     figure, panels = new_figure(3.6, panels=2)
     for axes, column, scale, label in zip(panels, (0, 1), (1, 60), ("supervised tokens", "minutes"), strict=True):
         for (name, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
-            for kind, style in (
-                ("train", {"linewidth": 0.8, "alpha": 0.6}),
-                ("validation", {"marker": "o", "label": name}),
-            ):
-                x, y = [point[column] / scale for point in curve[kind]], [point[2] for point in curve[kind]]
-                axes.plot(x, y, color=colour, **style)
+            for kind, style in CURVES.items():
+                points = np.reshape(curve[kind], (-1, 3))
+                shown = name if kind == "validation" else None
+                axes.plot(points[:, column] / scale, points[:, 2], color=colour, label=shown, **style)
         axes.set_xlabel(label)
     panels[0].set_ylabel("loss (nats a token)")
     panels[1].legend(frameon=False)

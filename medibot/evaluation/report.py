@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from medibot.evaluation.statistics import interval_text
 from medibot.run import Run
 
 
@@ -35,6 +36,15 @@ def write_report(folder: Path, files: dict[str, Any], verdict: str, shown: list[
             content = "\n".join(json.dumps(line, ensure_ascii=False) for line in content)
         Run(folder).write(name, content)
     return Report(next(iter(files.values())), folder, list(files), verdict, shown)
+
+
+# What a table says of a difference, under these heads
+DIFFERENCE = ["base", "tuned", "difference", "95 % interval", "verdict"]
+
+
+def difference_cells(found: dict[str, Any], digits: int) -> list[str]:
+    figures = [f"{found['baseline']:.{digits}f}", f"{found['value']:.{digits}f}", f"{found['difference']:+.{digits}f}"]
+    return [*figures, interval_text(found, digits), found["verdict"]]
 
 
 def make_table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:

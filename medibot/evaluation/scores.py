@@ -8,12 +8,12 @@ import json
 import math
 import sys
 from collections.abc import Callable, Generator, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from filelock import FileLock
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -38,7 +38,7 @@ Loader = Callable[[str], contextlib.AbstractContextManager[PreTrainedModel]]
 
 def model_loader(recipe: Recipe, run: Run, dtype: torch.dtype) -> Loader:
     """Return a context manager that gives "base" or "tuned"; an adapter's base is the same load with the adapter off."""
-    load_once = cache(lambda: load_tuned(recipe, run.weights, dtype))
+    load_once = cache(partial(load_tuned, recipe, run.weights, dtype))
 
     @contextlib.contextmanager
     def load(which: str) -> Generator[PreTrainedModel]:
@@ -55,10 +55,33 @@ def model_loader(recipe: Recipe, run: Run, dtype: torch.dtype) -> Loader:
 
 
 def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> Rows:
-    """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done.
+    """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done."""
+    batches, template = make_batches(questions, batch_size(recipe)), template_kwargs(recipe)
+    folder = Run(cache_folder().with_name("scores"))
+    folder.folder.mkdir(parents=True, exist_ok=True)
+    file = folder.folder / f"{scores_key(which, recipe, run, questions, precision)}.jsonl"
+    with FileLock(file.with_suffix(".lock")):
+        lines = read_lines(file)
+        # A line that a killed evaluation never finished must not be continued
+        folder.write(file.name, "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+        done = {tuple(line["batch"]): line["scores"] for line in lines}
+        left = [batch for batch in batches if batch not in done]
+        if len(left) < len(batches):
+            print(f"{which}: {len(batches) - len(left)} of {len(batches)} batches are known already")
+        if left:
+            with load(which) as model:
+                for batch in show_progress(which, left, len(batches)):
+                    done[batch] = score_batch(model, questions, batch, template)
+                    folder.append(file, {"batch": batch, "scores": done[batch]})
+    rows: Rows = [{} for _ in questions.rows]
+    for batch in batches:
+        for place, found in zip(batch[1:], done[batch], strict=True):
+            rows[place] |= found
+    return rows
 
-    The file's name is a sha256 of all that decides the scores, the tuned weights only where they are asked.
-    """
+
+def scores_key(which: str, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> str:
+    """Return the beginning of a sha256 of all that decides the scores; the tuned weights only where they are asked."""
     adapter = sorted(run.weights.glob("*.safetensors")) if which == "tuned" else []
     decisive = [
         questions.fingerprint,
@@ -72,58 +95,26 @@ def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Qu
         [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
         {file.name: hash_file(file) for file in adapter},
     ]
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
-
-    def score(model: PreTrainedModel, batch: Batch) -> Rows:
-        kind, *places = batch
-        if kind == "likelihood":
-            return likelihood(model, questions.tokens.select(places).to_list())
-        prompts = [questions.rows[place]["prompt"] for place in places]
-        answers = generate_answers(
-            model, questions.tokenizer, prompts, questions.config, template_kwargs(recipe), len(prompts)
-        )
-        return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
-
-    batches = make_batches(questions, batch_size(recipe))
-    done = complete(which, key[:32], batches, load, score)
-    rows: Rows = [{} for _ in questions.rows]
-    for batch in batches:
-        for place, found in zip(batch[1:], done[batch], strict=True):
-            rows[place] |= found
-    return rows
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def complete(
-    which: str, key: str, batches: list[Batch], load: Loader, score: Callable[[PreTrainedModel, Batch], Rows]
-) -> dict[Batch, Rows]:
-    """Return the scores of all batches: those kept under `key`, and the others by `score`, kept one by one."""
-    folder = Run(cache_folder().with_name("scores"))
-    folder.folder.mkdir(parents=True, exist_ok=True)
-    file = folder.folder / f"{key}.jsonl"
-    with FileLock(file.with_suffix(".lock")):
-        done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
-        # A line that a killed evaluation never finished must not be continued
-        lines = [json.dumps({"batch": b, "scores": s}, ensure_ascii=False) for b, s in done.items()]
-        folder.write(file.name, "\n".join(lines))
-        left = [batch for batch in batches if batch not in done]
-        if len(left) < len(batches):
-            print(f"{which}: {len(batches) - len(left)} of {len(batches)} batches are known already")
-        if left:
-            with load(which) as model:
-                for batch in show_progress(which, left, len(batches)):
-                    done[batch] = score(model, batch)
-                    folder.append(file, {"batch": batch, "scores": done[batch]})
-    return done
+def score_batch(model: PreTrainedModel, questions: Questions, batch: Batch, template: dict[str, Any]) -> Rows:
+    """Return the scores of a batch's rows: their likelihood, or the answers that the model writes."""
+    kind, *places = batch
+    if kind == "likelihood":
+        return likelihood(model, questions.tokens.select(places).to_list())
+    prompts = [questions.rows[place]["prompt"] for place in places]
+    answers = generate_answers(model, questions.tokenizer, prompts, questions.config, template, len(prompts))
+    return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
 
 
 def show_progress(which: str, left: list[Batch], total: int) -> Iterator[Batch]:
     """Yield the batches with a bar on a terminal, and with a line now and then elsewhere."""
-    bar_columns = (which, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*bar_columns, disable=not sys.stdout.isatty()) as bar:
-        for done, batch in enumerate(bar.track(left), start=total - len(left) + 1):
-            yield batch
-            if bar.disable and (total - done) % max(1, total // 10) == 0:
-                print(f"{which}: {done} of {total} batches", flush=True)
+    terminal, known = sys.stdout.isatty(), total - len(left)
+    for done, batch in enumerate(track(left, which, total, known, disable=not terminal), start=known + 1):
+        yield batch
+        if not terminal and (total - done) % max(1, total // 10) == 0:
+            print(f"{which}: {done} of {total} batches", flush=True)
 
 
 def batch_size(recipe: Recipe) -> int:

@@ -1,5 +1,6 @@
 """Compare the scores of two models on the same rows, with intervals."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,6 @@ from scipy.stats import norm, t
 from medibot.evaluation.metrics import METRICS, Metric, Row
 
 CONFIDENCE, RESAMPLES, SEED = 0.95, 10_000, 0
-# Resamples x groups held in memory at once
-CHUNK = 4_000_000
 FIGURES = ("baseline", "value", "difference", "low", "high", "verdict")
 
 
@@ -28,9 +27,8 @@ def compare_scores(
     # Numerator and denominator of a, then of b
     sums = np.zeros((len(names), len(metrics), 4))
     for index, metric in enumerate(metrics):
-        numerators, below = ([row[metric.numerator] for row in rows] for rows in (a, b)), metric.denominator
-        denominators = ([row[below] if below else 1 for row in rows] for rows in (a, b))
-        for part, column in zip((0, 2, 1, 3), (*numerators, *denominators), strict=True):
+        for part, (rows, key) in enumerate(itertools.product((a, b), (metric.numerator, metric.denominator))):
+            column = [row[key] if key else 1 for row in rows]
             sums[:, index, part] = np.bincount(member, weights=column, minlength=len(names))
     whole, drawn = sums.sum(axis=0), resample(sums) if len(names) > 1 else None
     results = {}
@@ -67,10 +65,9 @@ def verdict(metric: Metric, low: float | None, high: float | None) -> str:
 
 def resample(sums: np.ndarray) -> np.ndarray:
     """Return sums of as many groups as there are, drawn with replacement: [RESAMPLES, metrics, 4] of [groups, metrics, 4]."""
-    generator, count = np.random.default_rng(SEED), len(sums)
-    step, shares = max(1, CHUNK // count), np.full(count, 1 / count)
-    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
-    parts = [generator.multinomial(count, shares, size) @ sums.reshape(count, -1) for size in sizes]
+    generator, count, flat = np.random.default_rng(SEED), len(sums), sums.reshape(len(sums), -1)
+    # By hundreds: how often each of 10,000 groups is drawn, for all resamples at once, would fill 800 MB
+    parts = [generator.multinomial(count, np.full(count, 1 / count), 100) @ flat for _ in range(RESAMPLES // 100)]
     return np.concatenate(parts).reshape(RESAMPLES, *sums.shape[1:])
 
 
