@@ -3,144 +3,109 @@
 import dataclasses
 import json
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import psutil
-import torch
 from rich.console import Group
 from rich.table import Table
 from transformers import PretrainedConfig
 
 from medibot.data.prepared import Prepared, prepare
 from medibot.model.loading import weights_dtype
-from medibot.planning.activations import Kept, head_bytes, trace
 from medibot.planning.conflicts import share_batch
 from medibot.planning.hardware import CONTEXT, GB, NCCL, Device, Hardware, Layout, detect_device, find_device
-from medibot.planning.memory import Parameters, count_bytes, load_config
+from medibot.planning.memory import Kept, Parameters, count_bytes, head_bytes, load_config, trace
 from medibot.planning.schedule import UTILIZATION, Schedule, is_flat, make_schedule, setting
 from medibot.recipe import Recipe
 from medibot.run import outputs_folder
 
 # Measured on CPUs, glibc 2.36 (benchmarks/plan.py): what a training's process grows by beside what is counted here, and
-# the share of what a layer allocates and frees that the heap cannot use again
-LATER, HOLES = 25_000_000, 0.22
+# what the heap loses between the tensors of a layer, as a share of those that it keeps: adapters allocate more
+LATER, HOLES, HOLES_WITH_ADAPTERS = 25_000_000, 0.23, 0.52
 
 
 @dataclass(frozen=True)
 class Plan:
     """One training on one device.
 
-    Exact: parameters, adapters, gradients, optimizer state. Traced: activations. Estimated: the rest. `lengths` are the
-    tokens of each row, `supervised_share` of the longest one is learned from, `evaluated` are the tokens of an
-    evaluation's largest batch, `overhead` the bytes that the process holds whatever it trains.
+    Exact: parameters, adapters, gradients, optimizer state. Traced: activations, `traced` for two of the longest rows.
+    Estimated: the rest. `lengths` are the tokens of each row, `rows` a micro-batch, `longest` the tokens to which it is
+    padded, `supervised_share` of them learned from, `evaluated` the tokens of an evaluation's largest batch, `overhead`
+    the bytes that the process holds whatever it trains.
     """
 
     recipe: Recipe
-    weights: torch.dtype
     device: Device
     layout: Layout
     config: PretrainedConfig
     parameters: Parameters
+    traced: Kept
+    schedule: Schedule
     lengths: np.ndarray
+    rows: int
+    longest: int
+    checkpointing: bool
     supervised_share: float
     evaluated: int
     overhead: int
 
-    @property
-    def rows(self) -> int:
-        """Return the rows of the largest micro-batch."""
-        return min(setting(self.recipe, "per_device_train_batch_size"), len(self.lengths))
-
-    @property
-    def longest(self) -> int:
-        """Return the tokens of the longest row, to which its whole micro-batch is padded."""
-        return int(self.lengths.max())
-
-    @property
-    def checkpointing(self) -> bool:
-        """Tell whether activations are computed again in the backward pass."""
-        return self.layout.checkpointing or self.recipe.training.get("activation_checkpointing", True)
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        """Return steps, tokens, time and disk."""
-        parts = (self.recipe, self.lengths, self.parameters, self.config, self.device, self.layout, self.checkpointing)
-        return make_schedule(*parts)
-
-    def memory(
-        self, rows: int | None = None, checkpointing: bool | None = None, layout: Layout | None = None
-    ) -> dict[str, int]:
+    def memory(self, rows: int | None = None, checkpointing: bool | None = None) -> dict[str, int]:
         """Return bytes on one device, by what they are for; `peak` is what has to fit."""
-        layout = layout or self.layout
-        checkpointing = self.checkpointing if checkpointing is None else checkpointing
-        parts = self.fixed(layout) | self.batch(rows or self.rows, checkpointing)
+        again = self.checkpointing if checkpointing is None else checkpointing
+        parts = self.fixed() | self.batch(rows or self.rows, again)
         passing, gradients = parts["activations"] + parts["logits"], parts["gradients"]
         always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
-        together = setting(self.recipe, "gradient_accumulation_steps") > 1 or layout.strategy == "ddp"
+        together = setting(self.recipe, "gradient_accumulation_steps") > 1 or self.layout.strategy == "ddp"
         return parts | {"peak": always + (passing + gradients if together else max(passing, gradients))}
 
-    def fixed(self, layout: Layout) -> dict[str, int]:
+    def fixed(self) -> dict[str, int]:
         """Return the bytes that do not depend on the batch.
 
         ZeRO-2 shards gradients and optimizer, ZeRO-3 and FSDP2 the weights, too.
         """
-        own, bits, compute = self.parameters, self.recipe.quantization or {}, self.device.compute
-        shares = layout.processes if layout.strategy != "ddp" else 1
-        weight_shares = layout.processes if layout.strategy in {"fsdp2", "zero3"} else 1
+        own, bits, compute = self.parameters, self.recipe.quantization, self.device.compute
+        strategy, processes = self.layout.strategy, self.layout.processes
+        shares = 1 if strategy == "ddp" else processes
+        weight_shares = processes if strategy in {"fsdp2", "zero3"} else 1
         # 4-bit weights stored as bytes are not sharded (accelerate/utils/fsdp_utils.py), and ZeRO-3 loads them whole
-        whole = own.quantized and not (layout.strategy == "fsdp2" and "bnb_4bit_quant_storage" in bits)
+        whole = bits is not None and not (strategy == "fsdp2" and "bnb_4bit_quant_storage" in bits)
         base_shares = 1 if whole else weight_shares
         base, optimizer, gradients = own.base, own.optimizer, own.trained
-        if layout.strategy in {"zero2", "zero3"} and own.casts and self.recipe.lora is None:
+        if strategy in {"zero2", "zero3"} and own.casts and self.recipe.lora is None:
             # DeepSpeed computes with half-precision weights, and keeps the float32 ones with the optimizer's state
             base = {str(compute).removeprefix("torch."): compute.itemsize * own.total}
             optimizer, gradients = own.optimizer + own.trained, compute.itemsize * own.trainable
+        layer = (own.total - self.config.vocab_size * self.config.hidden_size) // self.config.num_hidden_layers
         return {
             **{f"weights, {name}": math.ceil(size / base_shares) for name, size in base.items()},
             "adapters": math.ceil(own.adapters / weight_shares),
-            "layers gathered": 2 * own.layer * compute.itemsize if base_shares > 1 else 0,
-            "copies by autocast": own.casts if layout.strategy in {"one process", "ddp"} else 0,
+            "layers gathered": 2 * layer * compute.itemsize if base_shares > 1 else 0,
+            "copies by autocast": own.casts if strategy in {"one process", "ddp"} else 0,
             "optimizer": math.ceil(optimizer / shares),
-            "gradients": 2 * gradients if layout.strategy == "ddp" else math.ceil(gradients / shares),
+            "gradients": 2 * gradients if strategy == "ddp" else math.ceil(gradients / shares),
             "overhead": self.overhead,
         }
 
     def batch(self, rows: int, checkpointing: bool) -> dict[str, int]:
         """Return what is kept for the backward pass, and what comes on top: logits, or one layer's gradients."""
-        kept, layers = self.kept(rows), self.config.num_hidden_layers
-        stored = layers * (kept.state if checkpointing else kept.layer) + kept.outside
-        layer = kept.layer * (2 if checkpointing else 1)
+        kept, layers = self.traced, self.config.num_hidden_layers
+        stored = (layers * (kept.state if checkpointing else kept.layer) + kept.outside) * rows / 2
+        layer = kept.layer * rows / 2
         logits = self.head(rows * self.longest, training=True)
+        if is_flat(self.recipe):
+            # The rows of a flat batch are told apart by a mask over all its tokens
+            stored += (rows * self.longest) ** 2 * self.device.compute.itemsize
         if not self.device.gpu:
-            stored += int(HOLES * (kept.freed if checkpointing else layers * kept.freed))
+            holes = HOLES if self.recipe.lora is None else HOLES_WITH_ADAPTERS
+            stored += holes * layer * (1 if checkpointing else layers)
             if setting(self.recipe, "eval_strategy") != "no" or setting(self.recipe, "eval_on_start"):
                 # The heap gives little back: an evaluation comes on top of it
                 logits = max(logits, self.head(self.evaluated, training=False))
-        return {"activations": stored, "logits": max(logits, layer)}
-
-    @cached_property
-    def one_row(self) -> Kept:
-        """Return what a forward pass over the longest row keeps."""
-        return trace(self.recipe, self.weights, self.device.compute, self.device.gpu, 1, self.longest)
-
-    @cached_property
-    def two_rows(self) -> Kept:
-        """Return what a forward pass over two of the longest rows keeps; a mask comes with the second."""
-        return trace(self.recipe, self.weights, self.device.compute, self.device.gpu, 2, self.longest)
-
-    def kept(self, rows: int) -> Kept:
-        """Return what a forward pass over `rows` of the longest rows keeps: traced for one and two, then in proportion."""
-        flat = is_flat(self.recipe)
-        traced, times = (self.one_row, rows) if rows == 1 or flat else (self.two_rows, rows / 2)
-        scaled = (int(size * times) for size in (traced.layer, traced.outside, traced.state, traced.freed))
-        layer, outside, state, freed = scaled
-        # The rows of a flat batch are told apart by a mask over all its tokens
-        mask = (rows * self.longest) ** 2 * self.device.compute.itemsize if flat else 0
-        return Kept(layer, outside + mask, state, freed, traced.traced)
+        return {"activations": int(stored), "logits": max(logits, int(layer) * (2 if checkpointing else 1))}
 
     def head(self, positions: int, training: bool) -> int:
         """Return what head and loss need for a batch of so many positions."""
@@ -154,13 +119,7 @@ class Plan:
 
     def most_rows(self, checkpointing: bool | None = None) -> int:
         """Return the largest micro-batch of the longest rows that fits; 0 if none does."""
-        low, high = 0, 1
-        while high <= 1 << 16 and self.fits(high, checkpointing):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(middle, checkpointing) else (low, middle)
-        return low
+        return bisect_left(range(1, 1 << 16), True, key=lambda rows: not self.fits(rows, checkpointing))
 
     def advice(self) -> str:
         """Return what to lower, in the plan's own figures."""
@@ -171,19 +130,17 @@ class Plan:
         again = 0 if self.checkpointing else min(self.rows, self.most_rows(checkpointing=True))
         if again > most:
             remedies.append(f"with activation_checkpointing=true {again} rows would fit")
-        if remedies:
-            return ", or ".join(remedies)
-        parts = self.memory(1)
-        fixed = (parts["peak"] - parts["activations"] - parts["logits"]) / GB
-        return f"{fixed:.1f} GB are needed before the first row: shorten max_length, quantize, or take a smaller model"
+        fixed = sum(self.fixed().values()) / GB
+        smaller = (
+            f"{fixed:.1f} GB are needed before the first row: shorten max_length, quantize, or take a smaller model"
+        )
+        return ", or ".join(remedies) or smaller
 
     def require_fit(self) -> None:
         """Raise RecipeError, before a weight is loaded, for what cannot fit."""
         if not self.fits():
-            peak, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
-            what = (
-                f"{self.rows} rows of {self.longest} tokens need {peak:.1f} GB, {self.device.name} has {capacity:.1f}"
-            )
+            needed = f"{self.rows} rows of {self.longest} tokens need {self.memory()['peak'] / GB:.1f} GB"
+            what = f"{needed}, {self.device.name} has {self.device.capacity / GB:.1f}"
             raise self.recipe.error("training.per_device_train_batch_size", what, f"{self.advice()}; or ANYWAY=1")
 
     def planned_peak(self) -> int:
@@ -202,7 +159,7 @@ class Plan:
             "processes": self.layout.processes,
             "micro_batch": self.rows,
             "activation_checkpointing": self.checkpointing,
-            "activations_traced": self.kept(self.rows).traced,
+            "activations_traced": self.traced.traced,
             "memory_bytes": self.memory(),
             "fits": self.fits(),
             "largest_micro_batch": self.most_rows(),
@@ -217,50 +174,38 @@ class Plan:
         }
 
     def __rich__(self) -> Group:
-        """Return the verdict, memory by part and strategy, and the figures below it."""
-        fit = "fits" if self.fits() else f"does NOT fit: {self.advice()}"
-        peak, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
-        verdict = f"{self.recipe.name} {fit} ({peak:.1f} of {capacity:.1f} GB, {self.device.name})"
-        return Group(verdict, self.memory_table(), *(f"{name:14}{value}" for name, value in self.figures()))
-
-    def memory_table(self) -> Table:
-        """Return memory by what it is for, for this layout, or for every strategy where several processes train."""
-        ways, other = self.layout.processes, not self.checkpointing
-        names = ("ddp", "zero2", "zero3", "fsdp2")
-        layouts = [Layout(name, ways) for name in names] if ways > 1 else [self.layout]
-        title = f"GB on one device of {ways}, {self.rows} rows of {self.longest} tokens"
-        table = Table("", *(layout.strategy for layout in layouts), title=title, title_justify="left")
-        columns = [self.memory(layout=layout) for layout in layouts]
-        for part in dict.fromkeys(part for column in columns for part in column):
-            if any(column.get(part) for column in columns):
-                table.add_row(part, *(f"{column.get(part, 0) / GB:.3f}" for column in columns))
-        again = [self.memory(checkpointing=other, layout=layout)["peak"] for layout in layouts]
-        table.add_row(f"peak {'with' if other else 'without'} checkpointing", *(f"{size / GB:.3f}" for size in again))
-        for column in table.columns[1:]:
-            column.justify = "right"
-        return table
-
-    def figures(self) -> list[tuple[str, str]]:
-        """Return name and value of each line below the table."""
-        own, schedule, compute = self.parameters, self.schedule, str(self.device.compute).removeprefix("torch.")
+        """Return the verdict, and a table of memory by part and of the other figures."""
+        found, schedule, own, other = self.as_dict(), self.schedule, self.parameters, not self.checkpointing
+        parts = found["memory_bytes"] | {
+            f"peak {'with' if other else 'without'} checkpointing": self.memory(checkpointing=other)["peak"]
+        }
+        fit = "fits" if found["fits"] else f"does NOT fit: {self.advice()}"
+        device = f"{parts['peak'] / GB:.1f} of {self.device.capacity / GB:.1f} GB, {self.device.name}"
+        title = f"GB on one device of {self.layout.processes}, {self.rows} rows of {self.longest} tokens"
+        table = Table("", self.layout.strategy, title=title, title_justify="left")
+        for part, size in parts.items():
+            if size:
+                table.add_row(part, f"{size / GB:.3f}")
         time = "not estimated: no data sheet is known for this device"
         if schedule.hours is not None:
             long = f"{schedule.hours:.1f} h" if schedule.hours >= 1 else f"{60 * schedule.hours:.0f} min"
             time = f"{long} (estimate: {UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device)"
-        traced = "traced" if self.kept(self.rows).traced else "a rule of thumb: this architecture cannot be traced"
-        other = self.most_rows(checkpointing=not self.checkpointing)
-        lengths = self.as_dict()["lengths"].items()
-        return [
-            ("computes in", compute),
-            ("parameters", f"{own.trainable:,} of {own.total:,} trained"),
-            ("activations", f"{traced}; checkpointing {'on' if self.checkpointing else 'off'}"),
-            ("micro-batch", f"at most {self.most_rows()} rows; checkpointing the other way {other}"),
-            ("row lengths", ", ".join(f"{name} {value:.0f}" for name, value in lengths) + " tokens"),
-            ("steps", f"{schedule.steps:,}; {schedule.tokens:,} tokens, padding included"),
-            ("compute", f"{schedule.flops:.2e} FLOPs"),
-            ("time", time),
-            ("disk", f"{schedule.disk / GB:.2f} GB for checkpoints and model"),
-        ]
+        traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
+        most, others = found["largest_micro_batch"], self.most_rows(checkpointing=other)
+        lengths = ", ".join(f"{name} {value:.0f}" for name, value in found["lengths"].items())
+        figures = {
+            "computes in": found["computes_in"],
+            "parameters": f"{own.trainable:,} of {own.total:,} trained",
+            "activations": f"{traced}; checkpointing {'on' if self.checkpointing else 'off'}",
+            "micro-batch": f"at most {most} rows; checkpointing the other way {others}",
+            "row lengths": f"{lengths} tokens",
+            "steps": f"{schedule.steps:,}; {schedule.tokens:,} tokens, padding included",
+            "compute": f"{schedule.flops:.2e} FLOPs",
+            "time": time,
+            "disk": f"{schedule.disk / GB:.2f} GB for checkpoints and model",
+        }
+        lines = [f"{name:14}{value}" for name, value in figures.items()]
+        return Group(f"{self.recipe.name} {fit} ({device})", table, *lines)
 
 
 def per_process(recipe: Recipe, processes: int) -> dict[str, int]:
@@ -284,9 +229,26 @@ def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
     if setting(recipe, "packing"):
         whole = setting(recipe, "max_length")
         lengths = np.full(math.ceil(lengths.sum() / whole), whole)
+    longest = int(lengths.max())
     overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else psutil.Process().memory_info().rss + LATER
     config, parameters = load_config(recipe).get_text_config(), count_bytes(recipe, weights, device.compute)
-    return Plan(recipe, weights, device, layout, config, parameters, lengths, share, evaluated, overhead)
+    checkpointing = bool(layout.checkpointing or training.get("activation_checkpointing", True))
+    return Plan(
+        recipe=recipe,
+        device=device,
+        layout=layout,
+        config=config,
+        parameters=parameters,
+        traced=trace(recipe, weights, device.compute, device.gpu, 2, longest),
+        schedule=make_schedule(recipe, lengths, parameters, config, device, layout, checkpointing),
+        lengths=lengths,
+        rows=min(setting(recipe, "per_device_train_batch_size"), len(lengths)),
+        longest=longest,
+        checkpointing=checkpointing,
+        supervised_share=share,
+        evaluated=evaluated,
+        overhead=overhead,
+    )
 
 
 def plan_recipe(recipe: Recipe, gpu: str | None, hardware: Hardware, processes: int) -> Plan:
