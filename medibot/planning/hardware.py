@@ -17,15 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 GB = 1e9
-# Section, key and default of what tells the versions of a distributed_type apart, and how each shares the work
-VERSIONS = {"FSDP": ("fsdp_config", "fsdp_version", 1), "DEEPSPEED": ("deepspeed_config", "zero_stage", 2)}
-KINDS = {
-    ("NO", None): "one process",
-    ("MULTI_GPU", None): "DDP",
-    ("FSDP", 2): "FSDP2",
-    ("DEEPSPEED", 2): "ZeRO-2",
-    ("DEEPSPEED", 3): "ZeRO-3",
-}
+# How each distributed_type, with its version, shares the work
+KINDS = {"NO": "one process", "MULTI_GPU": "DDP", "FSDP 2": "FSDP2", "DEEPSPEED 2": "ZeRO-2", "DEEPSPEED 3": "ZeRO-3"}
 REMEDIES = {
     "MULTI_CPU": "accelerate starts one process under MULTI_CPU, whatever num_processes says: take cpu-2",
     "FSDP": "FSDP1 is deprecated upstream: write fsdp_version: 2",
@@ -115,9 +108,10 @@ def read_hardware(file: Path) -> Hardware:
     if not isinstance(written, dict):
         raise RecipeError.of("ACCELERATE", f"{file} is not an accelerate config", remedy)
     spread = written.get("distributed_type", "NO")
-    section, key, default = VERSIONS.get(spread, ("", "", None))
-    settings = written | (written.get(section) or {})
-    kind = KINDS.get((spread, settings.get(key, default)))
+    plugin = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(spread, "")
+    settings = written | (written.get(plugin) or {})
+    version = {"FSDP": settings.get("fsdp_version", 1), "DEEPSPEED": settings.get("zero_stage", 2)}.get(spread, "")
+    kind = KINDS.get(f"{spread} {version}".strip())
     if kind is None:
         what = f"{file}: distributed_type {spread} is not supported"
         raise RecipeError.of("ACCELERATE", what, REMEDIES.get(spread, remedy))

@@ -6,7 +6,6 @@ parameter's shape is the real one. What a forward pass keeps is asked of autogra
 
 import math
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +31,6 @@ from medibot.recipe import Recipe
 BLOCK, NESTED = 64, 256
 # Values of optimizer state for each trained one; an optimizer that is not here counts as AdamW, with two
 MOMENTS = {"sgd": 0, "adafactor": 0.025, "adagrad": 1, "rmsprop": 1, "lion": 1}
-# trl/kernels/chunked_logprob.py: a tile of logits is at most so many positions by so many tokens of the vocabulary
-GPU_TILE = (4096, 32768)
 # Positions that the head of medibot/training/cpu.py scores at a time
 CPU_TILE = 128
 # What a layer that cannot be traced keeps, in bytes a token for each hidden unit, at two bytes a value
@@ -73,7 +70,10 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
 
 
 def build_skeleton(recipe: Recipe, dtype: torch.dtype, layers: int | None = None) -> torch.nn.Module:
-    """Return the recipe's model on the meta device, with its adapters; or its first `layers` alone, not quantized."""
+    """Return the recipe's model on the meta device, with its adapters; or its first `layers` alone, not quantized.
+
+    Raises RecipeError where the adapters match no module.
+    """
     config = load_config(recipe)
     if layers is not None:
         config.get_text_config().num_hidden_layers = layers
@@ -87,24 +87,21 @@ def build_skeleton(recipe: Recipe, dtype: torch.dtype, layers: int | None = None
     if bits is not None and layers is None:
         kept = HfQuantizer.get_modules_to_not_convert(model, bits.llm_int8_skip_modules, model._keep_in_fp32_modules)
         model = replace_with_bnb_linear(model, kept, bits)
-    return (model if recipe.lora is None else add_adapters(recipe, model, cut=layers is not None)).train()
-
-
-def add_adapters(recipe: Recipe, model: torch.nn.Module, cut: bool) -> torch.nn.Module:
-    """Give the skeleton its adapters, in float32 as in training; raise RecipeError where they match no module."""
-    lora: Any = make_lora_config(recipe)
-    # An initialisation by the weights needs their values; shapes do not depend on it
-    lora.init_lora_weights = True
-    if cut:
-        lora.layers_to_transform = lora.layer_replication = None
-    try:
-        adapted = get_peft_model(model, lora)
-    except NoMatchingPeftModuleError as error:
-        raise recipe.error("lora.target_modules", one_line(error), "name modules that this model has") from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return adapted
+    if recipe.lora is not None:
+        lora: Any = make_lora_config(recipe)
+        # An initialisation by the weights needs their values; shapes do not depend on it
+        lora.init_lora_weights = True
+        if layers is not None:
+            lora.layers_to_transform = lora.layer_replication = None
+        try:
+            model = get_peft_model(model, lora)
+        except NoMatchingPeftModuleError as error:
+            raise recipe.error("lora.target_modules", one_line(error), "name modules that this model has") from error
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                # As in training
+                parameter.data = parameter.data.float()
+    return model.train()
 
 
 def count_bytes(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> Parameters:
@@ -192,11 +189,11 @@ def trace_layers(
         return tensor
 
     # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name
-    autocast = nullcontext() if compute == torch.float32 else torch.autocast("cpu", dtype=torch.bfloat16)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute != torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        held = [*backbone.named_parameters(), *backbone.named_buffers()]
         values = {
-            name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
-            for name, value in [*backbone.named_parameters(), *backbone.named_buffers()]
+            name: torch.empty_like(value, device="cpu", requires_grad=value.requires_grad) for name, value in held
         }
         parameters = {value.untyped_storage()._cdata for value in values.values()}
         ids = torch.zeros(rows, length, dtype=torch.long)
@@ -205,21 +202,3 @@ def trace_layers(
             made = torch.func.functional_call(backbone, values, kwargs=batch)
         kept = sum(storage.nbytes() for storage in saved.values()) - cast_bytes(backbone, compute)
         return Kept(kept, 0, made.last_hidden_state.nbytes)
-
-
-def head_bytes(
-    gpu: bool, training: bool, supervised: int, config: PretrainedConfig, compute: torch.dtype, full: bool
-) -> int:
-    """Return the bytes that head and loss need on top, at their highest point, to score `supervised` positions.
-
-    On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU that of medibot/training/cpu.py, two tiles in
-    float32. Both keep the hidden states of those positions and their gradient. `full`: the head is trained, too.
-    """
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    if gpu:
-        width = min(GPU_TILE[1], vocabulary)
-        logits, cast = min(GPU_TILE[0], supervised) * width * compute.itemsize, width * hidden * compute.itemsize
-    else:
-        logits, cast = 2 * 4 * min(CPU_TILE, supervised) * vocabulary, 0
-    states = supervised * hidden * (compute.itemsize + (4 + compute.itemsize if training else 0))
-    return logits + states + (4 * vocabulary * hidden + cast if full else 0)

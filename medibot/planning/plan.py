@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 import psutil
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PretrainedConfig
 
 from medibot.data.prepared import Prepared, prepare
 from medibot.model.loading import weights_dtype
 from medibot.planning.conflicts import share_batch
 from medibot.planning.hardware import CONTEXT, GB, NCCL, Device, Hardware, Layout, detect_device, find_device
-from medibot.planning.memory import Kept, Parameters, count_bytes, head_bytes, load_config, trace
-from medibot.planning.schedule import UTILIZATION, Schedule, is_flat, make_schedule, setting
+from medibot.planning.memory import CPU_TILE, Kept, Parameters, count_bytes, load_config, trace
+from medibot.planning.schedule import UTILIZATION, is_flat, make_schedule, setting
 from medibot.recipe import Recipe
 from medibot.run import outputs_folder
 
 # Measured on CPUs, glibc 2.36 (benchmarks/plan.py): what a training's process grows by beside what is counted here, and
 # what the heap loses between the tensors of a layer, as a share of those that it keeps: adapters allocate more
 LATER, HOLES, HOLES_WITH_ADAPTERS = 25_000_000, 0.23, 0.52
+# trl/kernels/chunked_logprob.py: a tile of logits is at most so many positions by so many tokens of the vocabulary
+GPU_TILE = (4096, 32768)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class Plan:
     config: PretrainedConfig
     parameters: Parameters
     traced: Kept
-    schedule: Schedule
     lengths: np.ndarray
     rows: int
     longest: int
@@ -108,10 +109,22 @@ class Plan:
         return {"activations": int(stored), "logits": max(logits, int(layer) * (2 if checkpointing else 1))}
 
     def head(self, positions: int, training: bool) -> int:
-        """Return what head and loss need for a batch of so many positions."""
-        supervised = math.ceil(positions * self.supervised_share)
-        full = training and self.recipe.lora is None
-        return head_bytes(self.device.gpu, training, supervised, self.config, self.device.compute, full)
+        """Return what head and loss need on top, at their highest point, for a batch of so many positions.
+
+        On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU that of medibot/training/cpu.py, two tiles
+        in float32. Both keep the hidden states of the supervised positions and their gradient.
+        """
+        supervised, size = math.ceil(positions * self.supervised_share), self.device.compute.itemsize
+        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+        width = min(GPU_TILE[1], vocabulary)
+        tile = min(GPU_TILE[0], supervised) * width * size
+        if not self.device.gpu:
+            tile = 2 * 4 * min(CPU_TILE, supervised) * vocabulary
+        states = supervised * hidden * (size + (4 + size if training else 0))
+        if training and self.recipe.lora is None:
+            # The head is trained, too
+            tile += 4 * vocabulary * hidden + (width * hidden * size if self.device.gpu else 0)
+        return tile + states
 
     def fits(self, rows: int | None = None, checkpointing: bool | None = None) -> bool:
         """Tell whether a micro-batch of `rows` of the longest rows fits."""
@@ -150,7 +163,6 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Return all figures: bytes, tokens, hours."""
         quantiles = np.percentile(self.lengths, (5, 50, 95)).tolist()
-        schedule = self.schedule
         return {
             "device": self.device.name,
             "capacity_bytes": int(self.device.capacity),
@@ -165,45 +177,37 @@ class Plan:
             "largest_micro_batch": self.most_rows(),
             "lengths": dict(zip(("p5", "median", "p95"), quantiles, strict=True)) | {"longest": self.longest},
             "rows": len(self.lengths),
-            "steps": schedule.steps,
-            "tokens": schedule.tokens,
-            "flops": schedule.flops,
-            "hours_estimated": schedule.hours,
-            "utilization_assumed": UTILIZATION if schedule.hours else None,
-            "disk_bytes": schedule.disk,
-        }
+        } | make_schedule(self)
 
     def __rich__(self) -> Group:
-        """Return the verdict, and a table of memory by part and of the other figures."""
-        found, schedule, own, other = self.as_dict(), self.schedule, self.parameters, not self.checkpointing
-        parts = found["memory_bytes"] | {
-            f"peak {'with' if other else 'without'} checkpointing": self.memory(checkpointing=other)["peak"]
-        }
-        fit = "fits" if found["fits"] else f"does NOT fit: {self.advice()}"
-        device = f"{parts['peak'] / GB:.1f} of {self.device.capacity / GB:.1f} GB, {self.device.name}"
+        """Return the verdict, a table of memory by part, and the other figures."""
+        found, own, other = self.as_dict(), self.parameters, not self.checkpointing
+        parts, hours = found["memory_bytes"], found["hours_estimated"]
+        again = {f"peak {'with' if other else 'without'} checkpointing": self.memory(checkpointing=other)["peak"]}
         title = f"GB on one device of {self.layout.processes}, {self.rows} rows of {self.longest} tokens"
-        table = Table("", self.layout.strategy, title=title, title_justify="left")
-        for part, size in parts.items():
+        table = Table("", Column(self.layout.strategy, justify="right"), title=title, title_justify="left")
+        for part, size in (parts | again).items():
             if size:
                 table.add_row(part, f"{size / GB:.3f}")
         time = "not estimated: no data sheet is known for this device"
-        if schedule.hours is not None:
-            long = f"{schedule.hours:.1f} h" if schedule.hours >= 1 else f"{60 * schedule.hours:.0f} min"
+        if hours is not None:
+            long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
             time = f"{long} (estimate: {UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device)"
         traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
         most, others = found["largest_micro_batch"], self.most_rows(checkpointing=other)
-        lengths = ", ".join(f"{name} {value:.0f}" for name, value in found["lengths"].items())
         figures = {
             "computes in": found["computes_in"],
             "parameters": f"{own.trainable:,} of {own.total:,} trained",
             "activations": f"{traced}; checkpointing {'on' if self.checkpointing else 'off'}",
             "micro-batch": f"at most {most} rows; checkpointing the other way {others}",
-            "row lengths": f"{lengths} tokens",
-            "steps": f"{schedule.steps:,}; {schedule.tokens:,} tokens, padding included",
-            "compute": f"{schedule.flops:.2e} FLOPs",
+            "row lengths": ", ".join(f"{name} {value:.0f}" for name, value in found["lengths"].items()) + " tokens",
+            "steps": f"{found['steps']:,}; {found['tokens']:,} tokens, padding included",
+            "compute": f"{found['flops']:.2e} FLOPs",
             "time": time,
-            "disk": f"{schedule.disk / GB:.2f} GB for checkpoints and model",
+            "disk": f"{found['disk_bytes'] / GB:.2f} GB for checkpoints and model",
         }
+        fit = "fits" if found["fits"] else f"does NOT fit: {self.advice()}"
+        device = f"{parts['peak'] / GB:.1f} of {self.device.capacity / GB:.1f} GB, {self.device.name}"
         lines = [f"{name:14}{value}" for name, value in figures.items()]
         return Group(f"{self.recipe.name} {fit} ({device})", table, *lines)
 
@@ -240,7 +244,6 @@ def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
         config=config,
         parameters=parameters,
         traced=trace(recipe, weights, device.compute, device.gpu, 2, longest),
-        schedule=make_schedule(recipe, lengths, parameters, config, device, layout, checkpointing),
         lengths=lengths,
         rows=min(setting(recipe, "per_device_train_batch_size"), len(lengths)),
         longest=longest,

@@ -1,18 +1,18 @@
 """Say how long a training is: steps, tokens, floating-point operations, hours by a GPU's data sheet, disk."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig
 
-from medibot.planning.hardware import Device, Layout
 from medibot.planning.memory import Parameters
 from medibot.recipe import Recipe
+
+if TYPE_CHECKING:
+    from medibot.planning.plan import Plan
 
 # The share of a data sheet's TFLOPs that a fine-tuning is taken to reach; 0.3 to 0.45 is usual
 UTILIZATION = 0.35
@@ -28,50 +28,34 @@ def is_flat(recipe: Recipe) -> bool:
     return setting(recipe, "packing") or setting(recipe, "padding_free")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Steps; tokens, padding included, on all devices; hours as an estimate, None where no data sheet says the speed.
-
-    `disk` are the bytes of the checkpoints that exist at once, the one being written included, and of the model.
-    """
-
-    steps: int
-    tokens: int
-    flops: float
-    hours: float | None
-    disk: int
-
-
-def make_schedule(
-    recipe: Recipe,
-    lengths: np.ndarray,
-    parameters: Parameters,
-    config: PretrainedConfig,
-    device: Device,
-    layout: Layout,
-    checkpointing: bool,
-) -> Schedule:
-    """Return the schedule of a training on rows of `lengths` tokens.
+def make_schedule(plan: "Plan") -> dict[str, Any]:
+    """Return a plan's steps; tokens, padding included, on all devices; operations; hours, None at unknown speed; disk.
 
     A token takes two operations a weight forward; as many for the gradient of the inputs, for that of trained weights,
     and for what checkpointing computes twice (Kaplan et al., 2020, arXiv 2001.08361). Attention is over all pairs of a
     row.
     """
+    recipe, lengths, config, processes = plan.recipe, plan.lengths, plan.config, plan.layout.processes
     accumulated, most = setting(recipe, "gradient_accumulation_steps"), setting(recipe, "max_steps")
-    batch = setting(recipe, "per_device_train_batch_size") * layout.processes
-    epoch = math.ceil(math.ceil(len(lengths) / batch) / accumulated)
-    steps = most if most > 0 else math.ceil(epoch * setting(recipe, "num_train_epochs"))
-    tokens = round(steps * accumulated * layout.processes * padded_tokens(recipe, lengths))
+    batches = math.ceil(len(lengths) / (setting(recipe, "per_device_train_batch_size") * processes))
+    epochs = math.ceil(batches / accumulated) * setting(recipe, "num_train_epochs")
+    steps = most if most > 0 else math.ceil(epochs)
+    tokens = round(steps * accumulated * processes * padded_tokens(recipe, lengths))
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    linear = 2 * (parameters.total - embedding)
+    linear = 2 * (plan.parameters.total - embedding)
     # A token of a long row meets more others: the mean over tokens, not over rows
-    met = float(np.average(lengths, weights=lengths))
-    attention = 4 * config.num_hidden_layers * config.hidden_size * met
-    forward = (linear + attention) * (2 if checkpointing else 1)
-    flops = tokens * (forward + linear + 2 * attention + 2 * parameters.trainable)
-    speed = (device.tflops or 0) * 1e12 * UTILIZATION * layout.processes
-    hours = flops / speed / 3600 if speed else None
-    return Schedule(steps, tokens, flops, hours, disk_bytes(recipe, parameters, steps))
+    attention = 4 * config.num_hidden_layers * config.hidden_size * float(np.average(lengths, weights=lengths))
+    forward = (linear + attention) * (2 if plan.checkpointing else 1)
+    flops = tokens * (forward + linear + 2 * attention + 2 * plan.parameters.trainable)
+    speed = plan.device.tflops
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "flops": flops,
+        "hours_estimated": flops / (speed * 1e12 * UTILIZATION * processes) / 3600 if speed else None,
+        "utilization_assumed": UTILIZATION if speed else None,
+        "disk_bytes": disk_bytes(recipe, plan.parameters, steps),
+    }
 
 
 def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
