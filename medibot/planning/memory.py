@@ -156,12 +156,13 @@ def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, r
     A model that cannot be traced is estimated.
     """
     try:
-        one, two = (trace_layers(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2))
+        (first, _), (both, state) = (
+            trace_layers(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2)
+        )
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
         state = rows * length * load_config(recipe).get_text_config().hidden_size * compute.itemsize
         return Kept(state * UNTRACED // 2, state, state, traced=False)
-    layer = two.layer - one.layer
-    return Kept(layer, max(0, one.layer - layer), two.state)
+    return Kept(both - first, max(0, 2 * first - both), state)
 
 
 class GPUDropout(torch.nn.Dropout):
@@ -173,8 +174,8 @@ class GPUDropout(torch.nn.Dropout):
 
 def trace_layers(
     recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, rows: int, length: int
-) -> Kept:
-    """Run the backbone's first `layers` on fake tensors: `layer` is all that they keep."""
+) -> tuple[int, int]:
+    """Run the backbone's first `layers` on fake tensors; return the bytes that they keep, and of one hidden state."""
     model = build_skeleton(recipe, dtype, layers)
     for name, module in list(model.named_modules()) if gpu else []:
         if isinstance(module, torch.nn.Dropout):
@@ -191,14 +192,12 @@ def trace_layers(
     # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute != torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        held = [*backbone.named_parameters(), *backbone.named_buffers()]
-        values = {
-            name: torch.empty_like(value, device="cpu", requires_grad=value.requires_grad) for name, value in held
-        }
-        parameters = {value.untyped_storage()._cdata for value in values.values()}
+        backbone.to_empty(device="cpu")
+        held = [*backbone.parameters(), *backbone.buffers()]
+        parameters = {tensor.untyped_storage()._cdata for tensor in held}
         ids = torch.zeros(rows, length, dtype=torch.long)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            made = torch.func.functional_call(backbone, values, kwargs=batch)
+            made = backbone(**batch)
         kept = sum(storage.nbytes() for storage in saved.values()) - cast_bytes(backbone, compute)
-        return Kept(kept, 0, made.last_hidden_state.nbytes)
+        return kept, made.last_hidden_state.nbytes

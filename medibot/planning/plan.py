@@ -35,8 +35,8 @@ class Plan:
 
     Exact: parameters, adapters, gradients, optimizer state. Traced: activations, `traced` for two of the longest rows.
     Estimated: the rest. `lengths` are the tokens of each row, `rows` a micro-batch, `longest` the tokens to which it is
-    padded, `supervised_share` of them learned from, `evaluated` the tokens of an evaluation's largest batch, `overhead`
-    the bytes that the process holds whatever it trains.
+    padded, `supervised_share` of them learned from, `overhead` the bytes that the process holds whatever it
+    trains.
     """
 
     recipe: Recipe
@@ -50,13 +50,11 @@ class Plan:
     longest: int
     checkpointing: bool
     supervised_share: float
-    evaluated: int
     overhead: int
 
-    def memory(self, rows: int | None = None, checkpointing: bool | None = None) -> dict[str, int]:
+    def memory(self, rows: int | None = None) -> dict[str, int]:
         """Return bytes on one device, by what they are for; `peak` is what has to fit."""
-        again = self.checkpointing if checkpointing is None else checkpointing
-        parts = self.fixed() | self.batch(rows or self.rows, again)
+        parts = self.fixed() | self.batch(rows or self.rows)
         passing, gradients = parts["activations"] + parts["logits"], parts["gradients"]
         always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
@@ -91,24 +89,21 @@ class Plan:
             "overhead": self.overhead,
         }
 
-    def batch(self, rows: int, checkpointing: bool) -> dict[str, int]:
+    def batch(self, rows: int) -> dict[str, int]:
         """Return what is kept for the backward pass, and what comes on top: logits, or one layer's gradients."""
-        kept, layers = self.traced, self.config.num_hidden_layers
-        stored = (layers * (kept.state if checkpointing else kept.layer) + kept.outside) * rows / 2
-        layer = kept.layer * rows / 2
-        logits = self.head(rows * self.longest, training=True)
+        layers, layer = self.config.num_hidden_layers, self.traced.layer * rows // 2
+        kept = self.traced.state if self.checkpointing else self.traced.layer
+        stored = (layers * kept + self.traced.outside) * rows // 2
         if is_flat(self.recipe):
             # The rows of a flat batch are told apart by a mask over all its tokens
             stored += (rows * self.longest) ** 2 * self.device.compute.itemsize
         if not self.device.gpu:
             holes = HOLES if self.recipe.lora is None else HOLES_WITH_ADAPTERS
-            stored += holes * layer * (1 if checkpointing else layers)
-            if setting(self.recipe, "eval_strategy") != "no" or setting(self.recipe, "eval_on_start"):
-                # The heap gives little back: an evaluation comes on top of it
-                logits = max(logits, self.head(self.evaluated, training=False))
-        return {"activations": int(stored), "logits": max(logits, int(layer) * (2 if checkpointing else 1))}
+            stored += int(holes * layer * (1 if self.checkpointing else layers))
+        on_top = max(self.head(rows * self.longest), layer * (2 if self.checkpointing else 1))
+        return {"activations": stored, "logits": on_top}
 
-    def head(self, positions: int, training: bool) -> int:
+    def head(self, positions: int) -> int:
         """Return what head and loss need on top, at their highest point, for a batch of so many positions.
 
         On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU that of medibot/training/cpu.py, two tiles
@@ -117,22 +112,20 @@ class Plan:
         supervised, size = math.ceil(positions * self.supervised_share), self.device.compute.itemsize
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
         width = min(GPU_TILE[1], vocabulary)
-        tile = min(GPU_TILE[0], supervised) * width * size
-        if not self.device.gpu:
-            tile = 2 * 4 * min(CPU_TILE, supervised) * vocabulary
-        states = supervised * hidden * (size + (4 + size if training else 0))
-        if training and self.recipe.lora is None:
+        gpu_tile, cpu_tile = min(GPU_TILE[0], supervised) * width * size, 2 * 4 * min(CPU_TILE, supervised) * vocabulary
+        needed = (gpu_tile if self.device.gpu else cpu_tile) + supervised * hidden * (4 + 2 * size)
+        if self.recipe.lora is None:
             # The head is trained, too
-            tile += 4 * vocabulary * hidden + (width * hidden * size if self.device.gpu else 0)
-        return tile + states
+            needed += 4 * vocabulary * hidden + (width * hidden * size if self.device.gpu else 0)
+        return needed
 
-    def fits(self, rows: int | None = None, checkpointing: bool | None = None) -> bool:
+    def fits(self, rows: int | None = None) -> bool:
         """Tell whether a micro-batch of `rows` of the longest rows fits."""
-        return self.memory(rows, checkpointing)["peak"] <= self.device.capacity
+        return self.memory(rows)["peak"] <= self.device.capacity
 
-    def most_rows(self, checkpointing: bool | None = None) -> int:
+    def most_rows(self) -> int:
         """Return the largest micro-batch of the longest rows that fits; 0 if none does."""
-        return bisect_left(range(1, 1 << 16), True, key=lambda rows: not self.fits(rows, checkpointing))
+        return bisect_left(range(1, 1 << 16), True, key=lambda rows: not self.fits(rows))
 
     def advice(self) -> str:
         """Return what to lower, in the plan's own figures."""
@@ -140,14 +133,12 @@ class Plan:
         if most:
             fit = f"per_device_train_batch_size={most} would fit"
             remedies.append(f"{fit}: raise gradient_accumulation_steps by as much")
-        again = 0 if self.checkpointing else min(self.rows, self.most_rows(checkpointing=True))
-        if again > most:
+        again = min(self.rows, dataclasses.replace(self, checkpointing=True).most_rows())
+        if not self.checkpointing and again > most:
             remedies.append(f"with activation_checkpointing=true {again} rows would fit")
         fixed = sum(self.fixed().values()) / GB
-        smaller = (
-            f"{fixed:.1f} GB are needed before the first row: shorten max_length, quantize, or take a smaller model"
-        )
-        return ", or ".join(remedies) or smaller
+        least = f"{fixed:.1f} GB are needed before the first row"
+        return ", or ".join(remedies) or f"{least}: shorten max_length, quantize, or take a smaller model"
 
     def require_fit(self) -> None:
         """Raise RecipeError, before a weight is loaded, for what cannot fit."""
@@ -181,9 +172,10 @@ class Plan:
 
     def __rich__(self) -> Group:
         """Return the verdict, a table of memory by part, and the other figures."""
-        found, own, other = self.as_dict(), self.parameters, not self.checkpointing
+        found, own = self.as_dict(), self.parameters
+        other = dataclasses.replace(self, checkpointing=not self.checkpointing)
         parts, hours = found["memory_bytes"], found["hours_estimated"]
-        again = {f"peak {'with' if other else 'without'} checkpointing": self.memory(checkpointing=other)["peak"]}
+        again = {f"peak {'with' if other.checkpointing else 'without'} checkpointing": other.memory()["peak"]}
         title = f"GB on one device of {self.layout.processes}, {self.rows} rows of {self.longest} tokens"
         table = Table("", Column(self.layout.strategy, justify="right"), title=title, title_justify="left")
         for part, size in (parts | again).items():
@@ -194,12 +186,11 @@ class Plan:
             long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
             time = f"{long} (estimate: {UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device)"
         traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
-        most, others = found["largest_micro_batch"], self.most_rows(checkpointing=other)
         figures = {
             "computes in": found["computes_in"],
             "parameters": f"{own.trainable:,} of {own.total:,} trained",
             "activations": f"{traced}; checkpointing {'on' if self.checkpointing else 'off'}",
-            "micro-batch": f"at most {most} rows; checkpointing the other way {others}",
+            "micro-batch": f"at most {found['largest_micro_batch']} rows; checkpointing the other way {other.most_rows()}",
             "row lengths": ", ".join(f"{name} {value:.0f}" for name, value in found["lengths"].items()) + " tokens",
             "steps": f"{found['steps']:,}; {found['tokens']:,} tokens, padding included",
             "compute": f"{found['flops']:.2e} FLOPs",
@@ -224,12 +215,9 @@ def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
     recipe = dataclasses.replace(prepared.recipe, training=training)
     weights = weights_dtype(recipe, device.compute)
     rows: Any = prepared.load("train")
-    held_out: Any = prepared.load("validation")
     lengths = np.array(rows["tokens"])
     answer = rows[int(lengths.argmax())]["completion"][0]["content"]
     share = min(1.0, len(prepared.tokenizer(answer, add_special_tokens=False)["input_ids"]) / int(lengths.max()))
-    size = setting(recipe, "per_device_eval_batch_size")
-    evaluated = min(size, len(held_out)) * max(held_out["tokens"]) if held_out is not None else 0
     if setting(recipe, "packing"):
         whole = setting(recipe, "max_length")
         lengths = np.full(math.ceil(lengths.sum() / whole), whole)
@@ -249,7 +237,6 @@ def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
         longest=longest,
         checkpointing=checkpointing,
         supervised_share=share,
-        evaluated=evaluated,
         overhead=overhead,
     )
 
