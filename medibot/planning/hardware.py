@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 GB = 1e9
+# How each distributed_type, with its version, shares the work
+KINDS = {"NO": "one process", "MULTI_GPU": "DDP", "FSDP 2": "FSDP2", "DEEPSPEED 2": "ZeRO-2", "DEEPSPEED 3": "ZeRO-3"}
+REMEDIES = {
+    "MULTI_CPU": "accelerate starts one process under MULTI_CPU, whatever num_processes says: take cpu-2",
+    "FSDP": "FSDP1 is deprecated upstream: write fsdp_version: 2",
+    "DEEPSPEED": "only ZeRO-2 and ZeRO-3 are supported",
+}
 # Memory in GB and dense bfloat16 (T4: float16) tensor TFLOPs with float32 accumulation, from NVIDIA's data sheets (H100
 # and H200: the SXM modules)
 GPUS = {
@@ -30,14 +38,6 @@ GPUS = {
     "H100 PCIe": (80, 756.0),
     "H100": (80, 989.0),
     "H200": (141, 989.0),
-}
-# accelerate's distributed_type, and its version of FSDP or stage of ZeRO
-KINDS = {
-    ("NO", None): "one process",
-    ("MULTI_GPU", None): "DDP",
-    ("FSDP", 2): "FSDP2",
-    ("DEEPSPEED", 2): "ZeRO-2",
-    ("DEEPSPEED", 3): "ZeRO-3",
 }
 # Assumed, not measured: CUDA context and library workspaces of a process, and NCCL's buffers where there are several
 CONTEXT, NCCL = 600_000_000, 300_000_000
@@ -69,7 +69,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What an accelerate config says: its name, how it shares the work (`kind`), and the settings of that."""
+    """What an accelerate config says: its name, how it shares the work (a value of KINDS), and the settings of that."""
 
     name: str
     kind: str
@@ -82,8 +82,8 @@ class Hardware:
 
     def layout(self, processes: int) -> Layout:
         """Return what each of `processes` would hold."""
-        strategies = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
-        strategy = strategies.get(self.kind, "ddp" if processes > 1 else "one process")
+        plain = "ddp" if processes > 1 else "one process"
+        strategy = self.kind.lower().replace("-", "") if self.sharded else plain
         return Layout(strategy, processes, bool(self.settings.get("fsdp_activation_checkpointing")))
 
 
@@ -99,7 +99,7 @@ def find_config(name: str) -> Path:
 
 
 def read_hardware(file: Path) -> Hardware:
-    """Read an accelerate config; raise RecipeError if it is none, or for what upstream would not do as written."""
+    """Read an accelerate config; raise RecipeError if it is none, or if upstream would not train as it says."""
     remedy = "take one of accelerate_configs/"
     try:
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -107,31 +107,30 @@ def read_hardware(file: Path) -> Hardware:
         raise RecipeError.of("ACCELERATE", f"{file} is not YAML: {one_line(error)}", remedy) from error
     if not isinstance(written, dict):
         raise RecipeError.of("ACCELERATE", f"{file} is not an accelerate config", remedy)
-    kind = written.get("distributed_type", "NO")
-    plugin = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(kind, "")
+    spread = written.get("distributed_type", "NO")
+    plugin = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}.get(spread, "")
     settings = written | (written.get(plugin) or {})
-    version = {"FSDP": settings.get("fsdp_version", 1), "DEEPSPEED": settings.get("zero_stage", 2)}.get(kind)
-    if (kind, version) in KINDS:
-        return Hardware(file.stem, KINDS[kind, version], settings)
-    remedies = {
-        "MULTI_CPU": "accelerate starts one process under MULTI_CPU, whatever num_processes says: take cpu-2",
-        "FSDP": "FSDP1 is deprecated upstream: write fsdp_version: 2",
-        "DEEPSPEED": "only ZeRO-2 and ZeRO-3 are supported",
-    }
-    what = f"{file}: distributed_type {kind} is not supported"
-    raise RecipeError.of("ACCELERATE", what, remedies.get(kind, remedy))
+    version = {"FSDP": settings.get("fsdp_version", 1), "DEEPSPEED": settings.get("zero_stage", 2)}.get(spread, "")
+    kind = KINDS.get(f"{spread} {version}".strip())
+    if kind is None:
+        what = f"{file}: distributed_type {spread} is not supported"
+        raise RecipeError.of("ACCELERATE", what, REMEDIES.get(spread, remedy))
+    return Hardware(file.stem, kind, settings)
 
 
 def find_device(written: str, dtype: str | None) -> Device:
     """Return the GPU called `written`: a size such as 24GB, or a name such as L4 or A100 80GB, whose speed is known."""
     import torch
 
+    plain = re.sub(r"\W", "", written).upper()
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|G)?", written.strip(), re.I)
-    known = {re.sub(r"\W", "", name).upper(): name for name in GPUS}
-    name = known.get(re.sub(r"\W", "", written).upper())
-    if size is None and name is None:
+    name = next((name for name in GPUS if re.sub(r"\W", "", name).upper() == plain), None)
+    if name is not None:
+        capacity, tflops = GPUS[name]
+    elif size is not None:
+        capacity, tflops = float(size[1]), None
+    else:
         raise RecipeError.of("GPU", f"{written!r} is not known", f"write a size such as 24GB, or: {', '.join(GPUS)}")
-    capacity, tflops = GPUS[name] if name else (float(size[1]), None)  # ty: ignore[not-subscriptable]
     compute = torch.float16 if name == "T4" else torch.bfloat16
     if dtype not in (None, "auto"):
         compute = getattr(torch, dtype)
@@ -144,23 +143,15 @@ def detect_device(compute: "torch.dtype") -> Device:
 
     if torch.cuda.is_available():
         return Device(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] + CONTEXT, None, True, compute)
-    used = psutil.Process().memory_info().rss
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = min([psutil.virtual_memory().available, *cgroup_free()])
-    return Device("this machine's CPU", used + free / processes, None, False, compute)
-
-
-def cgroup_free() -> list[int]:
-    """Return the bytes that each memory limit around this process leaves (cgroup v2)."""
-    file = Path("/proc/self/cgroup")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    here, left = Path("/sys/fs/cgroup") / path.strip("/"), []
+    free = psutil.virtual_memory().available
+    group = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.M) if sys.platform == "linux" else None
+    here = Path("/sys/fs/cgroup") / (group[1] if group else "")
     for folder in (here, *here.parents):
         limit, used = folder / "memory.max", folder / "memory.current"
-        if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-            left.append(max(0, int(most) - int(used.read_text())))
-    return left
+        if limit.is_file() and limit.read_text() != "max\n":
+            free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Device("this machine's CPU", psutil.Process().memory_info().rss + free / processes, None, False, compute)
 
 
 def detect_layout(processes: int) -> Layout:

@@ -1,7 +1,7 @@
-"""Count the bytes of a training's parameters from the model's config alone.
+"""Count what a training holds on a device from the model's config alone; nothing is computed, no weight is read.
 
 The model is built on the meta device by upstream's own code, quantized and given its adapters there, so that every
-parameter's shape is the real one.
+parameter's shape is the real one. What a forward pass keeps is asked of autograd, on fake tensors.
 """
 
 import math
@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import NoMatchingPeftModuleError, get_peft_model
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
@@ -23,28 +29,39 @@ from medibot.recipe import Recipe
 
 # bitsandbytes quantizes 64 weights with one constant, and with double quantization 256 constants with one more
 BLOCK, NESTED = 64, 256
-QUANTIZED = ("4-bit blocks", "8-bit", "constants")
-# Bytes of optimizer state for each trained value; an optimizer that is not here counts as AdamW
-STATE = {"sgd": 0, "adafactor": 0.1, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "paged_lion_32bit": 4}
+# Values of optimizer state for each trained one; an optimizer that is not here counts as AdamW, with two
+MOMENTS = {"sgd": 0, "adafactor": 0.025, "adagrad": 1, "rmsprop": 1, "lion": 1}
+# Positions that the head of medibot/training/cpu.py scores at a time
+CPU_TILE = 128
+# What a layer that cannot be traced keeps, in bytes a token for each hidden unit, at two bytes a value
+# (Korthikanti et al., 2022, arXiv 2205.05198, without the attention matrix)
+UNTRACED = 34
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Bytes: `base` by storage, `quantized` of it, `adapters`, what is `trained`, autocast's `casts`, the `optimizer`.
+    """Bytes: `base` by storage, `adapters`, what is `trained`, autocast's `casts`, the `optimizer`.
 
-    Counts of values: `trainable`, `total`, one `layer`, the input `embedding`.
+    Counts of values: `trainable`, `total`.
     """
 
     base: dict[str, int]
-    quantized: int
     adapters: int
     trained: int
     casts: int
     optimizer: int
     trainable: int
     total: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward pass keeps for the backward pass: a layer, what is outside of layers, one hidden state."""
+
     layer: int
-    embedding: int
+    outside: int
+    state: int
+    traced: bool = True
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
@@ -52,41 +69,39 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     return call_loader(recipe, "config", AutoConfig.from_pretrained)
 
 
-def build_skeleton(
-    recipe: Recipe, dtype: torch.dtype, layers: int | None = None, quantized: bool = True
-) -> torch.nn.Module:
-    """Return the recipe's model on the meta device, with its adapters in float32; `layers` keeps only its first ones.
+def build_skeleton(recipe: Recipe, dtype: torch.dtype, layers: int | None = None) -> torch.nn.Module:
+    """Return the recipe's model on the meta device, with its adapters; or its first `layers` alone, not quantized.
 
     Raises RecipeError where the adapters match no module.
     """
-    config, bits = load_config(recipe), make_quantization_config(recipe, dtype)
-    text = config.get_text_config()
+    config = load_config(recipe)
     if layers is not None:
-        text.num_hidden_layers = layers
-        if kinds := text.to_dict().get("layer_types"):
-            text.layer_types = kinds[:layers]
+        config.get_text_config().num_hidden_layers = layers
     attention = "eager" if recipe.model.get("attn_implementation") == "eager" else "sdpa"
-    written = {"attn_implementation": attention, "trust_remote_code": recipe.model.get("trust_remote_code", False)}
+    trusted = recipe.model.get("trust_remote_code", False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **written)
-    if bits is not None and quantized:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted
+        )
+    bits = make_quantization_config(recipe, dtype)
+    if bits is not None and layers is None:
         kept = HfQuantizer.get_modules_to_not_convert(model, bits.llm_int8_skip_modules, model._keep_in_fp32_modules)
         model = replace_with_bnb_linear(model, kept, bits)
-    lora: Any = make_lora_config(recipe)
-    if lora is None:
-        return model.train()
-    # An initialisation by the weights needs their values; shapes do not depend on it
-    lora.init_lora_weights = True
-    if layers is not None:
-        lora.layers_to_transform = lora.layer_replication = None
-    try:
-        adapted = get_peft_model(model, lora)
-    except NoMatchingPeftModuleError as error:
-        raise recipe.error("lora.target_modules", one_line(error), "name modules that this model has") from error
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return adapted.train()
+    if recipe.lora is not None:
+        lora: Any = make_lora_config(recipe)
+        # An initialisation by the weights needs their values; shapes do not depend on it
+        lora.init_lora_weights = True
+        if layers is not None:
+            lora.layers_to_transform = lora.layer_replication = None
+        try:
+            model = get_peft_model(model, lora)
+        except NoMatchingPeftModuleError as error:
+            raise recipe.error("lora.target_modules", one_line(error), "name modules that this model has") from error
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                # As in training
+                parameter.data = parameter.data.float()
+    return model.train()
 
 
 def count_bytes(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> Parameters:
@@ -95,27 +110,24 @@ def count_bytes(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> Par
     double = bool((recipe.quantization or {}).get("bnb_4bit_use_double_quant"))
     packed = {id(m.weight): m for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)}
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapters = {id(parameter) for parameter in learned} if recipe.lora is not None else set()
     base: Counter[str] = Counter()
     for parameter in model.parameters():
         if id(parameter) in packed:
             base.update(quantized_bytes(packed[id(parameter)], double))
-        elif id(parameter) not in adapters:
+        elif recipe.lora is None or not parameter.requires_grad:
             base[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
     trained = sum(parameter.nbytes for parameter in learned)
+    name = recipe.training.get("optim", "adamw_torch_fused")
+    # An 8-bit optimizer's constants, one a block of 256 values, are left out
+    state = trained / 4 if "8bit" in name else trained
     return Parameters(
-        base=base,
-        quantized=sum(base[name] for name in QUANTIZED),
-        adapters=trained if adapters else 0,
+        base=dict(base),
+        adapters=0 if recipe.lora is None else trained,
         trained=trained,
         casts=cast_bytes(model, compute),
-        optimizer=sum(state_bytes(p, recipe.training.get("optim", "adamw_torch_fused")) for p in learned),
+        optimizer=math.ceil(MOMENTS.get(name.removeprefix("paged_").split("_")[0], 2) * state),
         trainable=sum(parameter.numel() for parameter in learned),
-        total=total,
-        layer=(total - embedding) // load_config(recipe).get_text_config().num_hidden_layers,
-        embedding=embedding,
+        total=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
@@ -130,19 +142,62 @@ def quantized_bytes(module: torch.nn.Module, double: bool) -> dict[str, int]:
     return {"4-bit blocks": math.ceil(count / 2), "constants": constants + 64}
 
 
-def state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> int:
-    """Return the bytes of optimizer state of one trained parameter."""
-    count = parameter.numel()
-    if "8bit" in optimizer and count >= 4096:
-        # One byte a value and moment, and a constant a block of 256; smaller parameters keep 32 bits
-        moments = 1 if "lion" in optimizer or "rmsprop" in optimizer else 2
-        return moments * (count + 4 * math.ceil(count / 256))
-    return int(STATE.get(optimizer, 2 * parameter.element_size()) * count)
-
-
 def cast_bytes(model: torch.nn.Module, compute: torch.dtype) -> int:
     """Return the bytes of autocast's copies of trained float32 weights, which live until the backward pass."""
     if compute == torch.float32:
         return 0
     weights = [module.weight for module in model.modules() if type(module) is torch.nn.Linear]
     return sum(2 * weight.numel() for weight in weights if weight.requires_grad and weight.dtype == torch.float32)
+
+
+def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
+    """Trace the first one and two layers over `rows` x `length` tokens; each further layer keeps what the second does.
+
+    A model that cannot be traced is estimated.
+    """
+    try:
+        (first, _), (both, state) = (
+            trace_layers(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2)
+        )
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        state = rows * length * load_config(recipe).get_text_config().hidden_size * compute.itemsize
+        return Kept(state * UNTRACED // 2, state, state, traced=False)
+    return Kept(both - first, max(0, 2 * first - both), state)
+
+
+class GPUDropout(torch.nn.Dropout):
+    """Dropout as on a GPU, which keeps one byte a value; torch on a CPU keeps the scaled noise."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(input, self.p, self.training)[0]
+
+
+def trace_layers(
+    recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, rows: int, length: int
+) -> tuple[int, int]:
+    """Run the backbone's first `layers` on fake tensors; return the bytes that they keep, and of one hidden state."""
+    model = build_skeleton(recipe, dtype, layers)
+    for name, module in list(model.named_modules()) if gpu else []:
+        if isinstance(module, torch.nn.Dropout):
+            model.set_submodule(name, GPUDropout(module.p))
+    backbone = (model.get_base_model() if recipe.lora is not None else model).base_model
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage
+        return tensor
+
+    # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute != torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        backbone.to_empty(device="cpu")
+        held = [*backbone.parameters(), *backbone.buffers()]
+        parameters = {tensor.untyped_storage()._cdata for tensor in held}
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            made = backbone(**batch)
+        kept = sum(storage.nbytes() for storage in saved.values()) - cast_bytes(backbone, compute)
+        return kept, made.last_hidden_state.nbytes

@@ -1,12 +1,14 @@
 """Say how long a training is: steps, tokens, floating-point operations, hours by a GPU's data sheet, disk."""
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig
 
+from medibot.planning.memory import Parameters
 from medibot.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,73 +28,53 @@ def is_flat(recipe: Recipe) -> bool:
     return setting(recipe, "packing") or setting(recipe, "padding_free")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Steps; tokens, padding included, on all devices; hours as an estimate, None where no data sheet says the speed.
+def make_schedule(plan: "Plan") -> dict[str, Any]:
+    """Return a plan's steps; tokens, padding included, on all devices; operations; hours, None at unknown speed; disk.
 
-    `disk` are the bytes of the checkpoints that exist at once, the one being written included, and of the model.
+    A token takes two operations a weight forward; as many for the gradient of the inputs, for that of trained weights,
+    and for what checkpointing computes twice (Kaplan et al., 2020, arXiv 2001.08361). Attention is over all pairs of a
+    row.
     """
-
-    steps: int
-    tokens: int
-    flops: float
-    hours: float | None
-    disk: int
-
-
-def make_schedule(plan: "Plan") -> Schedule:
-    """Return the schedule of a planned training."""
-    recipe, processes = plan.recipe, plan.layout.processes
-    accumulated = setting(recipe, "gradient_accumulation_steps")
-    batch = setting(recipe, "per_device_train_batch_size") * processes
-    epoch = math.ceil(math.ceil(len(plan.lengths) / batch) / accumulated)
-    most = setting(recipe, "max_steps")
-    steps = most if most > 0 else math.ceil(epoch * setting(recipe, "num_train_epochs"))
-    tokens = round(steps * accumulated * processes * padded_tokens(recipe, plan.lengths))
-    flops = tokens * flops_per_token(plan)
-    speed = (plan.device.tflops or 0) * 1e12 * UTILIZATION * processes
-    return Schedule(steps, tokens, flops, flops / speed / 3600 if speed else None, disk_bytes(plan, steps))
+    recipe, lengths, config, processes = plan.recipe, plan.lengths, plan.config, plan.layout.processes
+    accumulated, most = setting(recipe, "gradient_accumulation_steps"), setting(recipe, "max_steps")
+    batches = math.ceil(len(lengths) / (setting(recipe, "per_device_train_batch_size") * processes))
+    epochs = math.ceil(batches / accumulated) * setting(recipe, "num_train_epochs")
+    steps = most if most > 0 else math.ceil(epochs)
+    tokens = round(steps * accumulated * processes * padded_tokens(recipe, lengths))
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    linear = 2 * (plan.parameters.total - embedding)
+    # A token of a long row meets more others: the mean over tokens, not over rows
+    attention = 4 * config.num_hidden_layers * config.hidden_size * float(np.average(lengths, weights=lengths))
+    forward = (linear + attention) * (2 if plan.checkpointing else 1)
+    flops = tokens * (forward + linear + 2 * attention + 2 * plan.parameters.trainable)
+    speed = plan.device.tflops
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "flops": flops,
+        "hours_estimated": flops / (speed * 1e12 * UTILIZATION * processes) / 3600 if speed else None,
+        "utilization_assumed": UTILIZATION if speed else None,
+        "disk_bytes": disk_bytes(recipe, plan.parameters, steps),
+    }
 
 
 def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
     """Return the tokens of a micro-batch, padding included: the mean over one epoch in the recipe's order."""
-    size = setting(recipe, "per_device_train_batch_size")
-    order = np.random.default_rng(setting(recipe, "seed")).permutation(lengths)
+    size, generator = setting(recipe, "per_device_train_batch_size"), torch.Generator().manual_seed(0)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
     if setting(recipe, "train_sampling_strategy") == "group_by_length":
-        # transformers.trainer_pt_utils: sorted within 50 batches
-        chunks = [order[start : start + 50 * size] for start in range(0, len(order), 50 * size)]
-        order = np.concatenate([np.sort(chunk)[::-1] for chunk in chunks])
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+        order = get_length_grouped_indices(lengths.tolist(), size, generator=generator)
+    batches = [lengths[order[start : start + size]] for start in range(0, len(order), size)]
     return float(np.mean([batch.sum() if is_flat(recipe) else len(batch) * batch.max() for batch in batches]))
 
 
-def flops_per_token(plan: "Plan") -> float:
-    """Return the floating-point operations of one token, forward and backward.
-
-    Two a weight forward; as many for the gradient of the inputs, for that of trained weights, and for what checkpointing
-    computes twice (Kaplan et al., 2020, arXiv 2001.08361). Attention as upstream computes it, over all pairs of a row.
-    """
-    config, parameters, lengths = plan.config, plan.parameters, plan.lengths
-    weights = parameters.total - (0 if config.tie_word_embeddings else parameters.embedding)
-    head = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-    # A token of a long row meets more others: the mean over tokens, not over rows
-    met = float(np.average(lengths, weights=lengths))
-    linear, attention = 2 * weights, 4 * config.num_hidden_layers * config.num_attention_heads * head * met
-    forward = linear + attention
-    return forward * (2 if plan.checkpointing else 1) + linear + 2 * attention + 2 * parameters.trainable
-
-
-def disk_bytes(plan: "Plan", steps: int) -> int:
+def disk_bytes(recipe: Recipe, parameters: Parameters, steps: int) -> int:
     """Return the bytes of the checkpoints that exist at once, and of the model."""
-    recipe, trained = plan.recipe, plan.parameters.trained
-    every = setting(recipe, "save_steps")
-    saves = {
-        "no": 0,
-        "epoch": math.ceil(setting(recipe, "num_train_epochs")),
-        "steps": steps // max(1, math.ceil(steps * every) if every < 1 else int(every)),
-    }.get(setting(recipe, "save_strategy"), 1)
-    limit = setting(recipe, "save_total_limit")
-    # The best one is kept beside the last one, and one is written before another goes
-    least = 2 if setting(recipe, "load_best_model_at_end") else 1
-    at_once = min(saves, max(limit, least) + 1) if limit else saves
-    return at_once * (trained + plan.parameters.optimizer) + trained
+    every, limit = setting(recipe, "save_steps"), setting(recipe, "save_total_limit")
+    by_steps = steps // max(1, math.ceil(steps * every if every < 1 else every))
+    by_strategy = {"no": 0, "epoch": math.ceil(setting(recipe, "num_train_epochs")), "steps": by_steps}
+    saves = by_strategy.get(setting(recipe, "save_strategy"), 1)
+    if limit:
+        # The best one is kept beside the last one, and one is written before another goes
+        saves = min(saves, max(limit, 2 if setting(recipe, "load_best_model_at_end") else 1) + 1)
+    return saves * (parameters.trained + parameters.optimizer) + parameters.trained

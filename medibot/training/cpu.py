@@ -17,7 +17,7 @@ import torch
 import trl.trainer.utils as upstream
 from trl.kernels import ChunkedLogProbFunction
 
-from medibot.planning.activations import CPU_TILE as TILE
+from medibot.planning.memory import CPU_TILE as TILE
 
 
 def optimize_for_cpu() -> None:

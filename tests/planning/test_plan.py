@@ -16,10 +16,9 @@ from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base
 from medibot.model.precision import make_lora_config
-from medibot.planning import activations
-from medibot.planning.activations import trace
+from medibot.planning import memory
 from medibot.planning.hardware import Device, Layout, find_device
-from medibot.planning.memory import count_bytes
+from medibot.planning.memory import count_bytes, trace
 from medibot.planning.plan import make_plan
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
@@ -119,7 +118,7 @@ def test_activations_are_those_that_autograd_really_keeps(method, recipe):
     mask[0, :5] = 0
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         made = backbone(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
-    found = trace(checked, FLOAT, FLOAT, 2, 48)
+    found = trace(checked, FLOAT, FLOAT, False, 2, 48)
     assert made.last_hidden_state.nbytes == found.state and found.traced
     assert 2 * found.layer + found.outside == pytest.approx(sum(s.nbytes() for s in keeps.values()), rel=0.02)
 
@@ -130,9 +129,9 @@ def test_a_model_that_cannot_be_traced_is_estimated_and_says_so(recipe, monkeypa
     def refuse(*_):
         raise DataDependentOutputException("aten.nonzero")
 
-    traced = trace(recipe(), FLOAT, FLOAT, 2, 48)
-    monkeypatch.setattr(activations, "trace_layers", refuse)
-    guessed = trace(recipe(), FLOAT, FLOAT, 2, 48)
+    traced = trace(recipe(), FLOAT, FLOAT, False, 2, 48)
+    monkeypatch.setattr(memory, "trace_layers", refuse)
+    guessed = trace(recipe(), FLOAT, FLOAT, False, 2, 48)
     assert not guessed.traced and 0.5 < guessed.layer / traced.layer < 2
 
 
@@ -144,33 +143,39 @@ def test_largest_micro_batch_fits_and_one_more_does_not(plan):
         most.append(planned.most_rows())
         assert planned.fits(most[-1]) and not planned.fits(most[-1] + 1)
     assert most == sorted(most) and most[0] < most[-1]
-    assert planned.most_rows(checkpointing=True) > planned.most_rows(checkpointing=False)
+    most = [replace(planned, checkpointing=again).most_rows() for again in (True, False)]
+    assert most[0] > most[1]
     planned = replace(planned, device=replace(planned.device, capacity=1e6))
     assert planned.most_rows() == 0 and "before the first row" in planned.advice()
+
+
+def held(planned, layout):
+    """What one process holds under another layout, whatever the batch."""
+    return replace(planned, layout=layout).fixed()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_sharding_divides_what_the_strategy_shards(method, plan):
     planned = plan(*METHODS[method])
-    one = planned.fixed(Layout())
+    one = held(planned, Layout())
     weights = [name for name in one if name.startswith("weights")]
     for strategy in ("zero3", "fsdp2"):
-        four = planned.fixed(Layout(strategy, 4))
-        held = sum(size for name, size in four.items() if name.startswith("weights"))
+        four = held(planned, Layout(strategy, 4))
+        weighing = sum(size for name, size in four.items() if name.startswith("weights"))
         halved = 2 if strategy == "zero3" and method == "full" else 1
-        assert held == pytest.approx(sum(one[name] for name in weights) / 4 / halved, abs=4)
+        assert weighing == pytest.approx(sum(one[name] for name in weights) / 4 / halved, abs=4)
         assert four["adapters"] == pytest.approx(one["adapters"] / 4, abs=1)
         assert four["optimizer"] < one["optimizer"]
-    ddp, two = planned.fixed(Layout("ddp", 4)), planned.fixed(Layout("zero2", 4))
+    ddp, two = held(planned, Layout("ddp", 4)), held(planned, Layout("zero2", 4))
     assert [ddp[name] for name in weights] == [one[name] for name in weights]
     assert ddp["optimizer"] == one["optimizer"] and ddp["gradients"] == 2 * one["gradients"]
     assert two["gradients"] == pytest.approx(one["gradients"] / 4 / (2 if method == "full" else 1), abs=1)
 
 
 def test_bytes_of_4_bit_weights_are_not_sharded_unless_stored_as_floats(plan):
-    whole, ours = plan().fixed(Layout("fsdp2", 4)), plan().parameters
+    whole, ours = held(plan(), Layout("fsdp2", 4)), plan().parameters
     assert whole["weights, 4-bit blocks"] == ours.base["4-bit blocks"]
-    floats = plan("quantization.bnb_4bit_quant_storage=bfloat16").fixed(Layout("fsdp2", 4))
+    floats = held(plan("quantization.bnb_4bit_quant_storage=bfloat16"), Layout("fsdp2", 4))
     assert floats["weights, 4-bit blocks"] == pytest.approx(ours.base["4-bit blocks"] / 4, abs=1)
 
 
@@ -256,11 +261,12 @@ def test_after_a_run_planned_stands_beside_measured(recipe):
 def test_the_verb_prints_tables_and_writes_json(recipe, make_model, workplace):
     words = ["plan", "quickstart", f"model.pretrained_model_name_or_path={make_model('llama3')}", f"data.path={SAMPLE}"]
     (workplace / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
-    more = ["--gpu", "L4", "--accelerate", "fsdp2", "--launch", "--num_processes 4"]
-    done = CliRunner().invoke(cli.app, [*words, *more])
-    assert done.exit_code == 0, done.output
-    for said in ("fsdp2", "one device of 4", "4-bit blocks", "at most", "estimate", "data-sheet"):
-        assert said in done.output, said
+    for config in ("zero3", "fsdp2"):
+        more = ["--gpu", "L4", "--accelerate", config, "--launch", "--num_processes 4"]
+        done = CliRunner().invoke(cli.app, [*words, *more])
+        assert done.exit_code == 0, done.output
+        for said in (config, "4-bit blocks", "at most", "estimate", "data-sheet"):
+            assert said in done.output, said
     written = read_json(workplace / "outputs" / "plans" / "quickstart.json")
     assert written["strategy"] == "fsdp2" and written["processes"] == 4 and written["hours_estimated"] > 0
     assert not written["activation_checkpointing"] and written["fits"] and written["largest_micro_batch"] > 4
