@@ -1,7 +1,6 @@
 """Mirror a run in W&B: one W&B run per training, on the main process, never in the way. The local record is the truth."""
 
 import hashlib
-import netrc
 import os
 import re
 import shutil
@@ -11,21 +10,14 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from medibot.errors import RecipeError, one_line
 from medibot.recipe import Recipe
 from medibot.run import Run, outputs_folder, read_json
 
 # What a dashboard can put on the x-axis
-AXES = (
-    "train/global_step",
-    "train/num_supervised_tokens_seen",
-    "train/num_input_tokens_seen",
-    "train/num_examples_seen",
-    "train/epoch",
-    "train/seconds",
-)
+TOKENS, SECONDS = "train/num_supervised_tokens_seen", "train/seconds"
+AXES = ("train/global_step", "train/num_input_tokens_seen", "train/num_examples_seen", "train/epoch", TOKENS, SECONDS)
 # Seconds that the beginning and the end of a run wait for a server that does not answer
 INIT_TIMEOUT, FINISH_TIMEOUT = 20, 30
 
@@ -105,12 +97,12 @@ def tracked(
         yield Mirror()
         return
     wandb_run = start(recipe, run, config, job_type)
+    exit_code = 1
     try:
         yield Mirror(wandb_run)
-    except BaseException:
-        finish(wandb_run, run, exit_code=1)
-        raise
-    finish(wandb_run, run)
+        exit_code = 0
+    finally:
+        finish(wandb_run, run, exit_code)
 
 
 def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> Any:
@@ -156,7 +148,7 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
     return wandb_run
 
 
-def finish(wandb_run: Any, run: Run, exit_code: int = 0) -> None:
+def finish(wandb_run: Any, run: Run, exit_code: int) -> None:
     """End the W&B run; what it could not send stays in the folder, and one line says how to send it later."""
     import wandb
 
@@ -185,14 +177,9 @@ def offline() -> bool:
 def has_key() -> bool:
     """Tell whether this machine is logged in to W&B (environment or netrc), without asking a server."""
     import wandb
+    from requests.utils import get_netrc_auth
 
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        logins = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return logins.authenticators(urlsplit(wandb.setup().settings.base_url).hostname) is not None
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(wandb.setup().settings.base_url))
 
 
 def dashboard(project: str) -> None:
@@ -210,11 +197,8 @@ def dashboard(project: str) -> None:
         view = make_view(wandb.Api().default_entity, project)
         view.save()
     except Exception as error:  # wandb's and requests' errors have no base of their own
-        what, remedy = (
-            f"W&B refused the view: {name_error(error)}",
-            "log in again, or WANDB_MODE=offline make dashboard",
-        )
-        raise RecipeError.of("dashboard", what, remedy) from error
+        remedy = "log in again, or WANDB_MODE=offline make dashboard"
+        raise RecipeError.of("dashboard", f"W&B refused the view: {name_error(error)}", remedy) from error
     print(f"W&B: {view.url}")
 
 
@@ -223,7 +207,7 @@ def make_view(entity: str, project: str) -> Any:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    axes = {"supervised tokens": "train/num_supervised_tokens_seen", "seconds": "train/seconds"}
+    axes = {"supervised tokens": TOKENS, "seconds": SECONDS}
     losses = {"validation loss": "eval/loss", "training loss": "train/loss"}
     quality = {
         "test nats a token": "test/nll/value",
@@ -231,29 +215,26 @@ def make_view(entity: str, project: str) -> Any:
         "best validation loss": "eval_loss_best",
     }
     costs = {"seconds of steps": "cost.training_seconds", "peak bytes": "cost.peak_memory_bytes"}
-    curves = [
-        wr.LinePlot(title=f"{loss} by {name}", x=axis, y=[metric], max_runs_to_show=20)
-        for loss, metric in losses.items()
-        for name, axis in axes.items()
-    ]
-    against = [
-        wr.ScatterPlot(title=f"{good} against {price}", x=wr.SummaryMetric(cost), y=wr.SummaryMetric(metric))
-        for good, metric in quality.items()
-        for price, cost in costs.items()
-    ]
-    tables = [wr.WeavePanelSummaryTable(table_name=name) for name in ("test/metrics", "test/answers", "answers")]
     sections = {
-        "Curves": curves,
-        "Cost against quality": against,
+        "Curves": [
+            wr.LinePlot(title=f"{loss} by {name}", x=axis, y=[metric], max_runs_to_show=20)
+            for loss, metric in losses.items()
+            for name, axis in axes.items()
+        ],
+        "Cost against quality": [
+            wr.ScatterPlot(title=f"{good} against {price}", x=wr.SummaryMetric(cost), y=wr.SummaryMetric(metric))
+            for good, metric in quality.items()
+            for price, cost in costs.items()
+        ],
         "What differs": [wr.RunComparer(diff_only="split")],
-        "Answers": tables,
+        "Answers": [wr.WeavePanelSummaryTable(table_name=f) for f in ("test/metrics", "test/answers", "answers")],
     }
     return ws.Workspace(
         entity=entity,
         project=project,
         name="MediBot recipes compared",
         sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()],
-        settings=ws.WorkspaceSettings(x_axis=axes["supervised tokens"]),
+        settings=ws.WorkspaceSettings(x_axis=TOKENS),
     )
 
 

@@ -42,7 +42,8 @@ def export_gguf(name: str) -> str:
         partial = run.folder / ".gguf.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        file = convert(weights, partial / f"{name}.gguf")
+        file = partial / f"{name}.gguf"
+        convert(weights, file)
         tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
         fields = read_fields(file)
         require_same_tokens(fields, tokenizer, config)
@@ -60,8 +61,8 @@ def export_gguf(name: str) -> str:
     return f"{agreement.format(**proof)}\n{written}"
 
 
-def convert(weights: Path, file: Path) -> Path:
-    """Run the converter on the folder `weights`, in a process that sees no network and no secret; return `file`."""
+def convert(weights: Path, file: Path) -> None:
+    """Turn the folder `weights` into `file`, in a process that sees no network and no secret."""
     environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ} | {"HF_HUB_OFFLINE": "1"}
     dtype = AutoModelForCausalLM.from_pretrained(weights, device_map="meta").dtype
     kind = {torch.float32: "f32", torch.float16: "f16"}.get(dtype, "bf16")
@@ -71,17 +72,14 @@ def convert(weights: Path, file: Path) -> Path:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         what = f"the converter cannot turn {weights} into GGUF: {said[-1]}"
         raise RecipeError.of("export-gguf", what, "it knows only some architectures and tokenizers")
-    return file
 
 
 def read_fields(file: Path) -> dict[str, Any]:
     """Return the tokenizer's part of the file's metadata."""
     from gguf import GGUFReader
 
-    # Not read: half a million entries that nothing here compares
-    left_out = (".merges", ".token_type")
-    fields = {name: field for name, field in GGUFReader(file).fields.items() if not name.endswith(left_out)}
-    return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+    fields = GGUFReader(file).fields.items()
+    return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
 
 
 def require_same_tokens(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> None:

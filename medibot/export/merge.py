@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from medibot.errors import RecipeError
@@ -31,7 +32,7 @@ class Merge:
     proof: dict[str, Any] | None
     made_now: bool
 
-    def __rich__(self) -> str:
+    def __rich__(self) -> Text | str:
         """Return the verdict, and what was measured."""
         proof = self.proof
         if proof is None:
@@ -44,7 +45,7 @@ class Merge:
             figures = (figures + "{mean_kl:.2e} nats a token").format(**found)
             lines.append(f"merged into {MODES[mode]}{' (kept)' if mode == proof['kept'] else ''}: {figures}")
         written = f"written: {self.folder} ({proof['dtype']}; tokenizer, template and generation config are the run's)"
-        return "\n".join([*lines, written])
+        return Text("\n".join([*lines, written]), no_wrap=True, overflow="ignore")
 
 
 def merge(name: str) -> Merge:
