@@ -1,7 +1,6 @@
 """Mirror a run in W&B: one W&B run per training, on the main process, never in the way. The local record is the truth."""
 
 import hashlib
-import netrc
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from medibot.errors import RecipeError, one_line
 from medibot.recipe import Recipe
@@ -159,14 +157,9 @@ def offline() -> bool:
 def has_key() -> bool:
     """Tell whether this machine is logged in to W&B (environment or netrc), without asking a server."""
     import wandb
+    from requests.utils import get_netrc_auth
 
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        logins = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return logins.authenticators(urlsplit(wandb.setup().settings.base_url).hostname) is not None
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(wandb.setup().settings.base_url))
 
 
 def dashboard(project: str) -> None:

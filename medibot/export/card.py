@@ -8,21 +8,18 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
-from markdown_it import MarkdownIt
-from markupsafe import Markup
 
 from medibot.data.sources import SUFFIXES
+from medibot.errors import one_line
 from medibot.model.loading import method_name
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, read_json
 
-LIBRARY = {"model": "peft", "merged": "transformers", "gguf": "gguf"}
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("medibot"),
     autoescape=jinja2.select_autoescape(["html.j2"]),
     trim_blocks=True,
     lstrip_blocks=True,
-    keep_trailing_newline=True,
 )
 
 
@@ -32,7 +29,7 @@ def write_cards(name: str, html: Path | None = None) -> list[Path]:
     recipe = load_recipe(str(run.recipe))
     folders = [folder for folder in (run.weights, run.merged, run.gguf) if folder.is_dir()]
     for folder in folders:
-        Run(folder).write("README.md", render_card(run, recipe, folder).rstrip("\n"))
+        Run(folder).write("README.md", render_card(run, recipe, folder))
     written = [folder / "README.md" for folder in folders]
     if html:
         # The whole weights are what most readers want
@@ -44,92 +41,85 @@ def write_cards(name: str, html: Path | None = None) -> list[Path]:
 
 def render_page(title: str, card: ModelCard) -> str:
     """Return a card as a page; HTML in its text is shown, not read."""
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup
+
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(card.text)
     body = body.replace("<table>", '<div class="wide" tabindex="0"><table>').replace("</table>", "</table></div>")
     body = body.replace("<pre>", '<pre tabindex="0">')
-    return TEMPLATES.get_template("card.html.j2").render(title=title, front=card.data.to_yaml(), body=Markup(body))
+    front = card.data.to_yaml()
+    return TEMPLATES.get_template("card.html.j2").render(title=title, front=front, body=Markup(body))
 
 
 def render_card(run: Run, recipe: Recipe, folder: Path) -> str:
     """Return front matter and text of the card that belongs into `folder`."""
-    record = run.record()
-    identity = record["parts"]["base"]
-    names = ("ledger.json", "split.json", "audit.json", "environment.json", "eval/results.json")
-    files: dict[str, Any] = {Path(name).stem: read_if_there(run.folder / name) for name in names}
-    base, data = base_facts(recipe, identity), data_facts(recipe)
-    text = TEMPLATES.get_template("card.md.j2").render(
-        files | files["ledger"],
-        run=run.name,
-        kind=folder.name,
-        method=method_name(recipe),
-        recipe=recipe,
-        base=base,
-        identity=identity,
-        data=data,
-        merge=read_if_there(folder / "merge.json"),
-        summary=record["summary"],
-        fingerprint=record["fingerprint"],
-        written=yaml.safe_dump(without_folders(recipe.as_dict()), sort_keys=False, allow_unicode=True, width=120),
-    )
-    front = front_matter(run, recipe, folder, base, data, files["results"])
-    text = f"---\n{front.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text)
+    path = recipe.model["pretrained_model_name_or_path"]
+    record, base, data = run.record(), without_folders(path), without_folders(recipe.data.path)
+    facts = {name: read_json(run.folder / f"{name}.json") for name in ("ledger", "split", "audit", "environment")}
+    results, merge = run.folder / "eval" / "results.json", folder / "merge.json"
+    facts |= {
+        "run": run.name,
+        "kind": folder.name,
+        "adapter": folder == run.weights and recipe.lora is not None,
+        "method": method_name(recipe),
+        "recipe": recipe,
+        "base": base,
+        "record": record,
+        "base_card": read_base_card(path, "hub" in record["parts"]["base"]),
+        "data": data,
+        "merge": read_json(merge) if merge.is_file() else None,
+        "results": read_json(results) if results.is_file() else None,
+        "written": yaml.safe_dump(without_folders(recipe.as_dict()), sort_keys=False, allow_unicode=True, width=120),
+    }
+    text = re.sub(r"\n{3,}", "\n\n", TEMPLATES.get_template("card.md.j2").render(facts))
     # Results name files by their whole path
-    text = text.replace(recipe.data.path, data["name"])
-    return text.replace(recipe.model["pretrained_model_name_or_path"], base["name"])
+    text = f"---\n{front_matter(facts).to_yaml()}\n---\n\n{text}".replace(recipe.data.path, data)
+    return text.replace(path, base)
 
 
-def front_matter(
-    run: Run, recipe: Recipe, folder: Path, base: dict[str, Any], data: dict[str, Any], results: dict[str, Any] | None
-) -> ModelCardData:
+def front_matter(facts: dict[str, Any]) -> ModelCardData:
     """Return what the hub reads: licence, base, data, language, library, and each metric of the tuned model."""
+    base, recipe = facts["record"]["parts"]["base"].get("hub"), facts["recipe"]
+    path = recipe.data.path
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES and not Path(path).exists()
     measured = [
         EvalResult(
             task_type="text-generation",
             metric_type=key,
             metric_name=metric["label"],
             metric_value=metric["value"],
-            dataset_type=data["hub"] or "held-out",
-            dataset_name=data["name"],
+            dataset_type=path if on_hub else "held-out",
+            dataset_name=facts["data"],
             dataset_split="test",
         )
-        for key, metric in (results["metrics"] if results else {}).items()
+        for key, metric in (facts["results"] or {"metrics": {}})["metrics"].items()
     ]
-    adapter = folder.name == "model" and recipe.lora is not None
+    kind = "adapter" if facts["adapter"] else "finetune"
+    library = "peft" if facts["adapter"] else "transformers"
     return ModelCardData(
-        license=base["licence"] or "unknown",
-        license_name=base["licence_name"],
-        license_link=base["licence_link"],
-        base_model=base["hub"],
-        base_model_relation=("adapter" if adapter else "finetune") if base["hub"] else None,
-        datasets=[data["hub"]] if data["hub"] else None,
+        license=facts["base_card"].get("license") or "unknown",
+        license_name=facts["base_card"].get("license_name"),
+        license_link=facts["base_card"].get("license_link"),
+        base_model=base,
+        base_model_relation=kind if base else None,
+        datasets=[path] if on_hub else None,
         language=recipe.data.language,
-        library_name=LIBRARY[folder.name] if adapter or folder.name != "model" else "transformers",
+        library_name="gguf" if facts["kind"] == "gguf" else library,
         pipeline_tag="text-generation",
-        tags=["medibot", "medical", "question-answering", "sft", *(["lora"] if adapter else [])],
-        model_name=run.name if measured else None,
+        tags=["medibot", "medical", "question-answering", "sft", *(["lora"] if facts["adapter"] else [])],
+        model_name=facts["run"] if measured else None,
         eval_results=measured or None,
     )
 
 
-def base_facts(recipe: Recipe, identity: dict[str, str]) -> dict[str, Any]:
-    """Return name, hub id (None for a local folder) and licence of the base model, from its own card if readable."""
-    path = recipe.model["pretrained_model_name_or_path"]
-    file = Path(path).expanduser() / "README.md"
-    data: dict[str, Any] = {}
+def read_base_card(path: str, on_hub: bool) -> dict[str, Any]:
+    """Return the front matter of the base model's own card; empty, with a warning, where it cannot be read."""
     try:
-        if "hub" in identity or file.is_file():
-            data = ModelCard.load(path if "hub" in identity else file, ignore_metadata_errors=True).data.to_dict()
+        source = path if on_hub else Path(path).expanduser() / "README.md"
+        return ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, HTTPError) as error:
-        print(f"warning: the base model's card cannot be read: {str(error).splitlines()[0]}")
-    licence = {f"licence{end}": data.get(f"license{end}") for end in ("", "_name", "_link")}
-    return {"name": without_folders(path), "hub": identity.get("hub")} | licence
-
-
-def data_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return name and hub id (None for local files) of the data."""
-    path = recipe.data.path
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES and not Path(path).exists()
-    return {"name": without_folders(path), "hub": path if on_hub else None}
+        print(f"warning: the base model's card cannot be read: {one_line(error)}")
+        return {}
 
 
 def without_folders(value: Any) -> Any:
@@ -139,8 +129,3 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [without_folders(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def read_if_there(file: Path) -> dict[str, Any] | None:
-    """Return the JSON in `file`, None without the file."""
-    return read_json(file) if file.is_file() else None

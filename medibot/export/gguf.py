@@ -1,18 +1,18 @@
 """Write a run's whole weights as one GGUF file for llama.cpp and Ollama, checked against the folder it came from."""
 
+import itertools
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, one_line
 from medibot.export.merge import merge
-from medibot.export.ollama import render_modelfile, take_apart
+from medibot.export.ollama import render_modelfile
 from medibot.export.probe import make_probe
 from medibot.model.loading import silence_upstream
 from medibot.model.tokenizer import end_of_turn_token
@@ -27,23 +27,8 @@ PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS")
 LEAST_AGREEMENT = 0.99
 
 
-@dataclass(frozen=True)
-class GGUF:
-    """A folder with one .gguf file, its Modelfile and gguf.json (`proof`)."""
-
-    folder: Path
-    file: Path
-    proof: dict[str, Any]
-
-    def __rich__(self) -> str:
-        """Return what was proven and what was written."""
-        agreement = f"{self.proof['greedy_agreement']:.1%} of {self.proof['tokens']} tokens"
-        written = f"{self.file} ({self.proof['bytes'] / 1e6:,.0f} MB), Modelfile, gguf.json"
-        return f"same tokens, template and stop tokens; same greedy token in {agreement}\nwritten: {written}"
-
-
-def export_gguf(name: str) -> GGUF:
-    """Write outputs/<name>/gguf/ from the run's whole weights, which are merged first if need be.
+def export_gguf(name: str) -> str:
+    """Write outputs/<name>/gguf/ from the run's whole weights, merged first if need be; return what was proven.
 
     Raises RecipeError, and keeps nothing, for a file whose tokens, template, stop tokens or answers differ.
     """
@@ -57,62 +42,54 @@ def export_gguf(name: str) -> GGUF:
         partial = run.folder / ".gguf.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        file = convert(weights, partial / f"{name}.gguf")
+        file = partial / f"{name}.gguf"
+        convert(weights, file)
         tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
         fields = read_fields(file)
         require_same_tokens(fields, tokenizer, config)
-        proof = compare_answers(file, weights, recipe, tokenizer, config)
-        parts = take_apart(tokenizer, recipe.data.chat_template_kwargs, recipe.data.system is not None)
-        text = render_modelfile(file.name, parts, recipe.data.system, tokenizer, config, adds_bos(fields))
-        Run(partial).write("Modelfile", text)
+        proof = compare_answers(file, weights, recipe)
+        # Whether engines put the first token before a prompt themselves, by llama.cpp's own rule
+        adds_bos = fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")
+        modelfile = render_modelfile(file.name, tokenizer, config, recipe, adds_bos)
+        Run(partial).write("Modelfile", modelfile)
         Run(partial).write("gguf.json", proof)
         sync_to_disk(partial)
         shutil.rmtree(run.gguf, ignore_errors=True)
         partial.rename(run.gguf)
-    return GGUF(run.gguf, run.gguf / file.name, proof)
+    agreement = "same tokens, template and stop tokens; same greedy token in {greedy_agreement:.1%} of {tokens} tokens"
+    written = f"written: {run.gguf / file.name} ({proof['bytes'] / 1e6:,.0f} MB), Modelfile, gguf.json"
+    return f"{agreement.format(**proof)}\n{written}"
 
 
-def convert(weights: Path, file: Path) -> Path:
-    """Run the converter on the folder `weights`, in a process that sees no network and no secret; return `file`."""
+def convert(weights: Path, file: Path) -> None:
+    """Turn the folder `weights` into `file`, in a process that sees no network and no secret."""
     environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ} | {"HF_HUB_OFFLINE": "1"}
     dtype = AutoModelForCausalLM.from_pretrained(weights, device_map="meta").dtype
     kind = {torch.float32: "f32", torch.float16: "f16"}.get(dtype, "bf16")
     command = [str(CONVERTER.absolute()), str(weights.absolute()), "--outtype", kind, "--outfile", str(file.absolute())]
     done = subprocess.run(command, env=environment, cwd=file.parent, capture_output=True, text=True)
     if done.returncode or not file.is_file():
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        what = f"the converter cannot turn {weights} into GGUF: {said[-1] if said else done.returncode}"
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        what = f"the converter cannot turn {weights} into GGUF: {said[-1]}"
         raise RecipeError.of("export-gguf", what, "it knows only some architectures and tokenizers")
-    return file
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """Return the tokenizer's part of the file's metadata, without merges and token types."""
+    """Return the tokenizer's part of the file's metadata."""
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields.items()
-    left_out = (".merges", ".token_type")
-    return {
-        name: field.contents()
-        for name, field in fields
-        if name.startswith("tokenizer.") and not name.endswith(left_out)
-    }
-
-
-def adds_bos(fields: dict[str, Any]) -> bool:
-    """Tell whether engines put the beginning-of-text token before a prompt themselves, by llama.cpp's own rule."""
-    return fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")
+    return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
 
 
 def require_same_tokens(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> None:
     """Raise RecipeError for a file with other tokens, another template, or without a token that ends answers."""
-    tokens = fields["tokenizer.ggml.tokens"]
     wanted = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     # SentencePiece writes its space as U+2581 in both; tokens past the tokenizer's are padding of the embedding
-    other = [place for place, pair in enumerate(zip(tokens, wanted, strict=False)) if pair[0] != pair[1]]
-    if other or len(tokens) < len(wanted):
-        place = other[0] if other else len(tokens)
-        raise RecipeError.of("export-gguf", f"token {place} of the file is not the tokenizer's", "report the model")
+    pairs = enumerate(itertools.zip_longest(fields["tokenizer.ggml.tokens"][: len(wanted)], wanted))
+    other = next((place for place, pair in pairs if pair[0] != pair[1]), None)
+    if other is not None:
+        raise RecipeError.of("export-gguf", f"token {other} of the file is not the tokenizer's", "report the model")
     if fields.get("tokenizer.chat_template") != tokenizer.chat_template:
         raise RecipeError.of("export-gguf", "the file's chat template is not the run's", "report the model")
     kinds = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
@@ -124,23 +101,19 @@ def require_same_tokens(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBa
         raise RecipeError.of("export-gguf", what, "train with a tokenizer whose end token is the template's")
 
 
-def compare_answers(
-    file: Path, weights: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
-) -> dict[str, Any]:
+def compare_answers(file: Path, weights: Path, recipe: Recipe) -> dict[str, Any]:
     """Return how near the file, read back by transformers, is to the folder; raise RecipeError where it is not."""
-    whole = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True).eval()
-    probe, dtype = make_probe(whole, recipe, tokenizer, config), whole.dtype
+    whole = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True)
+    probe, dtype = make_probe(whole, recipe, weights), whole.dtype
     del whole
-    dequantize = GgufConfig(dequantize=True)
+    gguf = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        back = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=dequantize, dtype=dtype
-        ).eval()
+        back = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **gguf)
     except (ValueError, NotImplementedError) as error:
-        what = f"transformers cannot read the file back to compare it: {' '.join(str(error).split())}"
+        what = f"transformers cannot read the file back to compare it: {one_line(error)}"
         raise RecipeError.of("export-gguf", what, "convert by hand, and compare by hand") from error
-    found = probe.distance(back)
+    found = probe.compare(back)
     if found["greedy_agreement"] < LEAST_AGREEMENT:
         what = f"the file chooses the token of {weights} in {found['greedy_agreement']:.1%} only"
         raise RecipeError.of("export-gguf", what, "report the model")
-    return found | probe.as_dict() | {"bytes": file.stat().st_size}
+    return found | probe.about | {"bytes": file.stat().st_size}

@@ -1,133 +1,86 @@
 """Write a Modelfile that makes Ollama ask the model exactly as it was trained."""
 
-import dataclasses
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medibot.errors import RecipeError
+from medibot.recipe import Recipe
 
-Message = dict[str, str]
-# Contents that no template holds: the text around them in a rendered chat is the template's own
-MARKS = ("⟦system⟧", "⟦first⟧", "⟦reply⟧", "⟦second⟧")
 # Go's own braces stay; a Modelfile is no HTML
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("medibot"),
     block_start_string="[%", block_end_string="%]", variable_start_string="[[", variable_end_string="]]",
     comment_start_string="[#", comment_end_string="#]", trim_blocks=True,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The text that a chat template puts around the messages of a conversation in which user and assistant take turns.
-
-    `system` comes before the system message and `after_system` between it and the user's; `first` before a user's
-    message with no system message; `answer` between a user's and the assistant's; `later` between that and the user's
-    next; `prompt` behind the last one, where the model's answer begins.
-    """
-
-    first: str
-    answer: str
-    later: str
-    prompt: str
-    system: str = ""
-    after_system: str = ""
-
-    def render(self, messages: list[Message]) -> str:
-        """Return the conversation as the Go template renders it."""
-        openings = {
-            ("", "system"): self.system,
-            ("system", "user"): self.after_system,
-            ("", "user"): self.first,
-            ("assistant", "user"): self.later,
-            ("user", "assistant"): self.answer,
-        }
-        roles = ["", *(message["role"] for message in messages)]
-        turns = zip(roles, messages, strict=False)
-        return "".join(openings[before, turn["role"]] + turn["content"] for before, turn in turns) + self.prompt
-
-    def as_go(self) -> str:
-        """Return the same as a Go template over Ollama's Messages."""
-        return TEMPLATES.get_template("ollama.go.j2").render(dataclasses.asdict(self))
-
-
-def take_apart(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], system: bool) -> Parts:
-    """Take the tokenizer's chat template apart, and prove the parts on other conversations.
-
-    Marks are rendered in the place of messages and cut out again. `kwargs` are the recipe's chat_template_kwargs,
-    `system` says whether the run has a system message. Raises RecipeError for a template that is no such parts.
-    """
-
-    def render(messages: list[Message]) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
-        except jinja2.TemplateError as error:
-            raise inexpressible(f"it refuses a conversation: {error}") from error
-
-    roles = ("system", "user", "assistant", "user")
-    chat = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)]
-    parts = Parts(*split_at(render(chat[1:]), MARKS[1:]))
-    if system:
-        opening, after, *_ = split_at(render(chat), MARKS)
-        parts = dataclasses.replace(parts, system=opening, after_system=after)
-    if re.search(r'\{\{|\}\}|"""', "".join(dataclasses.astuple(parts))):
-        raise inexpressible("it writes braces or quotes that a Modelfile cannot hold")
-    prove(parts, render, system)
-    return parts
-
-
-def split_at(text: str, marks: tuple[str, ...]) -> list[str]:
-    """Split `text` at the marks; each must be there once, in order."""
-    pattern = "|".join(map(re.escape, marks))
-    if re.findall(pattern, text) != list(marks):
-        raise inexpressible("it does not render each message once, in order")
-    return re.split(pattern, text)
-
-
-def prove(parts: Parts, render: Callable[[list[Message]], str], system: bool) -> None:
-    """Raise RecipeError for parts that render any of several conversations otherwise than the template itself."""
-    turns = [
-        {"role": "user", "content": 'What is "anemia"?\n- in short'},
-        {"role": "assistant", "content": "Too few red blood cells: <5 % of {them}."},
-        {"role": "user", "content": "And why?"},
-        {"role": "assistant", "content": "Iron."},
-        {"role": "user", "content": "Is that\n\nall?"},
-    ]
-    opening = [{"role": "system", "content": "Be careful.\nBe plain."}]
-    for length in (1, 3, 5):
-        for chat in (turns[:length], *([opening + turns[:length]] if system else [])):
-            if parts.render(chat) != render(chat):
-                raise inexpressible(f"it renders {len(chat)} messages otherwise than turn by turn")
-
-
-def inexpressible(why: str) -> RecipeError:
-    """Return the error for a chat template that is more than text around messages."""
-    remedy = "write the Modelfile by hand, or serve merged/ by vLLM or llama.cpp, which read the template itself"
-    return RecipeError.of("chat template", f"cannot be written for Ollama: {why}", remedy)
+# Contents that no template holds: the text around them in a rendered chat is the template's own
+MARKS = [f"⟦{letter}⟧" for letter in "abcdef"]
+# What the parts of a template are proven on
+MESSAGES = (
+    "Be careful.\nBe plain.",
+    'Is "<5 %" of {them} anemia?\n- in short',
+    "Yes.",
+    "And why?",
+    "Iron.",
+    "Is that\n\nall?",
+)
 
 
 def render_modelfile(
-    file: str,
-    parts: Parts,
-    system: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    config: GenerationConfig,
-    adds_bos: bool,
+    file: str, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, recipe: Recipe, adds_bos: bool
 ) -> str:
     """Return the Modelfile of a GGUF `file`: template, system message, stop tokens, decoding as in evaluation.
 
     `adds_bos` says whether the file makes engines put the first token in themselves: the template must not, then.
     """
+    parts = take_apart(tokenizer, recipe.data.chat_template_kwargs, recipe.data.system is not None)
     if adds_bos and tokenizer.bos_token:
-        first, opening = (text.removeprefix(tokenizer.bos_token) for text in (parts.first, parts.system))
-        parts = dataclasses.replace(parts, first=first, system=opening)
+        opening = {name: parts[name].removeprefix(tokenizer.bos_token) for name in ("start_user", "start_system")}
+        parts = parts | opening
     decoding = {"num_predict": config.max_new_tokens, "repeat_penalty": config.repetition_penalty or 1.0}
     decoding["temperature"] = (config.temperature or 1.0) if config.do_sample else 0
     stops = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    values = {"file": file, "template": parts.as_go(), "system": system, "stops": stops, "decoding": decoding}
+    values = {"file": file, "parts": parts, "system": recipe.data.system, "stops": stops, "decoding": decoding}
     return TEMPLATES.get_template("Modelfile.j2").render(values)
+
+
+def take_apart(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], system: bool) -> dict[str, str]:
+    """Return the text that the chat template puts around the messages of users and assistants who take turns.
+
+    A part is named by the roles that it stands between: `start_user`, `user_assistant`, `assistant_user`, and with a
+    system message `start_system` and `system_user`; `prompt` is where the model's answer begins. Marks are rendered in
+    the place of messages and cut out again, and the parts are proven on other conversations. `kwargs` are the recipe's
+    chat_template_kwargs. Raises RecipeError for a template that is more than such parts.
+    """
+    openings = [["user"], ["system", "user"]] if system else [["user"]]
+    chats = [opening + ["assistant", "user"] * more for opening in openings for more in range(3)]
+    parts = {"start_system": "", "system_user": ""}
+
+    def render(roles: list[str], contents: Sequence[str]) -> str:
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+
+    try:
+        for roles in chats:
+            text = render(roles, MARKS)
+            if re.findall("⟦.⟧", text) != MARKS[: len(roles)]:
+                raise ValueError("it does not render each message once, in order")
+            parts |= zip([*name_parts(roles), "prompt"], re.split("⟦.⟧", text), strict=True)
+        if re.search(r'\{\{|\}\}|"""', "".join(parts.values())):
+            raise ValueError("it writes braces or quotes that a Modelfile cannot hold")
+        for roles in chats:
+            turns = zip(name_parts(roles), MESSAGES, strict=False)
+            if "".join(parts[name] + text for name, text in turns) + parts["prompt"] != render(roles, MESSAGES):
+                raise ValueError(f"it renders {len(roles)} messages otherwise than turn by turn")
+    except (jinja2.TemplateError, ValueError) as error:
+        remedy = "write the Modelfile by hand, or serve merged/ by vLLM or llama.cpp, which read the template itself"
+        raise RecipeError.of("chat template", f"cannot be written for Ollama: {error}", remedy) from error
+    return parts
+
+
+def name_parts(roles: list[str]) -> list[str]:
+    """Return the name of the part before each message."""
+    return [f"{before}_{role}" for before, role in zip(["start", *roles], roles, strict=False)]

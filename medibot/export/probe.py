@@ -1,11 +1,10 @@
 """Ask a model held-out questions and measure how far another one is from it."""
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
@@ -16,54 +15,45 @@ from medibot.recipe import Recipe
 # Questions, and tokens of each greedy answer
 QUESTIONS, TOKENS = 16, 32
 
-# (prompt, answer) as token ids
-Sequence = tuple[list[int], list[int]]
-
 
 @dataclass(frozen=True)
 class Probe:
-    """Held-out prompts with a model's own greedy answers, and its logits over them.
+    """Held-out prompts with a model's own greedy answers, both as token ids, and its logits over the answers.
 
-    `logits` is float32, one row for each answer token of all questions, one column for each token of the vocabulary.
+    `about` is what a proof says about the questions; `logits` is float32, one row for each answer token of all questions, one column for each token of the vocabulary.
     """
 
-    asked: str
-    sequences: list[Sequence]
+    about: dict[str, str | int]
+    sequences: list[tuple[list[int], list[int]]]
     logits: torch.Tensor
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what a proof says about the questions."""
-        return {"asked": self.asked, "questions": len(self.sequences), "tokens": len(self.logits)}
-
-    def distance(self, model: PreTrainedModel) -> dict[str, float]:
+    def compare(self, model: PreTrainedModel) -> dict[str, float]:
         """Return how far `model` is from the one that answered."""
         return logit_distance(self.logits, answer_logits(model, self.sequences))
 
 
 @torch.inference_mode()
-def make_probe(model: PreTrainedModel, recipe: Recipe, tokenizer: Tokenizer, config: GenerationConfig) -> Probe:
-    """Let `model` answer the run's held-out questions greedily, TOKENS at most; `config` names its stop tokens."""
+def make_probe(model: PreTrainedModel, recipe: Recipe, weights: Path) -> Probe:
+    """Let `model` answer held-out questions greedily; the folder `weights` holds its tokenizer and stop tokens."""
+    tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
     asked, prompts = held_out_prompts(recipe, tokenizer)
-    rendering: dict[str, Any] = {
-        "add_generation_prompt": True,
-        "return_dict": True,
-        "return_tensors": "pt",
-        "padding": True,
-    }
-    rendering |= {"tokenizer_kwargs": {"padding_side": "left"}} | template_kwargs(recipe)
-    batch = tokenizer.apply_chat_template(prompts, **rendering).to(model.device)
-    stops = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    rendering = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    rendering |= template_kwargs(recipe)
+    batch = tokenizer.apply_chat_template(prompts, tokenizer_kwargs={"padding_side": "left"}, **rendering)
+    batch = batch.to(model.device)
     # Without the run's repetition penalty and minimum lengths: they would hide what the weights say
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=TOKENS, **stops)
-    output = model.generate(**batch, generation_config=greedy)[:, batch["input_ids"].shape[1] :].tolist()
+    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    output = model.generate(**batch, generation_config=GenerationConfig(max_new_tokens=TOKENS, do_sample=False, **ends))
     sequences = []
-    for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], output, strict=True):
+    for ids, mask in zip(output.tolist(), batch["attention_mask"], strict=True):
+        prompt, answer = ids[len(mask) - int(mask.sum()) : len(mask)], ids[len(mask) :]
         end = next((place for place, token in enumerate(answer, start=1) if token in config.eos_token_id), None)
-        sequences.append((ids[mask.bool()].tolist(), answer[:end]))
-    return Probe(asked, sequences, answer_logits(model, sequences))
+        sequences.append((prompt, answer[:end]))
+    logits = answer_logits(model, sequences)
+    return Probe({"asked": asked, "questions": len(sequences), "tokens": len(logits)}, sequences, logits)
 
 
-def held_out_prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, list[list[dict[str, str]]]]:
+def held_out_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[list[dict[str, str]]]]:
     """Return (source, prompts): of the validation split, or the fixed questions where the data cannot be read.
 
     The test split stays closed: which merge is kept is a choice.
@@ -75,16 +65,15 @@ def held_out_prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, list[li
         rows = None
     if rows is not None:
         return "validation split", rows.select(range(min(QUESTIONS, len(rows))))["prompt"][:]
-    questions = recipe.evaluation.questions
+    questions, markers = recipe.evaluation.questions, role_markers(tokenizer)
     if not questions:
         remedy = "bring back the data, or write evaluation.questions in the run's recipe.yaml"
         raise RecipeError.of("merge", "no validation split and no fixed question to prove a merge with", remedy)
-    markers = role_markers(tokenizer)
     return "fixed questions", [make_prompt(text, recipe.data.system, markers) for text in questions]
 
 
 @torch.inference_mode()
-def answer_logits(model: PreTrainedModel, sequences: list[Sequence]) -> torch.Tensor:
+def answer_logits(model: PreTrainedModel, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Return the logits behind every answer token, float32 [tokens, vocabulary]; unpadded, so no batch changes them."""
     rows = []
     for prompt, answer in sequences:
@@ -99,11 +88,9 @@ def logit_distance(trained: torch.Tensor, other: torch.Tensor) -> dict[str, floa
     `greedy_agreement` is the share of tokens for which both choose the same, `max_logit_difference` the largest of all,
     `mean_kl` the Kullback-Leibler divergence in nats a token.
     """
-    divergence = torch.nn.functional.kl_div(
-        other.log_softmax(-1), trained.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
+    logs = (other.log_softmax(-1), trained.log_softmax(-1))
     return {
         "greedy_agreement": (trained.argmax(-1) == other.argmax(-1)).float().mean().item(),
         "max_logit_difference": (trained - other).abs().max().item(),
-        "mean_kl": divergence.item(),
+        "mean_kl": torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean").item(),
     }

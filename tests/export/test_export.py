@@ -117,14 +117,14 @@ def test_merge_is_done_once_for_each_adapter(merged):
 
 def test_unfaithful_merge_is_refused_and_nothing_of_it_stays(merged, monkeypatch):
     monkeypatch.setattr(merging, "MOST_DIFFERENCE", 0.0)
-    monkeypatch.setattr(merging, "is_merged", lambda *_: False)
+    monkeypatch.setattr(merging, "hash_file", lambda _: "another")
     with pytest.raises(RecipeError, match=r"nearest merge \(dequantized\) .* use the adapter as it is"):
         merge("mine")
     assert not list(merged.folder.glob(".merged-*"))
 
 
 def test_disk_that_fills_during_a_merge_is_said_in_a_line_and_nothing_of_it_stays(merged, monkeypatch):
-    monkeypatch.setattr(merging, "is_merged", lambda *_: False)
+    monkeypatch.setattr(merging, "hash_file", lambda _: "another")
     before, there = resource.getrlimit(resource.RLIMIT_FSIZE), sorted(merged.folder.rglob("*"))
     with (
         monkeypatch.context() as patch,
@@ -290,6 +290,7 @@ def rendered_as_go(template: str, messages: list[dict[str, str]]) -> str:
     )
 
 
+STOPPING = GenerationConfig(eos_token_id=[0], max_new_tokens=9)
 TURNS = [
     {"role": role, "content": text}
     for role, text in [
@@ -305,7 +306,8 @@ TURNS = [
 def test_ollama_renders_conversations_as_the_chat_template_does(family, make_tokenizer):
     tokenizer = make_tokenizer(family)
     for system in (True, False) if family != "gemma" else (False,):
-        go = take_apart(tokenizer, {}, system).as_go()
+        recipe = load_recipe("quickstart", [f"data.system={'Be plain.' if system else 'null'}"], root=ROOT)
+        go = render_modelfile("x.gguf", tokenizer, STOPPING, recipe, False).split('"""')[1]
         opening = [{"role": "system", "content": "Be plain."}] if system else []
         for length in (1, 3):
             chat = opening + TURNS[:length]
@@ -320,7 +322,7 @@ def test_ollama_renders_conversations_as_the_chat_template_does(family, make_tok
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "each message once"),
         ("{{ messages[-1].content }}", "each message once"),
         ("{% for m in messages %}{{ '{{' }}{{ m.content }}{% endfor %}", "braces"),
-        ("{{ raise_exception('no') }}", "refuses a conversation: no"),
+        ("{{ raise_exception('no') }}", "cannot be written for Ollama: no"),
     ],
 )
 def test_template_that_ollama_cannot_express_is_refused(template, said, make_tokenizer):
@@ -332,9 +334,9 @@ def test_template_that_ollama_cannot_express_is_refused(template, said, make_tok
 
 def test_modelfile_leaves_the_first_token_to_the_engine_that_adds_it(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
-    pieces = take_apart(tokenizer, {}, True)
+    recipe = load_recipe("quickstart", root=ROOT)
     config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(["<|eot_id|>"]), max_new_tokens=9)
-    adding, leaving = (render_modelfile("x.gguf", pieces, "Hi", tokenizer, config, adds) for adds in (True, False))
+    adding, leaving = (render_modelfile("x.gguf", tokenizer, config, recipe, adds) for adds in (True, False))
     assert "<|begin_of_text|>" not in adding and leaving.count("<|begin_of_text|>") == 2
     assert 'PARAMETER stop "<|eot_id|>"' in adding and "PARAMETER num_predict 9" in adding
     assert "PARAMETER temperature 0" in adding

@@ -147,7 +147,7 @@ def hub(monkeypatch):
 
 
 def test_push_shows_what_would_go_out_and_sends_nothing(run, hub):
-    said = push("mine", "me/mine").__rich__()
+    said = push("mine", "me/mine")
     assert "-> me/mine (private)" in said and "nothing was sent" in said
     for name in ("README.md", "model.safetensors", "tokenizer.json", "kept back: training_args.bin", "apache-2.0"):
         assert name in said
@@ -155,13 +155,13 @@ def test_push_shows_what_would_go_out_and_sends_nothing(run, hub):
 
 
 def test_push_sends_the_folder_into_a_private_repository(run, hub):
-    done = push("mine", "me/mine", yes=True)
+    said = push("mine", "me/mine", yes=True)
     assert hub.created[0]["visibility"] == "private"
     expected = {file.name for file in run.weights.iterdir()} - {"training_args.bin"}
     assert set(hub.received) == expected
     for name, content in hub.received.items():
         assert content == (run.weights / name).read_bytes(), name
-    assert "sent: http" in done.__rich__()
+    assert "sent: http" in said
 
 
 def test_public_is_only_what_was_asked_for(run, hub):
