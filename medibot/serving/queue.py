@@ -144,7 +144,7 @@ class Answer:
         """Yield pieces as soon as they are made; raise ApiError (500, 503) where the model fails or the server stops."""
         await asyncio.wait({self.place})
         if not self.left:
-            self.reply = Reply(self.service.assistant, self.ids, 0, self.request.model, self.request.decoding())
+            self.reply = Reply(self.service.assistant, self.ids, self.request.model, self.request.decoding())
             self.service.readers.submit(self.read, self.reply, asyncio.get_running_loop())
         while (piece := await self.pieces.get()) is not None:
             if isinstance(piece, Exception):
