@@ -123,22 +123,23 @@ class Reply:
 
     def __iter__(self) -> Generator[str]:
         """Yield pieces of text; a piece that may begin a stop text is held back until it is known not to."""
-        text, given, ended = "", 0, False
-        held_back = max((len(stop) for stop in self.decoding.stop), default=1) - 1
+        held, ended = "", False
+        longest = max((len(stop) for stop in self.decoding.stop), default=1) - 1
         self.thread.start()
         try:
             for piece in self.stream:
-                text += piece
-                ends = [place for place in (text.find(stop) for stop in self.decoding.stop) if place >= 0]
+                held += piece
+                ends = [held.index(stop) for stop in self.decoding.stop if stop in held]
                 if ends:
-                    ended, text = True, text[: min(ends)]
+                    held, ended = held[: min(ends)], True
                     self.cancel()
                     break
-                if len(text) - held_back > given:
-                    yield text[given : len(text) - held_back]
-                    given = len(text) - held_back
-            if text[given:]:
-                yield text[given:]
+                ready = len(held) - longest
+                if ready > 0:
+                    yield held[:ready]
+                    held = held[ready:]
+            if held:
+                yield held
         finally:
             # Also for whoever stops reading: a thread still inside torch when Python ends would abort the process
             self.cancel()

@@ -17,7 +17,7 @@ def main(data: str) -> None:
     recipe = load_recipe("medquad-smollm2-135m", [f"data.path={data}", "data.limit=null", "training.max_length=1024"])
     record = build_evidence(recipe, prepare(recipe, load_tokenizer(recipe)))
     print(f"threshold {record['threshold']}, {len(record['rows']):,} training questions; {record['measured']}")
-    found = Evidence(record)
+    found = Evidence(record["rows"], record["threshold"])
     text = (Path(__file__).parent / "asked.txt").read_text(encoding="utf-8")
     for part in re.split(r"^## ", text, flags=re.M)[1:]:
         name, *questions = part.splitlines()
