@@ -7,9 +7,7 @@ for piece in reply:
 
 import copy
 import threading
-from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
@@ -66,6 +63,8 @@ class Assistant:
         self.window: int = tuned.config.max_position_embeddings
         self.markers = role_markers(self.tokenizer)
         self.turns = Turns()
+        # Upstream's tokenizer changes its own state while it reads control tokens as text
+        self.tokenizing = threading.Lock()
 
     @property
     def about(self) -> str:
@@ -81,187 +80,145 @@ class Assistant:
         if messages[0]["role"] != "system" and self.recipe.data.system:
             messages = [{"role": "system", "content": self.recipe.data.system}, *messages]
         safe = [message | {"content": escape_markers(message["content"], self.markers)} for message in messages]
-        return self.tokenizer.apply_chat_template(
-            safe, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs(self.recipe)
-        )["input_ids"]
+        rendering = {"add_generation_prompt": True, "return_dict": True} | template_kwargs(self.recipe)
+        with self.tokenizing:
+            return self.tokenizer.apply_chat_template(safe, **rendering)["input_ids"]
 
-    def fit_window(self, messages: list[Message], max_new_tokens: int) -> tuple[list[int], int]:
-        """Return (prompt ids, messages left out): the oldest turns go until prompt and answer fit the context window."""
+    def reply(self, messages: list[Message], which: str = "tuned", decoding: Decoding = Decoding()) -> "Reply":
+        """Return the answer of "base" or "tuned" to a conversation that ends with a user's message, not yet begun.
+
+        The oldest turns are left out until prompt and answer fit the context window.
+        """
+        require_conversation(messages)
         system = [message for message in messages[:1] if message["role"] == "system"]
-        turns = messages[len(system) :]
-        room = self.window - max_new_tokens
+        turns, room = messages[len(system) :], self.window - decoding.max_new_tokens
         for dropped in range(0, len(turns), 2):
             ids = self.prompt_ids([*system, *turns[dropped:]])
             if len(ids) <= room:
-                return ids, dropped
+                return Reply(self, ids, which, decoding, dropped)
         what = f"{len(ids):,} tokens, and {max(room, 0):,} of the model's {self.window:,} are left for them"
         raise RecipeError.of("message", what, "write less, or ask for a shorter answer")
 
-    def reply(self, messages: list[Message], which: str = "tuned", decoding: Decoding = Decoding()) -> "Reply":
-        """Start the answer of "base" or "tuned" to a conversation that ends with a user's message."""
-        require_conversation(messages)
-        ids, dropped = self.fit_window(messages, decoding.max_new_tokens)
-        return Reply(self, ids, dropped, which, decoding)
-
 
 class Reply:
-    """One answer while it is made: iterating yields its text in pieces, `cancel` ends it; any thread may do either.
+    """One answer: iterating makes it and yields its text in pieces; `cancel` ends it, from any thread.
 
     Afterwards `completion_tokens` counts its tokens, the stop token included, and `finish_reason` says "stop" (ended by
-    itself or at a stop text), "length" (cut at max_new_tokens) or "cancelled".
+    itself or at a stop text), "length" (cut at max_new_tokens) or "cancelled". `dropped` messages were left out.
     """
 
-    def __init__(self, assistant: Assistant, ids: list[int], dropped: int, which: str, decoding: Decoding) -> None:
-        self.prompt_tokens, self.dropped = len(ids), dropped
-        self.completion_tokens = 0
+    def __init__(self, assistant: Assistant, ids: list[int], which: str, decoding: Decoding, dropped: int = 0) -> None:
+        self.assistant, self.ids, self.which, self.decoding, self.dropped = assistant, ids, which, decoding, dropped
+        self.prompt_tokens, self.completion_tokens = len(ids), 0
         self.finish_reason = "length"
-        self.decoding = decoding
-        self.stops = set(assistant.config.eos_token_id)
         self.failure: Exception | None = None
         self.cancelled = threading.Event()
-        self.stream = CountingStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.thread = threading.Thread(target=self.generate, args=(assistant, ids, which), daemon=True)
-        self.thread.start()
+        self.random_state: list[torch.Tensor] | None = None
+        self.stream = TextIteratorStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.thread = threading.Thread(target=self.generate, daemon=True)
 
     def cancel(self) -> None:
-        """End the answer at its next token; `thread` can then be joined."""
+        """End the answer at its next token."""
         self.cancelled.set()
 
-    def generate(self, assistant: Assistant, ids: list[int], which: str) -> None:
-        """Generate in this thread, holding the model for a token at a time."""
-        weights = assistant.weights[which]
-        prompt = torch.tensor([ids], device=weights.device)
-        turn = TurnTaking(assistant.turns, weights, which, self.decoding.seed, self.cancelled)
+    def __iter__(self) -> Generator[str]:
+        """Yield pieces of text; a piece that may begin a stop text is held back until it is known not to."""
+        held, ended = "", False
+        longest = max((len(stop) for stop in self.decoding.stop), default=1) - 1
+        self.thread.start()
         try:
-            with turn.held(), torch.inference_mode():
+            for piece in self.stream:
+                held += piece
+                ends = [held.index(stop) for stop in self.decoding.stop if stop in held]
+                if ends:
+                    held, ended = held[: min(ends)], True
+                    self.cancel()
+                    break
+                ready = len(held) - longest
+                if ready > 0:
+                    yield held[:ready]
+                    held = held[ready:]
+            if held:
+                yield held
+        finally:
+            # Also for whoever stops reading: a thread still inside torch when Python ends would abort the process
+            self.cancel()
+            self.thread.join()
+        if self.failure is not None:
+            raise RuntimeError("the model failed while it answered") from self.failure
+        if ended:
+            self.finish_reason = "stop"
+
+    def generate(self) -> None:
+        """Generate in this thread, holding the model for a token at a time."""
+        weights = self.assistant.weights[self.which]
+        prompt = torch.tensor([self.ids], device=weights.device)
+        try:
+            self.take_model()
+            with torch.inference_mode():
                 weights.generate(
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),
-                    generation_config=generation_config(assistant.config, self.decoding),
-                    stopping_criteria=StoppingCriteriaList([turn]),
+                    generation_config=generation_config(self.assistant.config, self.decoding),
+                    stopping_criteria=StoppingCriteriaList([self.after_token]),
                     streamer=self.stream,
                 )
         except Exception as error:  # whatever it is, it belongs to the thread that reads the answer
             self.failure = error
             self.stream.on_finalized_text("", stream_end=True)
+        finally:
+            self.assistant.turns.give()
 
-    def __iter__(self) -> Iterator[str]:
-        """Yield pieces of text; a piece that may begin a stop text is held back until it is known not to."""
-        text, given, ended = "", 0, False
-        held_back = max((len(stop) for stop in self.decoding.stop), default=1) - 1
-        for piece in self.stream:
-            text += piece
-            ends = [place for place in (text.find(stop) for stop in self.decoding.stop) if place >= 0]
-            if ends:
-                ended, text = True, text[: min(ends)]
-                self.cancel()
-                break
-            if len(text) - held_back > given:
-                yield text[given : len(text) - held_back]
-                given = len(text) - held_back
-        if text[given:]:
-            yield text[given:]
-        # A thread that is still inside torch when Python ends would abort the process
-        self.thread.join()
-        if self.failure is not None:
-            raise RuntimeError("the model failed while it answered") from self.failure
-        self.completion_tokens = self.stream.tokens
-        if ended or self.stream.last in self.stops:
+    def after_token(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Let the next thread have the model, then return whether to stop, [1]; called by upstream's `generate`."""
+        self.random_state = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        self.assistant.turns.give()
+        self.take_model()
+        self.completion_tokens = input_ids.shape[1] - self.prompt_tokens
+        stop = self.cancelled.is_set()
+        if int(input_ids[0, -1]) in self.assistant.config.eos_token_id:
             self.finish_reason = "stop"
-        elif self.cancelled.is_set():
+        elif stop:
             self.finish_reason = "cancelled"
+        return torch.tensor([stop], device=input_ids.device)
 
-
-class CountingStreamer(TextIteratorStreamer):
-    """Upstream's stream of text, which also counts the tokens and keeps the last one."""
-
-    tokens = 0
-    last: int | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        """Count a token, then pass it on."""
-        if not self.next_tokens_are_prompt:
-            self.tokens += value.numel()
-            self.last = int(value.flatten()[-1])
-        super().put(value)
+    def take_model(self) -> None:
+        """Wait for the model, switch its adapter, and go on with this answer's random numbers."""
+        turns, weights = self.assistant.turns, self.assistant.weights[self.which]
+        turns.take()
+        if isinstance(weights, PeftModel) and turns.which != self.which:
+            adapter = weights.base_model
+            adapter.disable_adapter_layers() if self.which == "base" else adapter.enable_adapter_layers()
+            turns.which = self.which
+        # torch's generators belong to the process, and each answer must be repeatable by its seed
+        if self.random_state is not None:
+            torch.set_rng_state(self.random_state[0])
+            torch.cuda.set_rng_state_all(self.random_state[1:])
+        elif self.decoding.seed is not None:
+            torch.manual_seed(self.decoding.seed)
 
 
 class Turns:
     """A lock that threads get in the order in which they asked; a plain Lock would let one thread take it again."""
 
     def __init__(self) -> None:
-        self.waiting: deque[threading.Event] = deque()
-        self.guard = threading.Lock()
-        self.held = False
+        self.changed = threading.Condition()
+        self.asked = self.given = 0
         # The model that the weights were last set to be
         self.which: str | None = None
 
     def take(self) -> None:
         """Wait for the lock."""
-        with self.guard:
-            if not self.held:
-                self.held = True
-                return
-            mine = threading.Event()
-            self.waiting.append(mine)
-        mine.wait()
+        with self.changed:
+            ticket = self.asked
+            self.asked += 1
+            self.changed.wait_for(lambda: self.given == ticket)
 
     def give(self) -> None:
         """Hand the lock to the thread that has waited longest."""
-        with self.guard:
-            if self.waiting:
-                self.waiting.popleft().set()
-            else:
-                self.held = False
-
-
-class TurnTaking(StoppingCriteria):
-    """Called by `generate` after each token: lets the next thread have the model, and ends a cancelled answer."""
-
-    def __init__(
-        self,
-        turns: Turns,
-        weights: PreTrainedModel | PeftModel,
-        which: str,
-        seed: int | None,
-        cancelled: threading.Event,
-    ) -> None:
-        self.turns, self.weights, self.which, self.seed, self.cancelled = turns, weights, which, seed, cancelled
-        self.random_state: list[torch.Tensor] | None = None
-
-    @contextmanager
-    def held(self) -> Generator[None]:
-        """Hold the model for the body."""
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
-
-    def enter(self) -> None:
-        """Take the model, switch its adapter, and go on with this answer's random numbers."""
-        self.turns.take()
-        if isinstance(self.weights, PeftModel) and self.turns.which != self.which:
-            adapter = self.weights.base_model
-            adapter.disable_adapter_layers() if self.which == "base" else adapter.enable_adapter_layers()
-            self.turns.which = self.which
-        # torch's generators belong to the process, and each answer must be repeatable by its seed
-        if self.random_state is not None:
-            torch.set_rng_state(self.random_state[0])
-            torch.cuda.set_rng_state_all(self.random_state[1:])
-        elif self.seed is not None:
-            torch.manual_seed(self.seed)
-
-    def leave(self) -> None:
-        """Give the model to whoever waits."""
-        self.random_state = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        self.turns.give()
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Return whether to stop, for each row of the batch."""
-        self.leave()
-        self.enter()
-        return torch.full((input_ids.shape[0],), self.cancelled.is_set(), device=input_ids.device)
+        with self.changed:
+            self.given += 1
+            self.changed.notify_all()
 
 
 def generation_config(config: GenerationConfig, decoding: Decoding) -> GenerationConfig:

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,10 @@ class Turn:
 class Chat:
     """One conversation; each model goes on from its own answers."""
 
-    def __init__(self, assistant: Assistant, decoding: Decoding) -> None:
-        self.assistant, self.decoding = assistant, decoding
+    def __init__(self, assistant: Assistant, decoding: Decoding, who: tuple[str, ...] = ("tuned",)) -> None:
+        self.assistant, self.decoding, self.who = assistant, decoding, who
         self.evidence = Evidence.of(assistant.run)
         self.turns: list[Turn] = []
-        self.who: tuple[str, ...] = ("tuned",)
         # What Ctrl-C ends: the answers being made, or the line being typed
         self.replies: dict[str, Reply] = {}
         self.prompting = False
@@ -61,51 +61,26 @@ class Chat:
     def take(self, line: str) -> bool:
         """Answer a line or do what it commands; return False when the chat is over."""
         line = line.strip()
-        if line.startswith("/"):
-            return self.command(line)
-        try:
-            if line:
-                self.ask(line)
-        except RecipeError as error:
-            write(str(error))
-        return True
-
-    def command(self, name: str) -> bool:
-        """Do what a command says; return False when the chat is over."""
-        if name in ("/base", "/tuned", "/both"):
-            self.who = MODELS if name == "/both" else (name[1:],)
+        if line in ("/base", "/tuned", "/both"):
+            self.who = MODELS if line == "/both" else (line[1:],)
             write(f"from here on: {' and '.join(self.who)}")
-        elif name == "/clear":
+        elif line == "/clear":
             self.turns = []
             write("the conversation is forgotten")
-        elif name != "/quit":
-            write(HELP if name == "/help" else f"unknown command {name}\n{HELP}")
-        return name != "/quit"
+        elif line.startswith("/") and line != "/quit":
+            write(HELP if line == "/help" else f"unknown command {line}\n{HELP}")
+        elif line and line != "/quit":
+            try:
+                self.ask(line)
+            except RecipeError as error:
+                write(str(error))
+        return line != "/quit"
 
     def ask(self, question: str) -> None:
         """Print the answers as they are made, notices before and evidence below, and keep them."""
-        self.replies = {}
-        try:
-            for which in self.who:
-                self.replies[which] = self.assistant.reply(self.messages(which, question), which, self.decoding)
-            self.print_notices(question)
-            answers = {which: self.print_reply(which, reply).strip() for which, reply in self.replies.items()}
-        finally:
-            # A thread that is still inside torch when Python ends would abort the process
-            for reply in self.replies.values():
-                reply.cancel()
-                reply.thread.join()
-        kept = {which: text for which, text in answers.items() if text}
-        if not kept:
-            write("[no answer: this question is not kept in the conversation]")
-            return
-        self.turns.append(Turn(question, kept))
-        if self.evidence:
-            about = self.evidence.about([turn.question for turn in self.turns])
-            write("\n".join(["", *self.evidence.lines(about)]))
-
-    def print_notices(self, question: str) -> None:
-        """Print where to call in an emergency, and which turns the model no longer sees."""
+        self.replies = {
+            which: self.assistant.reply(self.messages(which, question), which, self.decoding) for which in self.who
+        }
         warning = self.assistant.notice(question)
         if warning:
             write(f"{warning}\n")
@@ -113,20 +88,28 @@ class Chat:
         if dropped:
             window = f"the model's {self.assistant.window:,} tokens"
             write(f"[the oldest {dropped} messages no longer fit {window}: left out]")
-
-    def print_reply(self, which: str, reply: Reply) -> str:
-        """Print one answer while it is made; return it."""
-        if len(self.who) > 1 or which == "base":
-            write(f"[{which}]")
-        return print_stream(reply)
+        asked, answers = [*(turn.question for turn in self.turns), question], {}
+        for which, reply in self.replies.items():
+            if len(self.who) > 1 or which == "base":
+                write(f"[{which}]")
+            answers[which] = print_stream(reply).strip()
+        kept = {which: text for which, text in answers.items() if text}
+        if kept:
+            self.turns.append(Turn(question, kept))
+        else:
+            write("[no answer: this question is not kept in the conversation]")
+        if self.evidence:
+            write("\n".join(["", *self.evidence.lines(self.evidence.about(asked))]))
 
 
 def print_stream(reply: Reply) -> str:
     """Print an answer while it is made, and how it ended if not by itself; return its text."""
     text = ""
-    for piece in reply:
-        text += piece
-        print(printable(piece), end="", flush=True)
+    # Closed at once where printing fails: a thread still inside torch when Python ends would abort the process
+    with closing(iter(reply)) as pieces:
+        for piece in pieces:
+            text += piece
+            print(printable(piece), end="", flush=True)
     cut = f" … [cut at {reply.completion_tokens} tokens]"
     write({"length": cut, "cancelled": " … [stopped]"}.get(reply.finish_reason, ""))
     return text
@@ -144,14 +127,11 @@ def chat(run_name: str, decoding: Decoding) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     # In a pipe Ctrl-C stops the program, as ever
-    before = signal.signal(signal.SIGINT, conversation.interrupt) if interactive else None
-    try:
-        for line in typed_lines(conversation) if interactive else sys.stdin:
-            if not conversation.take(line):
-                return
-    finally:
-        if interactive:
-            signal.signal(signal.SIGINT, before)
+    if interactive:
+        signal.signal(signal.SIGINT, conversation.interrupt)
+    for line in typed_lines(conversation) if interactive else sys.stdin:
+        if not conversation.take(line):
+            return
 
 
 def typed_lines(conversation: Chat) -> Iterator[str]:
@@ -178,16 +158,8 @@ def ask(run_name: str, question: str, max_new_tokens: int = 256) -> None:
     if not question.strip():
         raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
     assistant = Assistant(run_name)
-    write(f"{assistant.about}\n\n{question}")
-    warning = assistant.notice(question)
-    if warning:
-        write(f"\n{warning}")
-    for which in MODELS:
-        write(f"\n[{which}]")
-        print_stream(assistant.reply([{"role": "user", "content": question}], which, Decoding(max_new_tokens)))
-    evidence = Evidence.of(assistant.run)
-    if evidence:
-        write("\n".join(["", *evidence.lines(question)]))
+    write(f"{assistant.about}\n\n{question}\n")
+    Chat(assistant, Decoding(max_new_tokens), MODELS).ask(question)
 
 
 def printable(text: str) -> str:

@@ -100,9 +100,8 @@ def fitted() -> Classifier:
 def find_danger(message: str) -> str | None:
     """Return "suicide" or "emergency" for a message that describes somebody in danger now, else None."""
     danger, suicide = fitted().probabilities(message)
-    if danger < THRESHOLD:
-        return None
-    return "suicide" if suicide >= 0.5 else "emergency"
+    kind = "suicide" if suicide >= 0.5 else "emergency"
+    return kind if danger >= THRESHOLD else None
 
 
 def emergency_notice(message: str) -> str | None:

@@ -16,6 +16,7 @@ import numpy
 from datasets import Dataset
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.metrics import roc_curve
 
 from medibot.data.prepared import Prepared
 from medibot.recipe import Recipe
@@ -28,14 +29,17 @@ CLOSE = "Nearest in the training data (1.00: your question names all of its topi
 POINTS_BACK = re.compile(r"\b(?:it|its|they|them|their|this|that|these|those)\b")
 # What a recipe may name a column for: `evaluation.evidence`
 COLUMNS = ("topic", "source", "document", "url")
-# Questions that the threshold is measured on, and how many are compared at once
-MOST, BATCH = 1000, 64
+# Questions that the threshold is measured on
+MOST = 1000
 
 
 class Evidence:
-    """The training questions of one run: a dict each, with `question` and what the recipe names in COLUMNS."""
+    """The training questions of one run, and how near a question is to them.
 
-    def __init__(self, rows: list[dict[str, Any]], threshold: float = 0.0) -> None:
+    `rows` have a question and what the recipe names of COLUMNS; from `threshold` on one is close.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], threshold: float = 1.0) -> None:
         self.rows, self.threshold = rows, threshold
         questions = [row["question"] for row in rows]
         # Hashed, so that what was never seen counts as rare instead of being left out
@@ -43,7 +47,8 @@ class Evidence:
             analyzer="char_wb", ngram_range=(3, 5), alternate_sign=False, norm=None, preprocessor=normalize
         )
         self.weights = TfidfTransformer(sublinear_tf=True).fit(self.counts.transform(questions))
-        self.questions, self.topics = self.vectors(questions), self.topic_weights(rows)
+        self.questions = self.vectors(questions)
+        self.topics = self.topic_weights(rows)
 
     @classmethod
     def of(cls, run: Run) -> "Evidence | None":
@@ -59,47 +64,48 @@ class Evidence:
         return self.weights.transform(self.counts.transform(texts))
 
     def topic_weights(self, rows: list[dict[str, Any]]) -> csr_matrix:
-        """Return the squared TF-IDF weights of each row's topic, which sum to one."""
-        vectors = self.vectors([row["topic"] or row["question"] for row in rows])
-        vectors.data **= 2
-        return vectors
+        """Return the squared TF-IDF weights of each row's topic, which sum to one: [n-grams, rows]."""
+        return self.vectors([row["topic"] or row["question"] for row in rows]).power(2).T.tocsr()
 
-    def shares(self, asked: list[str], topics: csr_matrix) -> numpy.ndarray:
-        """Return how much of each topic's weight each question holds, [questions, topics], from 0 to 1."""
-        held = self.counts.transform(asked)
+    def shares(self, question: str, topics: csr_matrix) -> numpy.ndarray:
+        """Return how much of each topic's weight a question holds, from 0 to 1."""
+        held = self.counts.transform([question])
         held.data[:] = 1
-        return (held @ topics.T).toarray()
+        return (held @ topics).toarray()[0]
 
-    def find(self, question: str, count: int = 3) -> tuple[bool, list[dict[str, Any]]]:
-        """Return (whether any row is close, the close ones of the `count` nearest or else the nearest one).
-
-        Each is its row with `row`, the place in the training split, and `similarity`.
-        """
-        shares = self.shares([question], self.topics)[0]
+    def find(self, question: str, count: int = 3) -> dict[str, Any]:
+        """Return whether anything is `close`, what is `said` of it, and `sources`: the close ones, or the nearest."""
+        shares = self.shares(question, self.topics)
         cosines = (self.vectors([question]) @ self.questions.T).toarray()[0]
         # Which of a topic's questions it is, and which of two topics that are both named in full, the whole wording says
         order = numpy.lexsort((-(shares + cosines), shares < self.threshold))[:count]
-        close = [place for place in order if round(float(shares[place]), 3) >= self.threshold]
-        shown = close or order[:1]
-        return bool(close), [
-            self.rows[place] | {"similarity": round(float(shares[place]), 3), "row": int(place)} for place in shown
+        close = [row for row in order if round(float(shares[row]), 3) >= self.threshold]
+        sources = [
+            self.rows[row] | {"similarity": round(float(shares[row]), 3), "row": int(row)} for row in close or order[:1]
         ]
+        return {"close": bool(close), "said": CLOSE if close else NO_MATCH, "sources": sources}
+
+    def close(self, question: str) -> bool:
+        """Tell whether anything that was trained on is about what `question` names."""
+        return self.find(question)["close"]
 
     def about(self, questions: list[str]) -> str:
         """Return a conversation's last question, with the one before it where it points back and alone is not close."""
         last = questions[-1]
-        alone = self.find(last, 1)[0] or not POINTS_BACK.search(last.lower())
-        return last if alone else " ".join(questions[-2:])
+        return last if self.close(last) or not POINTS_BACK.search(last.lower()) else " ".join(questions[-2:])
 
     def lines(self, question: str) -> list[str]:
-        """Return what is shown under an answer: the close ones, or a warning and the nearest."""
-        close, shown = self.find(question)
-        lines = [CLOSE if close else NO_MATCH]
-        for source in shown:
-            named = [source[name] for name in COLUMNS if source[name]]
-            if source["topic"]:
-                named[0] = f"topic: {named[0]}"
-            where = "; ".join(named) or f"row {source['row']}"
+        """Return what is shown under an answer."""
+        found = self.find(question)
+        lines = [found["said"]]
+        for source in found["sources"]:
+            parts = [
+                source["topic"] and f"topic: {source['topic']}",
+                source["source"],
+                source["document"],
+                source["url"],
+            ]
+            where = "; ".join(filter(None, parts)) or f"row {source['row']}"
             lines.append(f"  {source['similarity']:.2f}  {source['question']}  ({where})")
         return lines
 
@@ -155,32 +161,29 @@ def measure(
     """
     topics = evidence.topic_weights(asked)
     unseen, seen = [], []
-    for start in range(0, len(asked), BATCH):
-        batch = slice(start, start + BATCH)
-        questions = [row["question"] for row in asked[batch]]
-        own = asked_groups[batch, None]
-        others = numpy.where(own == groups, -1, evidence.shares(questions, evidence.topics))
-        mates = own == asked_groups
-        mates[range(len(questions)), range(start, start + len(questions))] = False
-        among = numpy.where(mates, evidence.shares(questions, topics), -1)
-        unseen.append(others.max(axis=1))
-        seen.append(among.max(axis=1))
-    return tuple(values[values >= 0] for values in map(numpy.concatenate, (unseen, seen)))
+    for place, row in enumerate(asked):
+        own = asked_groups[place]
+        others = evidence.shares(row["question"], evidence.topics)[groups != own]
+        mates = numpy.delete(evidence.shares(row["question"], topics), place)
+        mates = mates[numpy.delete(asked_groups, place) == own]
+        unseen += [others.max()] if len(others) else []
+        seen += [mates.max()] if len(mates) else []
+    return numpy.array(unseen), numpy.array(seen)
 
 
 def choose_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:
     """Return the similarity that tells the two apart best (Youden, Cancer 3(1), 1950).
 
-    Youden's index is the share of `unseen` below it plus that of `seen` not below it; of the thresholds within one
-    standard error of the best, the lowest is taken, for people misspell.
+    Youden's index is the share of `seen` not below it less that of `unseen`; of the thresholds within one standard
+    error of the best, the lowest is taken, for people misspell.
     """
-    if not len(seen):
+    if not len(seen) or not len(unseen):
         # No group has a second question: what 9 of 10 questions on unseen topics stay below
         return round(float(numpy.quantile(unseen, 0.9)), 3) if len(unseen) else 1.0
     # Rounded down, so that the question at the threshold stays close
-    candidates = numpy.unique(numpy.floor(numpy.concatenate([seen, unseen]) * 1000) / 1000)
-    caught = numpy.array([(seen >= value).mean() for value in candidates])
-    left = numpy.array([(unseen < value).mean() for value in candidates])
-    best = (caught + left).argmax()
-    error = (caught * (1 - caught) / len(seen) + left * (1 - left) / max(len(unseen), 1))[best] ** 0.5
-    return float(candidates[caught + left >= (caught + left)[best] - error].min())
+    scores = numpy.floor(numpy.concatenate([seen, unseen]) * 1000) / 1000
+    labels = numpy.repeat([1, 0], [len(seen), len(unseen)])
+    wrong, caught, candidates = roc_curve(labels, scores, drop_intermediate=False)
+    best = (caught - wrong).argmax()
+    error = (caught * (1 - caught) / len(seen) + wrong * (1 - wrong) / len(unseen))[best] ** 0.5
+    return float(candidates[caught - wrong >= (caught - wrong)[best] - error].min())

@@ -8,11 +8,15 @@ import secrets
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+import jinja2
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
+from starlette.exceptions import HTTPException
 
-from medibot.serving.assistant import MODELS, Decoding, Message
+from medibot.errors import RecipeError
+from medibot.serving.assistant import MODELS, Assistant, Decoding, Message, require_conversation
 from medibot.serving.emergencies import CRISIS, EMERGENCY
+from medibot.serving.evidence import Evidence
 
 # Settings that clients write out although they change nothing: accepted with these values, refused with others
 NEUTRAL: dict[str, Any] = {
@@ -28,28 +32,24 @@ NEUTRAL: dict[str, Any] = {
 }
 # Labels for a server's log; there is no log here, and no answer depends on them
 LABELS = ("user", "safety_identifier", "metadata")
+# When a client that was refused for a full queue may try again
+RETRY_SECONDS = 5
 
 
-class ApiError(Exception):
-    """A request that is not answered, in OpenAI's error format."""
+class ApiError(HTTPException):
+    """A request that is not answered."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        super().__init__(message)
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        self.param, self.code = param, code
+        super().__init__(status, message, {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None)
 
-    def body(self) -> dict[str, Any]:
-        """Return the response's JSON."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+def error_body(error: HTTPException) -> dict[str, Any]:
+    """Return an error as OpenAI writes it; Starlette's own (404, 405) name no parameter."""
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    kind = "rate_limit_error" if error.status_code == 429 else kind
+    named = {"param": error.param, "code": error.code} if isinstance(error, ApiError) else {"param": None, "code": None}
+    return {"error": {"message": error.detail, "type": kind} | named}
 
 
 def join_parts(content: Any) -> Any:
@@ -68,6 +68,12 @@ class Strict(BaseModel):
     """Refuse unknown names and convert nothing."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, value: Any) -> Any:
+        """Return an object without its nulls, which OpenAI's format takes for absent."""
+        return {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
 
 
 class ChatMessage(Strict):
@@ -109,10 +115,6 @@ class ChatRequest(Strict):
     ] = []
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
 
-    def conversation(self) -> list[Message]:
-        """Return the messages as the model is to see them."""
-        return [message.as_message() for message in self.messages]
-
     def decoding(self) -> Decoding:
         """Return how the answer is chosen."""
         longest = self.max_tokens or self.max_completion_tokens or Decoding.max_new_tokens
@@ -131,27 +133,26 @@ def read_request(body: bytes) -> ChatRequest:
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object")
-    found = {name: value for name, value in without_nulls(found).items() if name not in LABELS}
+    found = {name: value for name, value in found.items() if name not in LABELS}
     for name, value in NEUTRAL.items():
-        if found.pop(name, value) != value:
+        if found.pop(name, None) not in (None, value):
             message = f"{name} is not supported here, other than {json.dumps(value)}"
             raise ApiError(400, message, name, "unsupported_parameter")
-    if isinstance(found.get("messages"), list):
-        found["messages"] = [without_nulls(message) for message in found["messages"]]
     try:
         request = ChatRequest.model_validate(found)
     except ValidationError as error:
-        raise first_complaint(error) from error
+        # The first of pydantic's complaints, with the parameter's place
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in first["loc"])[1:]
+        unknown = first["type"] == "extra_forbidden"
+        what = {"extra_forbidden": " is not supported here", "missing": " is missing"}.get(first["type"])
+        what = what or f": {first['msg'].removeprefix('Value error, ')}"
+        raise ApiError(400, place + what, place, "unsupported_parameter" if unknown else None) from error
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise ApiError(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")
     require_model(request.model)
     return request
-
-
-def without_nulls(value: Any) -> Any:
-    """Return an object without its nulls, which OpenAI's format takes for absent."""
-    return {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
 
 
 def require_model(name: str) -> None:
@@ -160,62 +161,40 @@ def require_model(name: str) -> None:
         raise ApiError(404, f"no such model; there are: {', '.join(MODELS)}", "model", "model_not_found")
 
 
-def first_complaint(error: ValidationError) -> ApiError:
-    """Return the first of pydantic's complaints, with the parameter's place."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in first["loc"])[1:]
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{place} is not supported here", place, "unsupported_parameter")
-    if first["type"] == "missing":
-        return ApiError(400, f"{place} is missing", place)
-    return ApiError(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", place)
+def read_conversation(
+    request: ChatRequest, assistant: Assistant, evidence: Evidence | None
+) -> tuple[list[int], dict[str, Any]]:
+    """Return (prompt ids, notes beside the answer); raise ApiError for messages that cannot be answered."""
+    messages, longest = [message.as_message() for message in request.messages], request.decoding().max_new_tokens
+    try:
+        require_conversation(messages)
+        ids = assistant.prompt_ids(messages)
+    except RecipeError as error:
+        raise ApiError(400, str(error), "messages") from error
+    except (jinja2.TemplateError, ValueError) as error:
+        raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
+    if len(ids) + longest > assistant.window:
+        what = f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {assistant.window:,}"
+        raise ApiError(400, what, "messages", "context_length_exceeded")
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    found = evidence and evidence.find(evidence.about(asked))
+    return ids, {"notice": assistant.about, "emergency": assistant.notice(asked[-1]), "evidence": found}
 
 
-def model_cards(base: str, tuned: str, created: int) -> list[dict[str, Any]]:
-    """Return the entries of GET /v1/models; `root` says what each is."""
-    shared = {"object": "model", "created": created, "owned_by": "medibot"}
-    return [{"id": "base", "root": base} | shared, {"id": "tuned", "root": tuned, "parent": "base"} | shared]
+def start_response(request: ChatRequest, fingerprint: str) -> dict[str, Any]:
+    """Return what the whole response, or each event of a stream, begins with."""
+    return {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "object": "chat.completion.chunk" if request.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": request.model,
+        "system_fingerprint": fingerprint,
+    }
 
 
-class ResponseWriter:
-    """The response to one request: whole, or event by event.
-
-    `notes` is what comes beside the answer ("notice", "emergency", "evidence"), an extension under the key "medibot".
-    The emergency notice also begins the content, for clients that know no extension.
-    """
-
-    def __init__(self, request: ChatRequest, fingerprint: str, notes: dict[str, Any]) -> None:
-        self.request, self.notes = request, notes
-        self.shared = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": request.model,
-            "system_fingerprint": fingerprint,
-        }
-        self.before = f"{notes['emergency']}\n\n" if notes["emergency"] else ""
-
-    def whole(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        """Return the response as one object."""
-        message = {"role": "assistant", "content": self.before + text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        found = self.shared | {"object": "chat.completion", "choices": [choice]}
-        return found | {"usage": usage, "medibot": self.notes}
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> str:
-        """Return one event of a stream."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return event({**self.shared, "object": "chat.completion.chunk", "choices": [choice], **more})
-
-    def first(self) -> str:
-        """Return role, notice and notes, which are sent before the model begins."""
-        return self.chunk({"role": "assistant", "content": self.before}, medibot=self.notes)
-
-    def last(self, finish_reason: str, usage: dict[str, int]) -> str:
-        """Return how the answer ended, the usage if that was asked for, and the end of the stream."""
-        events = self.chunk({}, finish_reason)
-        if self.request.stream_options.include_usage:
-            events += event({**self.shared, "object": "chat.completion.chunk", "choices": [], "usage": usage})
-        return events + "data: [DONE]\n\n"
+def choices(finish_reason: str | None = None, **content: dict[str, str]) -> dict[str, Any]:
+    """Return the only choice of a response; `content` is its `message`, or an event's `delta`."""
+    return {"choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}]}
 
 
 def event(content: dict[str, Any]) -> str:

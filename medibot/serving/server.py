@@ -6,16 +6,18 @@ Nothing that is asked or answered is written anywhere.
 import asyncio
 import base64
 import hashlib
+import logging
 import re
 import signal
 import socket
-from collections.abc import Coroutine
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jinja2
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -24,13 +26,26 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medibot.errors import RecipeError
-from medibot.serving.assistant import MODELS, Assistant
-from medibot.serving.protocol import ApiError, ResponseWriter, model_cards, read_request, require_model
-from medibot.serving.queue import Answer, Service
+from medibot.serving.assistant import Assistant, Reply
+from medibot.serving.evidence import Evidence
+from medibot.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    choices,
+    error_body,
+    event,
+    read_conversation,
+    read_request,
+    require_model,
+    start_response,
+)
 
+# Answers made at once, and requests that may wait behind them
+RUNNING, WAITING = 8, 16
 MAX_BODY_BYTES, BODY_SECONDS, CONNECTIONS = 262_144, 10, 256
 # How long streams have to end when the server stops
 SHUTDOWN_SECONDS = 5
+log = logging.getLogger(__name__)
 # Names under which a browser on this machine knows the server; any other is a page that rebound its own name
 OUR_HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::\d{1,5})?", re.IGNORECASE)
 HEADERS = {
@@ -48,15 +63,15 @@ def serve(name: str, port: int) -> None:
         # Until it serves, Ctrl-C just ends it, without Python's traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         print(f"loading {name}", flush=True)
-        service = Service(Assistant(name))
-        server = Server(service)
+        server = Server(Assistant(name))
         # uvicorn stops at these, then sends itself the signal again for whoever handled it before
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         where = f"{name}: {address} (page), {address}/v1 (OpenAI-style); Ctrl-C stops it"
-        print(f"{service.assistant.about}\n{where}", flush=True)
+        print(f"{server.assistant.about}\n{where}", flush=True)
         server.run([listener])
-        service.close()
+        # A process that ends while a thread is inside the model would abort
+        server.workers.shutdown()
     print("stopped", flush=True)
 
 
@@ -69,12 +84,17 @@ def open_socket(port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn waits for every response to end before it stops; here they end at their next token."""
+    """An assistant behind HTTP, and the answers that are made or wait: first come, first served."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, assistant: Assistant) -> None:
+        self.assistant = assistant
+        self.evidence = Evidence.of(assistant.run)
+        self.fingerprint: str = assistant.run.record()["fingerprint"]
+        self.answers: set[Answer] = set()
+        self.workers = ThreadPoolExecutor(RUNNING)
+        self.stopping = False
         config = uvicorn.Config(
-            make_application(service),
+            make_application(self),
             http="h11",
             loop="asyncio",
             ws="none",
@@ -87,42 +107,135 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the answers, then the connections."""
-        self.service.stop()
+        """End the answers at their next token, then the connections; uvicorn alone would wait for whole answers."""
+        self.stopping = True
+        for answer in list(self.answers):
+            answer.leave()
         await super().shutdown(sockets)
 
 
-def make_application(service: Service) -> ASGIApp:
+class Answer:
+    """One answer: a worker makes it when its turn comes, however slowly the client reads."""
+
+    def __init__(self, server: Server, request: ChatRequest, ids: list[int], notes: dict[str, Any]) -> None:
+        if server.stopping:
+            raise ApiError(503, "the server is stopping", None, "stopping")
+        if len(server.answers) >= RUNNING + WAITING:
+            message = f"{RUNNING} answers are being made and {WAITING} wait; try again"
+            raise ApiError(429, message, None, "busy")
+        self.server, self.request, self.notes = server, request, notes
+        # The emergency notice also begins the content, for clients that do not know `medibot`
+        self.before = f"{notes['emergency']}\n\n" if notes["emergency"] else ""
+        self.head = start_response(request, server.fingerprint)
+        self.pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.reply = Reply(server.assistant, ids, request.model, request.decoding())
+        # Kept here, for asyncio itself holds a task only weakly
+        self.watcher: asyncio.Task[None] | None = None
+        server.answers.add(self)
+        self.work = server.workers.submit(self.make)
+
+    def make(self) -> None:
+        """Pass the pieces on, in a worker's thread."""
+        try:
+            for piece in self.reply:
+                self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+        finally:
+            self.loop.call_soon_threadsafe(self.free)
+
+    def free(self) -> None:
+        """Free the place, and end the pieces."""
+        self.server.answers.discard(self)
+        self.pieces.put_nowait(None)
+
+    def leave(self) -> None:
+        """Give up the answer: a waiting one frees its place at once, a running one when the model is done with it."""
+        self.reply.cancel()
+        if self.work.cancel():
+            self.free()
+        self.pieces.put_nowait(None)
+
+    async def leave_with_client(self, request: Request) -> None:
+        """Give up the answer when the connection is closed; after the whole response that changes nothing."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.leave()
+
+    async def text(self) -> AsyncGenerator[str]:
+        """Yield pieces as soon as they are made; raise ApiError (500, 503) where the model fails or the server stops."""
+        while (piece := await self.pieces.get()) is not None:
+            yield piece
+        if self.server.stopping:
+            raise ApiError(503, "the server is stopping", None, "stopping")
+        if self.reply.failure is not None:
+            log.error("an answer failed", exc_info=self.reply.failure)
+            raise ApiError(500, "the model failed while it answered", None, "model_failed")
+
+    def usage(self) -> dict[str, Any]:
+        """Return the token counts, once the text is complete."""
+        prompt, completion = self.reply.prompt_tokens, self.reply.completion_tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {"usage": counts}
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the response as one object."""
+        text = self.before + "".join([piece async for piece in self.text()])
+        choice = choices(self.reply.finish_reason, message={"role": "assistant", "content": text})
+        return self.head | choice | self.usage() | {"medibot": self.notes}
+
+    async def events(self) -> AsyncGenerator[str]:
+        """Yield the response as server-sent events; role and notices are sent before the model begins."""
+        first = choices(delta={"role": "assistant", "content": self.before})
+        yield event(self.head | first | {"medibot": self.notes})
+        try:
+            async for piece in self.text():
+                yield event(self.head | choices(delta={"content": piece}))
+            yield event(self.head | choices(self.reply.finish_reason, delta={}))
+            if self.request.stream_options.include_usage:
+                yield event(self.head | {"choices": []} | self.usage())
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield event(error_body(error))
+
+
+def make_application(server: Server) -> ASGIApp:
     """Return the web application: page, health, models, chat completions."""
-    assistant = service.assistant
+    assistant = server.assistant
     run, base = assistant.run.name, assistant.recipe.model["pretrained_model_name_or_path"]
     markup, policy = render_page(run, base, assistant.about, assistant.recipe.evaluation.questions)
-    cards = model_cards(base, run, service.created)
+    shared = {"object": "model", "created": int(assistant.run.weights.stat().st_mtime), "owned_by": "medibot"}
+    cards = {
+        "base": {"id": "base", "root": base} | shared,
+        "tuned": {"id": "tuned", "root": run, "parent": "base"} | shared,
+    }
 
     async def home(_: Request) -> Response:
         return HTMLResponse(markup, headers={"content-security-policy": policy})
 
     async def health(_: Request) -> Response:
-        queue = {"running": service.queue.running, "waiting": len(service.queue.waiting)}
+        running = min(len(server.answers), RUNNING)
+        queue = {"running": running, "waiting": len(server.answers) - running}
         return JSONResponse({"status": "ok", "run": run, "notice": assistant.about} | queue)
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": cards})
+        return JSONResponse({"object": "list", "data": list(cards.values())})
 
     async def model(request: Request) -> Response:
         require_model(request.path_params["name"])
-        return JSONResponse(cards[MODELS.index(request.path_params["name"])])
+        return JSONResponse(cards[request.path_params["name"]])
 
     async def completions(request: Request) -> Response:
         asked = read_request(await read_body(request))
-        answer = Answer(service, asked)
-        with ExitStack() as stack:
-            stack.callback(answer.leave)
-            writer = await answer.prepare()
-            if not asked.stream:
-                return await unless_disconnected(request, answer.whole(writer))
-            stack.pop_all()
-            return EventStream(answer, writer)
+        prompt = await run_in_threadpool(read_conversation, asked, assistant, server.evidence)
+        answer = Answer(server, asked, *prompt)
+        answer.watcher = asyncio.create_task(answer.leave_with_client(request))
+        if asked.stream:
+            return StreamingResponse(answer.events(), media_type="text/event-stream")
+        return JSONResponse(await answer.whole())
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse(error_body(error), error.status_code, error.headers)
 
     routes = [
         Route("/", home),
@@ -131,23 +244,7 @@ def make_application(service: Service) -> ASGIApp:
         Route("/v1/models/{name}", model),
         Route("/v1/chat/completions", completions, methods=["POST"]),
     ]
-    handlers: Any = {ApiError: refuse, HTTPException: refuse_path, ClientDisconnect: answer_nobody}
-    return guard(Starlette(routes=routes, exception_handlers=handlers))
-
-
-async def refuse(_: Request, error: ApiError) -> Response:
-    """Answer a request that is refused."""
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-async def refuse_path(_: Request, error: HTTPException) -> Response:
-    """Answer a path that is not here, or not by this method."""
-    return JSONResponse(ApiError(error.status_code, error.detail).body(), error.status_code, error.headers)
-
-
-async def answer_nobody(*_: Any) -> Response:
-    """End a request whose client is gone."""
-    return Response(status_code=499)
+    return guard(Starlette(routes=routes, exception_handlers={HTTPException: refuse}))
 
 
 async def read_body(request: Request) -> bytes:
@@ -162,42 +259,9 @@ async def read_body(request: Request) -> bytes:
                 body += part
                 if len(body) > MAX_BODY_BYTES:
                     raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
-    except TimeoutError as error:
+    except (TimeoutError, ClientDisconnect) as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from error
     return bytes(body)
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-    """Return the result of `work` as JSON; cancel it when the client closes the connection first."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    result, gone = asyncio.create_task(work), asyncio.create_task(disconnected())
-    try:
-        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(result.result()) if result.done() else Response(status_code=499)
-    finally:
-        result.cancel()
-        gone.cancel()
-
-
-class EventStream(StreamingResponse):
-    """An answer's stream; a client that closes it gives up the answer."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: Answer, writer: ResponseWriter) -> None:
-        self.answer = answer
-        super().__init__(answer.events(writer))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream, then free its place."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.answer.leave()
 
 
 def guard(application: ASGIApp) -> ASGIApp:
@@ -217,7 +281,8 @@ def guard(application: ASGIApp) -> ASGIApp:
         if OUR_HOST.fullmatch(host) and origin in (None, f"http://{host}"):
             return await application(scope, receive, send_private)
         what = "this server answers to 127.0.0.1 and localhost, and to its own page"
-        return await JSONResponse(ApiError(403, what, None, "forbidden").body(), 403)(scope, receive, send_private)
+        refusal = JSONResponse(error_body(ApiError(403, what, None, "forbidden")), 403)
+        return await refusal(scope, receive, send_private)
 
     return guarded
 

@@ -1,6 +1,7 @@
 """Answering a conversation: what is asked is what was trained, whoever else is being answered meanwhile."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,6 +18,10 @@ SHORT = Decoding(12)
 
 def text_of(speaker, which, decoding=SHORT, messages=ASK):
     return "".join(speaker.reply(messages, which, decoding))
+
+
+def is_free(turns):
+    return turns.given == turns.asked
 
 
 def test_reply_is_what_evaluation_would_get(speaker):
@@ -39,17 +44,20 @@ def test_reply_is_what_evaluation_would_get(speaker):
 def test_replies_made_at_the_same_time_are_those_made_alone(speaker):
     jobs = [(which, Decoding(12, *sampling)) for which in MODELS for sampling in ((), (1.0, 0.9, (), 7))] * 2
     alone = [text_of(speaker, *job) for job in jobs]
-    replies = [speaker.reply(ASK, *job) for job in jobs]
-    assert ["".join(reply) for reply in replies] == alone
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(lambda job: text_of(speaker, *job), jobs)) == alone
     assert len(set(alone)) == 4
 
 
 def test_a_long_answer_does_not_keep_a_short_one_waiting(speaker):
     long = speaker.reply(ASK, "tuned", Decoding(400, 1.5, 1.0, (), 1))
-    assert next(iter(long))
+    pieces = iter(long)
+    assert next(pieces)
     short = "".join(speaker.reply(ASK, "base", Decoding(3)))
-    assert short and not long.cancelled.is_set() and long.stream.tokens < 400
-    long.cancel()
+    assert short and not long.cancelled.is_set() and long.completion_tokens < 400
+    # Whoever stops reading ends the answer
+    pieces.close()
+    assert not long.thread.is_alive() and is_free(speaker.turns)
 
 
 def test_seed_decides_a_sampled_answer_and_temperature_zero_is_greedy(speaker):
@@ -69,7 +77,7 @@ def test_cancelled_answer_ends_and_frees_the_model(speaker):
     reply = speaker.reply(ASK, "tuned", Decoding(1000, 1.5, 1.0, (), 1))
     for _ in reply:
         reply.cancel()
-    assert reply.completion_tokens < 1000 and not reply.thread.is_alive() and not speaker.turns.held
+    assert reply.completion_tokens < 1000 and not reply.thread.is_alive() and is_free(speaker.turns)
     assert text_of(speaker, "base")
 
 
@@ -83,13 +91,12 @@ def test_a_failing_model_is_an_error_for_its_reader_alone(speaker, monkeypatch):
 def test_oldest_turns_go_until_the_conversation_fits(speaker):
     turn = [{"role": "user", "content": "Why? " * 300}, {"role": "assistant", "content": "Because. " * 40}]
     messages = [{"role": "system", "content": "Be brief."}, *turn * 6, *ASK]
-    ids, dropped = speaker.fit_window(messages, 100)
-    assert dropped and dropped % 2 == 0 and len(ids) + 100 <= speaker.window
-    assert ids == speaker.prompt_ids([messages[0], *messages[1 + dropped :]])
-    longer, _ = speaker.fit_window(messages, 90)
-    assert len(longer) >= len(ids)
+    reply = speaker.reply(messages, "tuned", Decoding(100))
+    assert reply.dropped and reply.dropped % 2 == 0 and reply.prompt_tokens + 100 <= speaker.window
+    assert reply.ids == speaker.prompt_ids([messages[0], *messages[1 + reply.dropped :]])
+    assert speaker.reply(messages, "tuned", Decoding(90)).prompt_tokens >= reply.prompt_tokens
     with pytest.raises(RecipeError, match="write less"):
-        speaker.fit_window([{"role": "user", "content": "word " * 9000}], 100)
+        speaker.reply([{"role": "user", "content": "word " * 9000}], "tuned", Decoding(100))
 
 
 def test_system_prompt_is_the_runs_own_unless_one_is_given(speaker):
@@ -134,9 +141,9 @@ def test_turns_are_first_come_first_served():
     for number in range(5):
         threads.append(threading.Thread(target=work, args=(number,)))
         threads[-1].start()
-        while len(turns.waiting) <= number:
+        while turns.asked - turns.given <= number + 1:
             pass
     turns.give()
     for thread in threads:
         thread.join(5)
-    assert order == [0, 1, 2, 3, 4] and not turns.held
+    assert order == [0, 1, 2, 3, 4] and is_free(turns)

@@ -28,9 +28,8 @@ from medibot.serving.assistant import MODELS, Decoding
 from medibot.serving.emergencies import EMERGENCY as EMERGENCY_NOTICE
 from medibot.serving.emergencies import NOTICE
 from medibot.serving.evidence import CLOSE, NO_MATCH, Evidence
-from medibot.serving.protocol import ApiError
-from medibot.serving.queue import RUNNING, WAITING, Queue, Service
-from medibot.serving.server import MAX_BODY_BYTES, Server, open_socket, serve
+from medibot.serving.protocol import ApiError, read_request
+from medibot.serving.server import MAX_BODY_BYTES, RUNNING, WAITING, Answer, Server, open_socket, serve
 
 pytestmark = pytest.mark.slow
 ASK = [{"role": "user", "content": "What is anemia?"}]
@@ -39,16 +38,15 @@ SAMPLED = {"temperature": 1.0, "seed": 3, "max_tokens": 40}
 
 
 class Running:
-    """A server in a thread of the tests, and the service behind it."""
+    """A server in a thread of the tests."""
 
     def __init__(self, speaker):
-        self.service = Service(speaker)
         self.speaker = speaker
         listener = open_socket(0)
         self.port = listener.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
-        self.server = Server(self.service)
+        self.server = Server(speaker)
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
         self.thread.start()
 
@@ -87,7 +85,7 @@ class Running:
     def stop(self):
         self.server.should_exit = True
         self.thread.join(20)
-        self.service.close()
+        self.server.workers.shutdown()
         assert not self.thread.is_alive()
 
 
@@ -113,7 +111,7 @@ def test_openai_client_gets_the_answers_of_the_speaker(server):
             reply.completion_tokens,
         )
         assert whole.usage.prompt_tokens == len(server.speaker.prompt_ids(ASK))
-        assert whole.model == which and whole.system_fingerprint == server.service.fingerprint
+        assert whole.model == which and whole.system_fingerprint == server.server.fingerprint
         *chunks, last = server.create(which, stream=True, stream_options={"include_usage": True})
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         assert chunks[-1].choices[0].finish_reason == reply.finish_reason and last.usage == whole.usage
@@ -330,24 +328,54 @@ def held(server):
         server.speaker.turns.give()
 
 
-def test_the_line_is_first_come_first_served():
-    async def stand() -> None:
-        line = Queue()
-        places = [line.join() for _ in range(RUNNING + WAITING)]
-        with pytest.raises(ApiError):
-            line.join()
-        # Who waits and leaves lets nobody in
-        line.leave(places[RUNNING + 1])
-        assert [place.done() and not place.cancelled() for place in places].count(True) == RUNNING
-        order = [*range(RUNNING), *(number for number in range(RUNNING, RUNNING + WAITING) if number != RUNNING + 1)]
-        for gone in range(len(order) - RUNNING):
-            line.leave(places[order[gone]])
-            assert [number for number in order if places[number].done()] == order[: RUNNING + gone + 1]
-        for number in order[-RUNNING:]:
-            line.leave(places[number])
-        assert line.running == 0 and not line.waiting
+class Scripted:
+    """A reply that is made when the test says so, and writes down that it was begun."""
 
+    begun, failure = [], None
+
+    def __init__(self, assistant, ids, which, decoding):
+        self.number, self.told = ids[0], threading.Event()
+
+    def cancel(self):
+        self.told.set()
+
+    def __iter__(self):
+        self.begun.append(self.number)
+        self.told.wait(10)
+        return iter(())
+
+
+def test_the_line_is_first_come_first_served(server, monkeypatch):
+    async def until_begun(order: list[int]) -> None:
+        async with asyncio.timeout(10):
+            while sorted(Scripted.begun) != sorted(order):
+                await asyncio.sleep(0.001)
+
+    async def stand() -> None:
+        asked = read_request(json.dumps(body()).encode())
+        notes = {"emergency": None}
+        places = [Answer(waiting, asked, [number], notes) for number in range(RUNNING + WAITING)]
+        with pytest.raises(ApiError, match="answers are being made"):
+            Answer(waiting, asked, [99], notes)
+        # Who waits and leaves lets nobody in
+        places[RUNNING + 1].leave()
+        assert len(waiting.answers) == RUNNING + WAITING - 1
+        order = [number for number in range(RUNNING + WAITING) if number != RUNNING + 1]
+        for gone in range(len(order) - RUNNING):
+            await until_begun(order[: RUNNING + gone])
+            places[order[gone]].leave()
+        await until_begun(order)
+        for number in order[-RUNNING:]:
+            places[number].leave()
+        async with asyncio.timeout(10):
+            while waiting.answers:
+                await asyncio.sleep(0.001)
+
+    waiting = Server(server.speaker)
+    monkeypatch.setattr(serving, "Reply", Scripted)
+    monkeypatch.setattr(Scripted, "begun", [])
     asyncio.run(stand())
+    waiting.workers.shutdown()
 
 
 def test_past_the_bound_there_is_429_and_who_leaves_makes_room(server):
@@ -381,11 +409,11 @@ def test_a_client_that_leaves_ends_its_answer(server):
     stream = server.create(stream=True, **long)
     replies = []
     for _, _ in zip(stream, range(4), strict=False):
-        replies = [answer.reply for answer in server.service.answers]
+        replies = [answer.reply for answer in server.server.answers]
     stream.close()
     server.settle(0, 0)
     replies[0].thread.join(5)
-    assert replies[0].stream.tokens < 1500 and replies[0].cancelled.is_set()
+    assert replies[0].completion_tokens < 1500 and replies[0].cancelled.is_set()
     # One that asked for the whole, too
     with closing(socket.create_connection(("127.0.0.1", server.port))) as waiting:
         text = json.dumps(body(**long))
