@@ -18,7 +18,7 @@ from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.document import ABSENT, Document, apply_override, place_of, read_document, read_text
 from medibot.recipe.files import search_folders
 from medibot.recipe.refusals import check
-from medibot.recipe.schema import SECTIONS, DataSection, EvaluationSection, as_written
+from medibot.recipe.schema import DataSection, EvaluationSection, section_models
 from medibot.recipe.suggestions import describe
 
 __all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe", "diff_recipes", "list_recipes", "load_recipe"]
@@ -75,7 +75,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
 
 def assemble(path: Path, document: Document) -> Recipe:
     """Make the Recipe of a document without problems."""
-    written = {name: as_written(name, document.value[name]) for name in SECTIONS if name in document.value}
+    # In the constructors' order and with numbers made uniform (1 where a float is meant is 1.0)
+    written = section_models()[""].model_validate(document.value).model_dump(exclude_unset=True)
     sections: dict[str, Any] = {
         **written,
         "data": DataSection.model_validate(written["data"]),

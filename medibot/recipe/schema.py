@@ -236,63 +236,54 @@ def narrow(hint: Any) -> Any:
     return hint
 
 
-def constructor_section(name: str, constructor: Any, hints: dict[str, Any]) -> type[Section]:
+def constructor_section(name: str, constructor: Any, ours: dict[str, Any]) -> type[Section]:
     """Make a section of a constructor's parameters, less those that a recipe may not decide."""
+    types = {key: narrow(hint) for key, hint in get_type_hints(constructor).items()} | ours
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(constructor).parameters.values():
-        key = parameter.name
-        if parameter.kind is parameter.VAR_KEYWORD or f"{name}.{key}" in REFUSED or key in RENAMED:
-            continue
-        default = parameter.default if isinstance(parameter.default, bool | int | float | str) else None
-        fields[key] = (hints.get(key, Any), default.value if isinstance(default, Enum) else default)
-    return create_model(
-        f"{name.capitalize()}Section",
-        __base__=Section,
-        __doc__=f"Keyword arguments of {constructor.__name__}.",
-        **fields,
-    )
+    for key, parameter in inspect.signature(constructor).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD and f"{name}.{key}" not in REFUSED and key not in RENAMED:
+            default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
+            fields[key] = (types.get(key, Any), default if isinstance(default, bool | int | float | str) else None)
+    doc = f"Keyword arguments of {constructor.__name__}."
+    return create_model(f"{name.capitalize()}Section", __base__=Section, __doc__=doc, **fields)
 
 
 @cache
 def section_models() -> dict[str, type[Section]]:
-    """Return every section's model; importing the libraries behind three of them takes seconds, so not at the top."""
+    """Return every section's model, and at "" the whole recipe's.
+
+    Importing the libraries behind them takes seconds, so not at the top.
+    """
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, GenerationConfig
     from trl import SFTConfig
 
-    def hints(constructor: Any, ours: dict[str, Any]) -> dict[str, Any]:
-        return {name: narrow(hint) for name, hint in get_type_hints(constructor).items()} | ours
-
-    generation = {
-        name: (GENERATION_TYPES.get(name, Any), None)
-        for name in vars(GenerationConfig())
-        if not name.startswith("_") and name != "transformers_version" and f"evaluation.generate.{name}" not in REFUSED
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
+    settings: Any = {
+        name: (GENERATION_TYPES.get(name, Any), None) for name in names if f"evaluation.generate.{name}" not in REFUSED
     }
-    return {
+    generation = create_model("GenerationSettings", __base__=Section, **settings)
+    description = EvaluationSection.model_fields["generate"].description
+    generate: Any = (generation, Field(default={}, description=description))
+    models: dict[str, type[Section]] = {
         "model": ModelSection,
         "quantization": constructor_section("quantization", BitsAndBytesConfig, QUANTIZATION_TYPES),
-        "lora": constructor_section("lora", LoraConfig, hints(LoraConfig, LORA_TYPES)),
+        "lora": constructor_section("lora", LoraConfig, LORA_TYPES),
         "data": DataSection,
-        "training": constructor_section("training", SFTConfig, hints(SFTConfig, TRAINING_TYPES)),
-        "evaluation": EvaluationSection,
-        "evaluation.generate": create_model("GenerationSettings", __base__=Section, **generation),  # ty: ignore[no-matching-overload]
+        "training": constructor_section("training", SFTConfig, TRAINING_TYPES),
+        "evaluation": create_model(
+            "EvaluationSection", __base__=EvaluationSection, __doc__=EvaluationSection.__doc__, generate=generate
+        ),
         "tracking": TrackingSection,
     }
-
-
-def as_written(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return a checked section in the constructor's order, its numbers made uniform (1 where a float is meant is 1.0)."""
-    return section_models()[name].model_validate(values).model_dump(exclude_unset=True)
+    sections: Any = {name: (model, ... if name in REQUIRED else {}) for name, model in models.items()}
+    whole = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections)
+    return models | {"evaluation.generate": generation, "": whole}
 
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe for editors, made from the same models that check it."""
-    models = section_models()
-    sections = {name: (models[name], ... if name in REQUIRED else Field(default_factory=dict)) for name in SECTIONS}
-    schema = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections).model_json_schema()  # ty: ignore[no-matching-overload]
-    generate = schema["$defs"]["EvaluationSection"]["properties"]["generate"]
-    generate |= models["evaluation.generate"].model_json_schema() | {"description": generate["description"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **section_models()[""].model_json_schema()}
 
 
 def write_schema(path: Path) -> None:

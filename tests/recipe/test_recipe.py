@@ -178,7 +178,7 @@ SETTINGS = [
     ("training", "lr_scheduler_kwargs: '{}'", "must be a mapping, not the text '{}'"),
     ("training", "padding_free: true", "packing: true, or max_length: null"),
     ("training", "load_best_model_at_end: true", "requires the save and eval strategy to match"),
-    ("training", "lr_scheduler_type: greedy", "needs evaluations"),
+    ("training", "lr_scheduler_type: greedy", "requires an eval strategy"),
     ("training", "dataloader_prefetch_factor: 2", "dataloader_num_workers"),
     ("training", "activation_checkpointing_kwargs: {use_reentrant: false}", "activation_checkpointing: true"),
     ("training", "adam_epsilon: 1e999", "must be a finite number"),
