@@ -9,12 +9,12 @@ from pydantic import ValidationError
 
 from medibot.recipe.renames import REFUSED_VALUES
 from medibot.recipe.schema import NULL_IS_A_VALUE, SECTIONS, Finding, section_models
-from medibot.recipe.suggestions import explain, is_secret
+from medibot.recipe.suggestions import explain
 
 
 def check(values: dict[str, Any]) -> list[Finding]:
     """Return all mistakes of a recipe's values, one for each key."""
-    findings = [*find_wrong_values(values), *find_secrets("", values), *find_wrong_rules(values)]
+    findings = [*find_wrong_values(values), *find_wrong_rules(values)]
     told = [finding.key for finding in findings]
     flawed = {re.split(r"[.\[]", key)[0] for key in told}
     # What follows may trust the types of what is left: sections by name, and settings by dotted key
@@ -57,18 +57,6 @@ def locate(value: Any, error: Any) -> tuple[str, Any]:
         elif isinstance(value, dict) and (step in value or error["type"] == "missing"):
             key, value = f"{key}.{step}" if key else step, value.get(step)
     return key, value
-
-
-def find_secrets(key: str, value: Any) -> Iterator[Finding]:
-    """Yield values that look like API keys; a revision may be a commit."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from find_secrets(f"{key}.{name}" if key else name, inner)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from find_secrets(f"{key}[{index}]", inner)
-    elif isinstance(value, str) and is_secret(value) and not key.endswith(".revision"):
-        yield Finding(key, "looks like an API key", "no secrets in recipes: `hf auth login`, `wandb login`")
 
 
 def find_wrong_rules(values: dict[str, Any]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from medibot.recipe import Recipe
-from medibot.recipe.document import scalar
+from medibot.recipe.document import FLOAT, INTEGER
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
 
@@ -20,17 +20,13 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "b
 class RecipeDumper(yaml.SafeDumper):
     """Write what recipes read back: text that YAML 1.2 takes for a number, and PyYAML does not, in quotes."""
 
-
-def represent_text(dumper: RecipeDumper, text: str) -> yaml.Node:
-    """Quote text that would be read as something else."""
-    try:
-        style = None if isinstance(scalar(text), str) else "'"
-    except ValueError:
-        style = "'"
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    def represent_str(self, text: str) -> yaml.Node:
+        """Quote text that would be read as a number."""
+        number = INTEGER.fullmatch(text) or FLOAT.fullmatch(text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if number else None)
 
 
-RecipeDumper.add_representer(str, represent_text)
+RecipeDumper.add_representer(str, RecipeDumper.represent_str)
 
 
 def dump_resolved_recipe(recipe: Recipe, decided: dict[str, Any]) -> str:
@@ -58,9 +54,9 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 def git_output(*arguments: str) -> str | None:
     """Return what git says of MediBot's own clone; None where there is none."""
-    command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.check_output(
+            ["git", *arguments], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
