@@ -73,12 +73,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
         raise RecipeError(sorted(problems, key=lambda problem: (problem.line == 0, problem.line, problem.column)))
     # In the constructors' order and with numbers made uniform (1 where a float is meant is 1.0)
     written = section_models()[""].model_validate(document.value).model_dump(exclude_unset=True)
-    sections: dict[str, Any] = {
-        **written,
-        "data": DataSection.model_validate(written["data"]),
-        "evaluation": EvaluationSection.model_validate(written.get("evaluation", {})),
+    sections: Any = written | {
+        "data": DataSection(**written["data"]),
+        "evaluation": EvaluationSection(**written.get("evaluation", {})),
     }
-    return Recipe(name=path.stem, path=path, places=document.places, written=written, **sections)
+    return Recipe(path.stem, path, places=document.places, written=written, **sections)
 
 
 def recipe_folders(root: Path | None) -> list[Path]:

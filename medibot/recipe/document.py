@@ -55,28 +55,16 @@ class Document:
 def read_document(path: Path) -> Document:
     """Read one strict YAML document; raise RecipeError for a file that is none."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        if path.stat().st_size > MAX_BYTES:
+            raise RecipeError.of(str(path), f"is larger than {MAX_BYTES:,} bytes", "a recipe is a page of settings")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise RecipeError.of(str(path), f"cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise RecipeError.of(str(path), f"is larger than {MAX_BYTES:,} bytes", "a recipe is a page of settings")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8", errors="replace")
-        raise syntax_error(str(path), before, len(before), "is not UTF-8 text", "save it as UTF-8") from error
     document = Document()
     node = compose(text, str(path))
     if node is not None:
         document.value = read_node(node, "", Place(str(path), 1, 1), document)
     return document
-
-
-def syntax_error(file: str, text: str, position: int, what: str, remedy: str = "") -> RecipeError:
-    """Return the error for a position in the text."""
-    line = text.count("\n", 0, position) + 1
-    return RecipeError([Problem(file, line, position - text.rfind("\n", 0, position), "", what, remedy)])
 
 
 def place_of(key: str, places: Mapping[str, Place], file: str) -> Place:
@@ -115,8 +103,11 @@ def compose(text: str, file: str) -> yaml.Node | None:
         loader = NodeLoader(text)
         return loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        what = f"holds the control character U+{error.character:04X}"
-        raise syntax_error(file, text, error.position, what, "remove it") from error
+        what, remedy = f"holds the control character U+{error.character:04X}", "remove it"
+        if 0xDC80 <= error.character <= 0xDCFF:  # a byte that Python could not decode
+            what, remedy = "is not UTF-8 text", "save it as UTF-8"
+        before = text[: error.position].split("\n")
+        raise RecipeError([Problem(file, len(before), len(before[-1]) + 1, "", what, remedy)]) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         said = error.problem or error.context or "cannot be read"

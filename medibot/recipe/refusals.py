@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from medibot.recipe.suggestions import explain
 
 def check(values: dict[str, Any]) -> list[Finding]:
     """Return all mistakes of a recipe's values, one for each key."""
-    findings = [*find_wrong_values(values), *find_wrong_rules(values)]
+    findings = list(find_wrong_values(values))
     told = [finding.key for finding in findings]
     flawed = {re.split(r"[.\[]", key)[0] for key in told}
     # What follows may trust the types of what is left: sections by name, and settings by dotted key
@@ -57,17 +58,6 @@ def locate(value: Any, error: Any) -> tuple[str, Any]:
         elif isinstance(value, dict) and (step in value or error["type"] == "missing"):
             key, value = f"{key}.{step}" if key else step, value.get(step)
     return key, value
-
-
-def find_wrong_rules(values: dict[str, Any]) -> Iterator[Finding]:
-    """Yield cleaning rules that are unknown, or have unknown settings."""
-    from medibot.cleaning import rule_problem
-
-    data = values.get("data")
-    rules = data.get("clean") if isinstance(data, dict) else None
-    for index, rule in enumerate(rules if isinstance(rules, list) else []):
-        if isinstance(rule, str | dict) and (problem := rule_problem(rule)):
-            yield Finding(f"data.clean[{index}]", problem)
 
 
 def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
@@ -141,14 +131,9 @@ def find_upstream(section: str, values: dict[str, Any]) -> Iterator[Finding]:
 
     # The machine decides these, and nothing else may depend on where a recipe is checked
     machine = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
-    constructors: dict[str, tuple[Any, dict[str, Any]]] = {
-        "training": (SFTConfig, machine),
-        "lora": (LoraConfig, {"task_type": "CAUSAL_LM"}),
-        "quantization": (BitsAndBytesConfig, {}),
-    }
-    constructor, ours = constructors[section]
+    constructors = {"training": partial(SFTConfig, **machine), "lora": LoraConfig, "quantization": BitsAndBytesConfig}
     try:
-        constructor(**ours, **{key: value for key, value in values.items() if key != "chat_template_path"})
+        constructors[section](**{key: value for key, value in values.items() if key != "chat_template_path"})
     except (ValueError, TypeError, NotImplementedError) as error:
         words = " ".join(str(error).replace("--", "").replace("`", "").split())
         named = [(at.start(), key) for key in values if (at := re.search(rf"\b{re.escape(key)}\b", words))]

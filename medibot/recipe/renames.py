@@ -10,6 +10,7 @@ def each(names: str, value: Any) -> dict[str, Any]:
 
 HARDWARE = "hardware stands in accelerate_configs/"
 THE_RUN = "the run decides it"
+DATA_FIRST = "it needs a pass over the data first, which nobody makes"
 # (section, why): names
 REFUSED_NAMES = {
     ("model", HARDWARE): "device_map max_memory offload_folder tp_plan",
@@ -20,7 +21,7 @@ REFUSED_NAMES = {
     ("lora", "section model says it"): "base_model_name_or_path revision",
     ("lora", THE_RUN): "inference_mode peft_version runtime_config",
     ("lora", "MediBot trains one plain adapter"): "megatron_config megatron_core arrow_config use_bdlora",
-    ("lora", "it needs a pass over the data first, which nobody makes"): "eva_config corda_config lora_ga_config",
+    ("lora", DATA_FIRST): "eva_config corda_config lora_ga_config",
     ("lora", "it crashes upstream on models with tied embeddings"): "trainable_token_indices",
     ("training", f"{THE_RUN}: outputs/<run>/, RUN=name"): "output_dir run_name logging_dir",
     ("training", "section tracking decides it"): (
@@ -60,9 +61,7 @@ REFUSED_VALUES = (
     ("training.assistant_only_loss", True, "the loss covers exactly the answer already: leave it out"),
     ("training.logging_nan_inf_filter", True, "it hides NaN losses: write false"),
     ("training.truncation_mode", "keep_end", "it cuts the question away, and trl removes it: write keep_start"),
-    ("lora.init_lora_weights", "eva", "it needs a pass over the data first, which nobody makes"),
-    ("lora.init_lora_weights", "corda", "it needs a pass over the data first, which nobody makes"),
-    ("lora.init_lora_weights", "lora_ga", "it needs a pass over the data first, which nobody makes"),
+    *(("lora.init_lora_weights", method, DATA_FIRST) for method in ("eva", "corda", "lora_ga")),
 )
 # What upstream called a setting before
 RENAMED = {

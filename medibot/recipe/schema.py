@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
+from medibot.cleaning import rule_problem
 from medibot.recipe.renames import REFUSED, RENAMED, each
 
 SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
@@ -47,8 +48,14 @@ def whole_or_ratio(value: float) -> float:
     return int(value) if value >= 1 else value
 
 
-Steps = Annotated[float, Field(gt=0), AfterValidator(whole_or_ratio)]
-Warmup = Annotated[float, Field(ge=0), AfterValidator(whole_or_ratio)]
+def known_rule(rule: Any) -> Any:
+    """Check that a cleaning rule exists and has the settings that it is given."""
+    if problem := rule_problem(rule):
+        raise ValueError(problem)
+    return rule
+
+
+Steps = Annotated[Positive, AfterValidator(whole_or_ratio)]
 HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
 PISSA_STEPS = r"^pissa_niter_\d+$"
 LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
@@ -110,7 +117,7 @@ class DataSection(Section):
     """System message put before every question; null for none."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments for the model's chat template, such as enable_thinking: false for a reasoning model."""
-    clean: list[str | dict[str, Any]] = []
+    clean: list[Annotated[str | dict[str, Any], AfterValidator(known_rule)]] = []
     """Cleaning rules in order: a rule's name, or the name with its arguments."""
     group_by: list[Text] = []
     """Columns whose equal values must never fall into different splits."""
@@ -177,7 +184,7 @@ TRAINING_TYPES: dict[str, Any] = {
     **each("log_level log_level_replica", Literal["debug", "info", "warning", "error", "critical", "passive"]),
     "learning_rate": Annotated[float, Field(gt=0, le=1)],
     "max_steps": Literal[-1] | Count,
-    "warmup_steps": Warmup,
+    "warmup_steps": Annotated[NotNegative, AfterValidator(whole_or_ratio)],
     "eval_steps": Steps | None,
     "debug": str,
     "seed": Seed,

@@ -36,7 +36,7 @@ def explain(key: str, value: Any, errors: list[Any]) -> Finding:
         remedy = "fill it in" if key in REQUIRED else "leave it out, or write {} for upstream's defaults"
         return Finding(key, "is empty", remedy)
     if "value_error" in by_type:
-        return Finding(key, f"{by_type['value_error']['ctx']['error']}, not {describe(value)}")
+        return Finding(key, str(by_type["value_error"]["ctx"]["error"]))
     if "string_too_short" in by_type or "too_short" in by_type:
         return Finding(key, "must not be empty")
     choices = re.findall(r"'([^']*)'", by_type.get("literal_error", {}).get("ctx", {}).get("expected", ""))
