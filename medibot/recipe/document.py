@@ -190,38 +190,28 @@ def apply_override(document: Document, override: str, number: int) -> None:
     if not equals or not last or not all(outer):
         document.problems.append(Problem(*place, "", "is not an override", "write section.key=value"))
         return
-    value = read_override(key, written, place)
-    document.problems += value.problems
+    parsed, node = Document(), yaml.ScalarNode("", written)
+    try:
+        node = compose(written, place.file) if written.startswith(("[", "{", '"', "'")) else node
+        parsed.value = read_node(node, key, place, parsed)
+    except RecipeError as error:
+        parsed.problems = [Problem(*place, key, problem.what, problem.remedy) for problem in error.problems]
     values = document.value
     for depth, step in enumerate(outer, start=1):
         document.places.setdefault(".".join(outer[:depth]), place)
         values = values.setdefault(step, {})
         if not isinstance(values, dict):
-            document.problems.append(Problem(*place, key, f"{'.'.join(outer[:depth])} is not a mapping"))
-            return
-    if value.problems:
+            parsed.problems = [Problem(*place, key, f"{'.'.join(outer[:depth])} is not a mapping")]
+            break
+    if parsed.problems:
+        document.problems += parsed.problems
         return
     # What the override replaces is neither a place nor a problem any more
-    inside = (f"{key}.", f"{key}[")
-    document.places = {old: at for old, at in document.places.items() if old != key and not old.startswith(inside)}
-    document.problems = [
-        old for old in document.problems if old.line == 0 or (old.key != key and not old.key.startswith(inside))
-    ]
-    if value.value is not None or (written and key in NULL_IS_A_VALUE):
-        document.places |= {key: place} | value.places
-        values[last] = value.value
+    old = re.compile(rf"{re.escape(key)}([.\[].*)?", re.DOTALL)
+    document.places = {name: at for name, at in document.places.items() if not old.fullmatch(name)}
+    document.problems = [found for found in document.problems if found.line == 0 or not old.fullmatch(found.key)]
+    if parsed.value is not None or (written and key in NULL_IS_A_VALUE):
+        document.places |= {key: place} | parsed.places
+        values[last] = parsed.value
     elif values.pop(last, ABSENT) is ABSENT and key not in SECTIONS:
         document.problems.append(Problem(*place, key, "is not in the recipe", "nothing to take away"))
-
-
-def read_override(key: str, written: str, place: Place) -> Document:
-    """Return an override's value, all of it at the override's place."""
-    document = Document()
-    node: Any = yaml.ScalarNode("", written)
-    try:
-        if written.startswith(("[", "{", '"', "'")):
-            node = compose(written, place.file)
-        document.value = read_node(node, key, place, document)
-    except RecipeError as error:
-        document.problems += [Problem(*place, key, problem.what, problem.remedy) for problem in error.problems]
-    return document

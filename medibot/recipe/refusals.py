@@ -12,6 +12,8 @@ from medibot.recipe.renames import REFUSED_VALUES
 from medibot.recipe.schema import NULL_IS_A_VALUE, SECTIONS, Finding, section_models
 from medibot.recipe.suggestions import explain
 
+KWARGS = "training.activation_checkpointing_kwargs"
+
 
 def check(values: dict[str, Any]) -> list[Finding]:
     """Return all mistakes of a recipe's values, one for each key."""
@@ -66,20 +68,17 @@ def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
         if s.get(key) == value:
             yield Finding(key, f"cannot be {json.dumps(value)}", reason)
     if not s.get("training.chat_template_path", ".jinja").endswith((".jinja", ".j2")):
-        remedy = "a tokenizer there would add tokens and resize the embeddings"
-        yield Finding("training.chat_template_path", "must be a .jinja or .j2 file", remedy)
+        # A tokenizer there would add tokens and resize the embeddings
+        yield Finding("training.chat_template_path", "must be a .jinja or .j2 file", "name the template alone")
     if s.get("training.label_smoothing_factor"):
-        what = "costs a second forward pass and is deprecated"
-        yield Finding("training.label_smoothing_factor", what, "leave it out")
+        yield Finding("training.label_smoothing_factor", "costs a second forward pass", "leave it out")
     if s.get("training.packing") and s.get("training.max_length", 1024) is None:
         yield Finding("training.packing", "needs a length to pack to", "give training.max_length a number")
-    checkpointing = s.get("training.activation_checkpointing_kwargs")
-    if checkpointing is not None and "use_reentrant" not in checkpointing:
-        what = "must say use_reentrant: upstream passes no value to torch"
-        yield Finding("training.activation_checkpointing_kwargs", what, "add use_reentrant: false")
-    if checkpointing and checkpointing.get("selective") and "lora" in s:
-        what = "selective checkpointing crashes on a LoRA model"
-        yield Finding("training.activation_checkpointing_kwargs", what, "write use_reentrant: false alone")
+    kwargs = s.get(KWARGS)
+    if kwargs is not None and "use_reentrant" not in kwargs:  # upstream passes no value to torch
+        yield Finding(KWARGS, "must say use_reentrant", "add use_reentrant: false")
+    if kwargs and kwargs.get("selective") and "lora" in s:
+        yield Finding(KWARGS, "selective checkpointing crashes on a LoRA model", "write use_reentrant: false alone")
     targets, start = s.get("lora.target_modules"), s.get("lora.init_lora_weights")
     if targets == "lm_head" or (isinstance(targets, list) and "lm_head" in targets):
         what = "cannot hold lm_head: trl's fused loss reads its weight directly"
@@ -89,12 +88,12 @@ def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
     if start == "orthogonal" and s.get("lora.r", 8) % 2:
         yield Finding("lora.r", "must be even for the orthogonal initialisation")
     if s.get("quantization.load_in_4bit") and str(start).startswith(("pissa", "mica", "orthogonal", "loftq")):
-        what = f"{start} cannot be computed from 4-bit weights"
-        yield Finding("lora.init_lora_weights", what, "leave it out, or leave section quantization out")
+        yield Finding(
+            "lora.init_lora_weights", f"{start} cannot be computed from 4-bit weights", "leave one of them out"
+        )
     validation = s.get("data.validation", 0.05)
     if validation == 0 and s.get("training.eval_strategy", "no") != "no":
-        remedy = "write eval_strategy: no, or keep validation rows"
-        yield Finding("training.eval_strategy", "evaluates, but data.validation is 0", remedy)
+        yield Finding("training.eval_strategy", "evaluates, but data.validation is 0", "change one of them")
     if validation + s.get("data.test", 0.05) >= 1:
         yield Finding(
             "data.test", "leaves no row to train on", "data.validation and data.test must be below 1 together"
@@ -103,18 +102,15 @@ def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
 
 def find_gaps(s: dict[str, Any]) -> Iterator[Finding]:
     """Yield settings that need another one which is absent."""
-    if s.get("training.activation_checkpointing_kwargs") and not s.get("training.activation_checkpointing"):
-        remedy = "add activation_checkpointing: true"
-        yield Finding("training.activation_checkpointing_kwargs", "has no effect by itself", remedy)
+    if s.get(KWARGS) and not s.get("training.activation_checkpointing"):
+        yield Finding(KWARGS, "has no effect by itself", "add activation_checkpointing: true")
     if s.get("training.padding_free") and not s.get("training.packing") and s.get("training.max_length", 1024):
-        remedy = "write packing: true, or max_length: null"
-        yield Finding("training.padding_free", "cannot cut to max_length", remedy)
+        yield Finding("training.padding_free", "cannot cut to max_length", "write packing: true, or max_length: null")
     four = s.get("quantization.load_in_4bit")
     if "quantization" in s and not four and not s.get("quantization.load_in_8bit"):
         yield Finding("quantization", "quantizes nothing", "write load_in_4bit: true, or leave the section out")
-    if four and "quantization.bnb_4bit_quant_type" not in s:
-        what = "needs bnb_4bit_quant_type, which upstream leaves at fp4"
-        yield Finding("quantization.load_in_4bit", what, "write bnb_4bit_quant_type: nf4, or fp4")
+    if four and "quantization.bnb_4bit_quant_type" not in s:  # upstream leaves it at fp4
+        yield Finding("quantization.load_in_4bit", "needs bnb_4bit_quant_type", "write nf4, or fp4")
     if "quantization" in s and "lora" not in s:
         yield Finding("quantization", "quantized weights cannot be trained themselves", "add a section lora")
     generate = s.get("evaluation.generate", {})

@@ -24,9 +24,7 @@ REFUSED_NAMES = {
     ("lora", DATA_FIRST): "eva_config corda_config lora_ga_config",
     ("lora", "it crashes upstream on models with tied embeddings"): "trainable_token_indices",
     ("training", f"{THE_RUN}: outputs/<run>/, RUN=name"): "output_dir run_name logging_dir",
-    ("training", "section tracking decides it"): (
-        "report_to project trackio_space_id trackio_bucket_id trackio_static_space_id"
-    ),
+    ("training", "section tracking"): "report_to project trackio_space_id trackio_bucket_id trackio_static_space_id",
     ("training", "the machine decides it; the weights' own type is model.dtype"): (
         "use_cpu no_cuda bf16 fp16 bf16_full_eval fp16_full_eval tf32"
     ),

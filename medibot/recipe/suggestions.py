@@ -85,21 +85,18 @@ def unknown_name(key: str, name: str) -> Finding:
         return Finding(key, "does not stand in a recipe", REFUSED[f"{section}.{plain}"])
     if name == "<<":
         return Finding(key, "merge keys are not read", "write the settings out")
-    return Finding(key, "no such setting" if section else "no such section", suggest(section, plain))
+    return Finding(key, f"no such {'setting' if section else 'section'}", suggest(section, plain))
 
 
 def suggest(section: str, name: str) -> str:
     """Return what the author may have meant: new name, another tool's name, another section, nearest spelling."""
     models = section_models()
     names = list(models[section].model_fields)
-    if name in names:
-        return f"did you mean {name}?"
-    if not section and name in SECTION_ALIASES:
-        return f"did you mean {SECTION_ALIASES[name]}?"
+    known = ALIASES | ({} if section else SECTION_ALIASES) | {ours: ours for ours in names}
     if name in RENAMED:
         return f"renamed: {RENAMED[name].removeprefix(section + '.')}"
-    if name in ALIASES:
-        return f"did you mean {ALIASES[name].removeprefix(section + '.')}?"
+    if name in known:
+        return f"did you mean {known[name].removeprefix(section + '.')}?"
     if homes := [home for home, model in models.items() if home and name in model.model_fields]:
         return f"it stands in section {homes[0]}"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
