@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -20,13 +21,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "b
 class RecipeDumper(yaml.SafeDumper):
     """Write what recipes read back: text that YAML 1.2 takes for a number, and PyYAML does not, in quotes."""
 
-    def represent_str(self, text: str) -> yaml.Node:
-        """Quote text that would be read as a number."""
-        number = INTEGER.fullmatch(text) or FLOAT.fullmatch(text)
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if number else None)
 
-
-RecipeDumper.add_representer(str, RecipeDumper.represent_str)
+NUMBER = re.compile(f"(?:{INTEGER.pattern}|{FLOAT.pattern})$")
+RecipeDumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, None)
 
 
 def dump_resolved_recipe(recipe: Recipe, decided: dict[str, Any]) -> str:

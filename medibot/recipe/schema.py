@@ -71,9 +71,7 @@ PATTERNS = {
 class Section(BaseModel):
     """Nothing is converted and nothing unknown passes: what the recipe says is what the constructor gets."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
@@ -174,8 +172,7 @@ class TrackingSection(Section):
 TRAINING_TYPES: dict[str, Any] = {
     **each("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout", Count),
     **each("max_length save_total_limit dataset_num_proc eval_accumulation_steps", Count | None),
-    **each("torch_empty_cache_steps", Count | None),
-    **each("dataloader_prefetch_factor ddp_bucket_cap_mb", Count | None),
+    **each("torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb", Count | None),
     **each("weight_decay max_grad_norm eval_delay label_smoothing_factor", NotNegative),
     **each("neftune_noise_alpha router_aux_loss_coef", NotNegative | None),
     **each("adam_beta1 adam_beta2", BelowOne),
