@@ -21,9 +21,9 @@ def check(values: dict[str, Any]) -> list[Finding]:
     told = [finding.key for finding in findings]
     flawed = {re.split(r"[.\[]", key)[0] for key in told}
     # What follows may trust the types of what is left: sections by name, and settings by dotted key
-    settings = dict(values)
-    for section in SECTIONS:
-        for name, value in values[section].items() if isinstance(values.get(section), dict) else ():
+    settings = {section: values[section] for section in SECTIONS if section in values}
+    for section in [section for section in settings if isinstance(values[section], dict)]:
+        for name, value in values[section].items():
             key = f"{section}.{name}"
             mistaken = any(other == key or other.startswith((f"{key}.", f"{key}[")) for other in told)
             if not mistaken and (value is not None or key in NULL_IS_A_VALUE):

@@ -270,6 +270,7 @@ FILES = [
     (GOOD + "wandb: {}\n", 14, 1, "wandb", "did you mean tracking?"),
     (GOOD + "trackin: {}\n", 14, 1, "trackin", "did you mean tracking?"),
     (GOOD + "learning_rate: 1\n", 14, 1, "learning_rate", "it stands in section training"),
+    (GOOD + "training.chat_template_path: 5\n", 14, 1, "training.chat_template_path", "no such section"),
     (GOOD + "lora:\n", 14, 1, "lora", "is empty (leave it out, or write {}"),
     (GOOD + "lora: true\n", 14, 1, "lora", "must be a mapping, not true"),
     ("model: {pretrained_model_name_or_path: a}\ntraining: {}\n", 1, 1, "data", "is required (add a section data)"),
