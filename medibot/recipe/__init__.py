@@ -9,16 +9,17 @@ setting that nobody wrote.
 
 import copy
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medibot.errors import Place, Problem, RecipeError
-from medibot.recipe.document import ABSENT, Document, apply_override, place_of, read_document, read_text
+from medibot.recipe.document import ABSENT, apply_override, place_of, read_document
 from medibot.recipe.files import search_folders
 from medibot.recipe.refusals import check
-from medibot.recipe.schema import SECTIONS, DataSection, EvaluationSection, as_written
+from medibot.recipe.schema import DataSection, EvaluationSection, section_models
 from medibot.recipe.suggestions import describe
 
 __all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe", "diff_recipes", "list_recipes", "load_recipe"]
@@ -55,7 +56,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
     Raises RecipeError with all mistakes at once.
     """
     path = find_recipe(name, root)
-    document = read_document(read_text(path), str(path))
+    document = read_document(path)
     if not isinstance(document.value, dict):
         what = "holds nothing" if document.value is None else f"must be a mapping, not {describe(document.value)}"
         remedy = "sections at the left margin: model, data, training, …"
@@ -70,18 +71,13 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
     ]
     if problems:
         raise RecipeError(sorted(problems, key=lambda problem: (problem.line == 0, problem.line, problem.column)))
-    return assemble(path, document)
-
-
-def assemble(path: Path, document: Document) -> Recipe:
-    """Make the Recipe of a document without problems."""
-    written = {name: as_written(name, document.value[name]) for name in SECTIONS if name in document.value}
-    sections: dict[str, Any] = {
-        **written,
-        "data": DataSection.model_validate(written["data"]),
-        "evaluation": EvaluationSection.model_validate(written.get("evaluation", {})),
+    # In the constructors' order and with numbers made uniform (1 where a float is meant is 1.0)
+    written = section_models()[""].model_validate(document.value).model_dump(exclude_unset=True)
+    sections: Any = written | {
+        "data": DataSection(**written["data"]),
+        "evaluation": EvaluationSection(**written.get("evaluation", {})),
     }
-    return Recipe(name=path.stem, path=path, places=document.places, written=written, **sections)
+    return Recipe(path.stem, path, places=document.places, written=written, **sections)
 
 
 def recipe_folders(root: Path | None) -> list[Path]:
@@ -91,11 +87,11 @@ def recipe_folders(root: Path | None) -> list[Path]:
 
 def find_recipe(name: str, root: Path | None) -> Path:
     """Return the file of a recipe's name or path."""
-    candidates = [Path(name)]
+    paths = [Path(name)]
     if not name.endswith((".yaml", ".yml")):
-        candidates = [folder / f"{name}{end}" for folder in recipe_folders(root) for end in (".yaml", ".yml")]
-    for path in candidates:
-        if "\0" not in name and path.is_file():
+        paths = [folder / f"{name}{end}" for folder in recipe_folders(root) for end in (".yaml", ".yml")]
+    for path in paths:
+        if path.is_file():
             return path
     known = [known for known, _ in list_recipes(root)]
     close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
@@ -104,23 +100,15 @@ def find_recipe(name: str, root: Path | None) -> Path:
 
 
 def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
-    """Return name and purpose (the first comment line) of every recipe, sorted by name."""
-    folder = next((folder for folder in recipe_folders(root) if folder.is_dir()), None)
-    if folder is None:
-        return []
-    paths = sorted(path for pattern in ("*.yaml", "*.yml") for path in folder.glob(pattern))
-    return [(path.stem, read_purpose(path)) for path in paths]
-
-
-def read_purpose(path: Path) -> str:
-    """Return the first comment that speaks to a reader rather than to an editor."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        text = line.lstrip("#").strip()
-        if line.startswith("#") and text and not text.startswith("yaml-language-server"):
-            return text
-        if not line.startswith("#") and line.strip():
-            break
-    return ""
+    """Return name and purpose (the first comment that is not for an editor) of every recipe, sorted by name."""
+    recipes = []
+    folders = recipe_folders(root)
+    for path in sorted(next(filter(Path.is_dir, folders), folders[0]).glob("*.y*ml")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        comments = itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), lines)
+        texts = [line.lstrip("#").strip() for line in comments if "yaml-language-server" not in line]
+        recipes.append((path.stem, next(filter(None, texts), "")))
+    return recipes
 
 
 def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:

@@ -1,11 +1,10 @@
 """Read YAML strictly: plain values, where each was written, and every mistake at its place."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,10 @@ COMPLAINTS = (
 )
 
 
-class Absent(Enum):
+class Absent(StrEnum):
     """Tell an absent key from one that is null."""
 
     ABSENT = "absent"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 ABSENT = Absent.ABSENT
@@ -51,40 +47,31 @@ ABSENT = Absent.ABSENT
 class Document:
     """Plain values, where each was written, and what was wrong with the writing."""
 
-    value: Any
-    places: dict[str, Place]
-    problems: list[Problem]
+    value: Any = None
+    places: dict[str, Place] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
 
-def read_text(path: Path) -> str:
-    """Return the file as text; raise RecipeError at the place of what is not text."""
+def read_document(path: Path) -> Document:
+    """Read one strict YAML document; raise RecipeError for a file that is none."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        if path.stat().st_size > MAX_BYTES:
+            raise RecipeError.of(str(path), f"is larger than {MAX_BYTES:,} bytes", "a recipe is a page of settings")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise RecipeError.of(str(path), f"cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise RecipeError.of(str(path), f"is larger than {MAX_BYTES:,} bytes", "a recipe is a page of settings")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8", errors="replace")
-        raise syntax_error(str(path), before, len(before), "is not UTF-8 text", "save it as UTF-8") from error
-
-
-def syntax_error(file: str, text: str, position: int, what: str, remedy: str = "") -> RecipeError:
-    """Return the error for a position in the text."""
-    line = text.count("\n", 0, position) + 1
-    return RecipeError([Problem(file, line, position - text.rfind("\n", 0, position), "", what, remedy)])
+    document = Document()
+    node = compose(text, str(path))
+    if node is not None:
+        document.value = read_node(node, "", Place(str(path), 1, 1), document)
+    return document
 
 
 def place_of(key: str, places: Mapping[str, Place], file: str) -> Place:
     """Return the place of a dotted key, or of the nearest thing around it."""
-    while key:
-        if key in places:
-            return places[key]
+    while key and key not in places:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
-    return Place(file, 1, 1)
+    return places.get(key, Place(file, 1, 1))
 
 
 class NodeLoader(yaml.BaseLoader):
@@ -94,86 +81,79 @@ class NodeLoader(yaml.BaseLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Refuse indirection and bottomless nesting before the node is built."""
-        event, refused = self.peek_event(), None
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            refused = "anchors and aliases are not read", "write the value out, or quote text"
+        event = self.peek_event()
+        if event.anchor is not None:
+            what, remedy = "anchors and aliases are not read", "write the value out, or quote text"
         elif event.tag is not None:
-            refused = "tags are not read", "leave it out, or put text in quotes"
+            what, remedy = "tags are not read", "leave it out, or put text in quotes"
         elif self.depth >= MAX_DEPTH:
-            refused = "is nested too deep", ""
-        if refused:
-            raise yaml.MarkedYAMLError(problem=refused[0], problem_mark=event.start_mark, note=refused[1])
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+            what, remedy = "is nested too deep", ""
+        else:
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
 
 
-def read_document(text: str, file: str) -> Document:
-    """Parse one strict YAML document; raise RecipeError for text that is none."""
+def compose(text: str, file: str) -> yaml.Node | None:
+    """Return the node of a YAML document; raise RecipeError for text that is none."""
     loader: Any = None
     try:
         loader = NodeLoader(text)
-        node = loader.get_single_node()
+        return loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        what = f"holds the control character U+{error.character:04X}"
-        raise syntax_error(file, text, error.position, what, "remove it") from error
+        what, remedy = f"holds the control character U+{error.character:04X}", "remove it"
+        if 0xDC80 <= error.character <= 0xDCFF:  # a byte that Python could not decode
+            what, remedy = "is not UTF-8 text", "save it as UTF-8"
+        before = text[: error.position].split("\n")
+        raise RecipeError([Problem(file, len(before), len(before[-1]) + 1, "", what, remedy)]) from error
     except yaml.MarkedYAMLError as error:
-        mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "cannot be read"
-        said = (f"is not YAML: {problem}", "") if error.note is None else (problem, error.note)
-        usual = (words[1:] for words in COMPLAINTS if words[0] in f"{error.context}\n{problem}")
-        raise RecipeError([Problem(file, mark.line + 1, mark.column + 1, "", *next(usual, said))]) from error
+        mark = error.problem_mark or error.context_mark
+        said = error.problem or error.context or "cannot be read"
+        known = [(what, remedy) for words, what, remedy in COMPLAINTS if words in f"{error.context}\n{said}"]
+        ours = (f"is not YAML: {said}", "") if error.note is None else (said, error.note)
+        raise RecipeError([Problem(file, mark.line + 1, mark.column + 1, "", *(known or [ours])[0])]) from error
     except (ValueError, OverflowError) as error:  # PyYAML turns the number of an escape into a character unchecked
         raise RecipeError([Problem(file, loader.line + 1, loader.column + 1, "", "escape is no character")]) from error
-    document = Document(None, {}, [])
-    if node is not None:
-        document.value = read_node(node, "", document, file)
-    return document
 
 
-def read_node(node: yaml.Node, key: str, document: Document, file: str) -> Any:
-    """Return the node's value; places and problems go to the document."""
+def read_node(node: yaml.Node, key: str, place: Place, document: Document) -> Any:
+    """Return the node's value; the places inside it and its problems go to the document."""
     if isinstance(node, yaml.ScalarNode):
         try:
-            return read_scalar(node)
+            value = scalar(node.value) if node.style is None else plain_text(node.value)
         except ValueError as error:
-            document.problems.append(Problem(*place_of(key, document.places, file), key, str(error)))
+            document.problems.append(Problem(*place, key, str(error)))
             return None
+        if isinstance(value, str) and is_secret(value) and not key.endswith(".revision"):  # which may be a commit
+            remedy = "no secrets in recipes: `hf auth login`, `wandb login`"
+            document.problems.append(Problem(*place, key, "looks like an API key", remedy))
+        return value
     if isinstance(node, yaml.SequenceNode):
-        values = []
-        for index, item in enumerate(node.value):
-            document.places[f"{key}[{index}]"] = mark_place(item, file)
-            values.append(read_node(item, f"{key}[{index}]", document, file))
-        return values
+        items = {f"{key}[{index}]": item for index, item in enumerate(node.value)}
+        document.places |= {inner: place_within(item, place) for inner, item in items.items()}
+        return [read_node(item, inner, document.places[inner], document) for inner, item in items.items()]
     mapping: dict[str, Any] = {}
     for name_node, value_node in node.value:
-        place = mark_place(name_node, file)
-        try:
-            name = read_scalar(name_node)
-        except ValueError:
-            name = None
+        at = place_within(name_node, place)
+        name = read_node(name_node, key, at, document) if isinstance(name_node, yaml.ScalarNode) else None
         inner = f"{key}.{name}" if key else str(name)
         if not isinstance(name, str):
-            document.problems.append(Problem(*place, key, "a key must be text", "put it in quotes"))
+            document.problems.append(Problem(*at, key, "a key must be text", "put it in quotes"))
         elif name in mapping:
             first = document.places[inner].line
-            document.problems.append(Problem(*place, inner, "is repeated", f"first on line {first}"))
+            document.problems.append(Problem(*at, inner, "is repeated", f"first on line {first}" if first else ""))
         else:
-            document.places[inner] = place
-            mapping[name] = read_node(value_node, inner, document, file)
+            document.places[inner] = at
+            mapping[name] = read_node(value_node, inner, at, document)
     return mapping
 
 
-def mark_place(node: yaml.Node, file: str) -> Place:
-    """Return where the node begins, counted from 1."""
-    return Place(file, node.start_mark.line + 1, node.start_mark.column + 1)
-
-
-def read_scalar(node: yaml.Node) -> bool | int | float | str | None:
-    """Return a scalar's value: text where it is quoted; None for a list or a mapping, which no key can be."""
-    if not isinstance(node, yaml.ScalarNode):
-        return None
-    return scalar(node.value) if node.style is None else plain_text(node.value)
+def place_within(node: yaml.Node, outer: Place) -> Place:
+    """Return where the node begins, counted from 1; all of an override (line 0) stands at one place."""
+    mark = node.start_mark
+    return Place(outer.file, mark.line + 1, mark.column + 1) if outer.line else outer
 
 
 def scalar(plain: str) -> bool | int | float | str | None:
@@ -200,49 +180,38 @@ def plain_text(value: str) -> str:
 
 
 def apply_override(document: Document, override: str, number: int) -> None:
-    """Write `section.key=value` into the document; null takes the key or the whole section away."""
+    """Write `section.key=value` into the document; null takes the key or the whole section away.
+
+    A list, a mapping or quoted text is YAML, every other value one plain scalar.
+    """
     key, equals, written = (part.strip() for part in override.partition("="))
     place = Place(f"{key}=…" if is_secret(written) else override, 0, number)
-    steps = key.split(".")
-    if not equals or not all(steps):
+    *outer, last = key.split(".")
+    if not equals or not last or not all(outer):
         document.problems.append(Problem(*place, "", "is not an override", "write section.key=value"))
         return
-    value = read_override(document, key, written, place)
+    parsed, node = Document(), yaml.ScalarNode("", written)
+    try:
+        node = compose(written, place.file) if written.startswith(("[", "{", '"', "'")) else node
+        parsed.value = read_node(node, key, place, parsed)
+    except RecipeError as error:
+        parsed.problems = [Problem(*place, key, problem.what, problem.remedy) for problem in error.problems]
     values = document.value
-    for depth, step in enumerate(steps[:-1], start=1):
-        outer = ".".join(steps[:depth])
-        if step not in values:
-            document.places[outer] = place
+    for depth, step in enumerate(outer, start=1):
+        document.places.setdefault(".".join(outer[:depth]), place)
         values = values.setdefault(step, {})
         if not isinstance(values, dict):
-            document.problems.append(Problem(*place, key, f"{outer} is not a mapping"))
-            return
+            parsed.problems = [Problem(*place, key, f"{'.'.join(outer[:depth])} is not a mapping")]
+            break
+    if parsed.problems:
+        document.problems += parsed.problems
+        return
     # What the override replaces is neither a place nor a problem any more
-    within = (key, f"{key}.", f"{key}[")
-    document.places = {old: at for old, at in document.places.items() if old != key and not old.startswith(within[1:])}
-    document.problems = [
-        old for old in document.problems if old.line == 0 or (old.key != key and not old.key.startswith(within[1:]))
-    ]
-    if value is not None or (written and key in NULL_IS_A_VALUE):
-        document.places[key] = place
-        values[steps[-1]] = value
-    elif values.pop(steps[-1], ABSENT) is ABSENT and key not in SECTIONS:
+    old = re.compile(rf"{re.escape(key)}([.\[].*)?", re.DOTALL)
+    document.places = {name: at for name, at in document.places.items() if not old.fullmatch(name)}
+    document.problems = [found for found in document.problems if found.line == 0 or not old.fullmatch(found.key)]
+    if parsed.value is not None or (written and key in NULL_IS_A_VALUE):
+        document.places |= {key: place} | parsed.places
+        values[last] = parsed.value
+    elif values.pop(last, ABSENT) is ABSENT and key not in SECTIONS:
         document.problems.append(Problem(*place, key, "is not in the recipe", "nothing to take away"))
-
-
-def read_override(document: Document, key: str, written: str, place: Place) -> Any:
-    """Return the value of an override: a list, a mapping or quoted text is YAML, the rest one plain scalar."""
-    try:
-        if not written.startswith(("[", "{", '"', "'")):
-            return scalar(written)
-        parsed = read_document(written, place.file)
-    except ValueError as error:
-        document.problems.append(Problem(*place, key, str(error)))
-        return json.dumps(written)
-    except RecipeError as error:
-        document.problems += [Problem(*place, key, problem.what, problem.remedy) for problem in error.problems]
-        return json.dumps(written)
-    document.problems += [
-        Problem(*place, f"{key}.{problem.key}" if problem.key else key, problem.what) for problem in parsed.problems
-    ]
-    return parsed.value

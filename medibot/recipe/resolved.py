@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from medibot.recipe import Recipe
-from medibot.recipe.document import scalar
+from medibot.recipe.document import FLOAT, INTEGER
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
 
@@ -21,16 +22,8 @@ class RecipeDumper(yaml.SafeDumper):
     """Write what recipes read back: text that YAML 1.2 takes for a number, and PyYAML does not, in quotes."""
 
 
-def represent_text(dumper: RecipeDumper, text: str) -> yaml.Node:
-    """Quote text that would be read as something else."""
-    try:
-        style = None if isinstance(scalar(text), str) else "'"
-    except ValueError:
-        style = "'"
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-RecipeDumper.add_representer(str, represent_text)
+NUMBER = re.compile(f"(?:{INTEGER.pattern}|{FLOAT.pattern})$")
+RecipeDumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, None)
 
 
 def dump_resolved_recipe(recipe: Recipe, decided: dict[str, Any]) -> str:
@@ -58,9 +51,9 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 def git_output(*arguments: str) -> str | None:
     """Return what git says of MediBot's own clone; None where there is none."""
-    command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.check_output(
+            ["git", *arguments], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

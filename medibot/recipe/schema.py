@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
+from medibot.cleaning import rule_problem
 from medibot.recipe.renames import REFUSED, RENAMED, each
 
 SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
@@ -47,8 +48,14 @@ def whole_or_ratio(value: float) -> float:
     return int(value) if value >= 1 else value
 
 
-Steps = Annotated[float, Field(gt=0), AfterValidator(whole_or_ratio)]
-Warmup = Annotated[float, Field(ge=0), AfterValidator(whole_or_ratio)]
+def known_rule(rule: Any) -> Any:
+    """Check that a cleaning rule exists and has the settings that it is given."""
+    if problem := rule_problem(rule):
+        raise ValueError(problem)
+    return rule
+
+
+Steps = Annotated[Positive, AfterValidator(whole_or_ratio)]
 HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
 PISSA_STEPS = r"^pissa_niter_\d+$"
 LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
@@ -64,9 +71,7 @@ PATTERNS = {
 class Section(BaseModel):
     """Nothing is converted and nothing unknown passes: what the recipe says is what the constructor gets."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
@@ -110,7 +115,7 @@ class DataSection(Section):
     """System message put before every question; null for none."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments for the model's chat template, such as enable_thinking: false for a reasoning model."""
-    clean: list[str | dict[str, Any]] = []
+    clean: list[Annotated[str | dict[str, Any], AfterValidator(known_rule)]] = []
     """Cleaning rules in order: a rule's name, or the name with its arguments."""
     group_by: list[Text] = []
     """Columns whose equal values must never fall into different splits."""
@@ -167,8 +172,7 @@ class TrackingSection(Section):
 TRAINING_TYPES: dict[str, Any] = {
     **each("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout", Count),
     **each("max_length save_total_limit dataset_num_proc eval_accumulation_steps", Count | None),
-    **each("torch_empty_cache_steps", Count | None),
-    **each("dataloader_prefetch_factor ddp_bucket_cap_mb", Count | None),
+    **each("torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb", Count | None),
     **each("weight_decay max_grad_norm eval_delay label_smoothing_factor", NotNegative),
     **each("neftune_noise_alpha router_aux_loss_coef", NotNegative | None),
     **each("adam_beta1 adam_beta2", BelowOne),
@@ -177,7 +181,7 @@ TRAINING_TYPES: dict[str, Any] = {
     **each("log_level log_level_replica", Literal["debug", "info", "warning", "error", "critical", "passive"]),
     "learning_rate": Annotated[float, Field(gt=0, le=1)],
     "max_steps": Literal[-1] | Count,
-    "warmup_steps": Warmup,
+    "warmup_steps": Annotated[NotNegative, AfterValidator(whole_or_ratio)],
     "eval_steps": Steps | None,
     "debug": str,
     "seed": Seed,
@@ -236,59 +240,54 @@ def narrow(hint: Any) -> Any:
     return hint
 
 
-def constructor_section(name: str, constructor: Any, hints: dict[str, Any]) -> type[Section]:
+def constructor_section(name: str, constructor: Any, ours: dict[str, Any]) -> type[Section]:
     """Make a section of a constructor's parameters, less those that a recipe may not decide."""
+    types = {key: narrow(hint) for key, hint in get_type_hints(constructor).items()} | ours
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(constructor).parameters.values():
-        key = parameter.name
-        if parameter.kind is parameter.VAR_KEYWORD or f"{name}.{key}" in REFUSED or key in RENAMED:
-            continue
-        default = parameter.default if isinstance(parameter.default, bool | int | float | str) else None
-        fields[key] = (hints.get(key, Any), default.value if isinstance(default, Enum) else default)
-    about = f"Keyword arguments of {constructor.__name__}."
-    return create_model(f"{name.capitalize()}Section", __base__=Section, __doc__=about, **fields)
+    for key, parameter in inspect.signature(constructor).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD and f"{name}.{key}" not in REFUSED and key not in RENAMED:
+            default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
+            fields[key] = (types.get(key, Any), default if isinstance(default, bool | int | float | str) else None)
+    doc = f"Keyword arguments of {constructor.__name__}."
+    return create_model(f"{name.capitalize()}Section", __base__=Section, __doc__=doc, **fields)
 
 
 @cache
 def section_models() -> dict[str, type[Section]]:
-    """Return every section's model; importing the libraries behind three of them takes seconds, so not at the top."""
+    """Return every section's model, and at "" the whole recipe's.
+
+    Importing the libraries behind them takes seconds, so not at the top.
+    """
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, GenerationConfig
     from trl import SFTConfig
 
-    def hints(constructor: Any, ours: dict[str, Any]) -> dict[str, Any]:
-        return {name: narrow(hint) for name, hint in get_type_hints(constructor).items()} | ours
-
-    generation = {
-        name: (GENERATION_TYPES.get(name, Any), None)
-        for name in vars(GenerationConfig())
-        if not name.startswith("_") and name != "transformers_version" and f"evaluation.generate.{name}" not in REFUSED
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
+    settings: Any = {
+        name: (GENERATION_TYPES.get(name, Any), None) for name in names if f"evaluation.generate.{name}" not in REFUSED
     }
-    return {
+    generation = create_model("GenerationSettings", __base__=Section, **settings)
+    description = EvaluationSection.model_fields["generate"].description
+    generate: Any = (generation, Field(default={}, description=description))
+    models: dict[str, type[Section]] = {
         "model": ModelSection,
         "quantization": constructor_section("quantization", BitsAndBytesConfig, QUANTIZATION_TYPES),
-        "lora": constructor_section("lora", LoraConfig, hints(LoraConfig, LORA_TYPES)),
+        "lora": constructor_section("lora", LoraConfig, LORA_TYPES),
         "data": DataSection,
-        "training": constructor_section("training", SFTConfig, hints(SFTConfig, TRAINING_TYPES)),
-        "evaluation": EvaluationSection,
-        "evaluation.generate": create_model("GenerationSettings", __base__=Section, **generation),  # ty: ignore[no-matching-overload]
+        "training": constructor_section("training", SFTConfig, TRAINING_TYPES),
+        "evaluation": create_model(
+            "EvaluationSection", __base__=EvaluationSection, __doc__=EvaluationSection.__doc__, generate=generate
+        ),
         "tracking": TrackingSection,
     }
-
-
-def as_written(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return a checked section in the constructor's order, its numbers made uniform (1 where a float is meant is 1.0)."""
-    return section_models()[name].model_validate(values).model_dump(exclude_unset=True)
+    sections: Any = {name: (model, ... if name in REQUIRED else {}) for name, model in models.items()}
+    whole = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections)
+    return models | {"evaluation.generate": generation, "": whole}
 
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe for editors, made from the same models that check it."""
-    models = section_models()
-    sections = {name: (models[name], ... if name in REQUIRED else Field(default_factory=dict)) for name in SECTIONS}
-    schema = create_model("Recipe", __base__=Section, __doc__="A MediBot recipe.", **sections).model_json_schema()  # ty: ignore[no-matching-overload]
-    generate = schema["$defs"]["EvaluationSection"]["properties"]["generate"]
-    generate |= models["evaluation.generate"].model_json_schema() | {"description": generate["description"]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **section_models()[""].model_json_schema()}
 
 
 def write_schema(path: Path) -> None:

@@ -6,47 +6,67 @@ import re
 from typing import Any
 
 from medibot.recipe.renames import ALIASES, REFUSED, RENAMED, SECTION_ALIASES
-from medibot.recipe.schema import PATTERNS, SECTIONS, Finding, section_models
+from medibot.recipe.schema import PATTERNS, REQUIRED, SECTIONS, Finding, section_models
 
-TYPE_NAMES = {
+# What pydantic wanted to see, by the type of its error
+WANTED = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
     "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
+    "greater_than": "above {gt:.10g}",
+    "greater_than_equal": "at least {ge:.10g}",
+    "less_than": "below {lt:.10g}",
+    "less_than_equal": "at most {le:.10g}",
 }
 
 
-BOUNDS = {
-    "greater_than": ("above", "gt"),
-    "greater_than_equal": ("at least", "ge"),
-    "less_than": ("below", "lt"),
-    "less_than_equal": ("at most", "le"),
-}
+def explain(key: str, value: Any, errors: list[Any]) -> Finding:
+    """Return one finding for all that pydantic says about one value: a union gives an error for each member."""
+    by_type = {error["type"]: error for error in errors}
+    if "missing" in by_type:
+        return Finding(key, "is required", f"add a section {key}" if key in SECTIONS else "")
+    if "extra_forbidden" in by_type:
+        return unknown_name(key, errors[-1]["loc"][-1])
+    if errors[-1]["loc"][-1] == "[key]":
+        return Finding(key, "no such setting", f"there are {expected(errors[-1])}")
+    if value is None and key in SECTIONS:
+        remedy = "fill it in" if key in REQUIRED else "leave it out, or write {} for upstream's defaults"
+        return Finding(key, "is empty", remedy)
+    if "value_error" in by_type:
+        return Finding(key, str(by_type["value_error"]["ctx"]["error"]))
+    if "string_too_short" in by_type or "too_short" in by_type:
+        return Finding(key, "must not be empty")
+    choices = re.findall(r"'([^']*)'", by_type.get("literal_error", {}).get("ctx", {}).get("expected", ""))
+    close = []
+    if isinstance(value, str):
+        # A choice that the text begins was probably meant, else the nearest spelling
+        begun = [choice for choice in choices if value and choice.startswith(value)]
+        close = begun[:1] or difflib.get_close_matches(value, choices, n=1)
+    # A bound is broken by a value of the right type, so the other types of the union are beside the point
+    bounds = [error for error in errors if error["type"].startswith(("greater", "less"))]
+    wanted = " or ".join(dict.fromkeys(expected(error) for error in bounds or errors))
+    remedy = ""
+    if close:
+        wanted = wanted if len(choices) < 10 else f"one of {len(choices)} choices"
+        remedy = f"did you mean {close[0]}?"
+    elif isinstance(value, str) and re.fullmatch(r"[-+]?\.?\d[\d.]*(e[-+]?\d+)?|true|false|null", value, re.IGNORECASE):
+        remedy = "leave the quotes out"
+    elif value in ("yes", "no", "on", "off") and "bool_type" in by_type:
+        remedy = "write true or false"
+    return Finding(key, f"must be {wanted}, not {describe(value)}", remedy)
 
 
-def suggest(section: str, name: str) -> str:
-    """Return what the author may have meant: new name, another tool's name, another section, nearest spelling."""
-    models = section_models()
-    plain = name.lower().replace("-", "_")
-    names = list(models[section].model_fields) if section else list(SECTIONS)
-    if plain in names:
-        return f"did you mean {plain}?"
-    if not section and plain in SECTION_ALIASES:
-        return f"did you mean {SECTION_ALIASES[plain]}?"
-    if plain in RENAMED:
-        return f"renamed: {RENAMED[plain].removeprefix(section + '.')}"
-    if f"{section}.{plain}" in REFUSED:
-        return REFUSED[f"{section}.{plain}"]
-    if plain in ALIASES:
-        return f"did you mean {ALIASES[plain].removeprefix(section + '.')}?"
-    if homes := [home for home, model in models.items() if plain in model.model_fields]:
-        return f"it stands in section {homes[0]}"
-    close = difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
-    return f"did you mean {close[0]}?" if close else ""
+def expected(error: Any) -> str:
+    """Return what one pydantic error wanted to see."""
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        return context["expected"].replace("'", "").replace(" or ", ", ")
+    if error["type"] == "string_pattern_mismatch":
+        return PATTERNS[context["pattern"]]
+    return WANTED.get(error["type"], "something else").format(**context)
 
 
 def describe(value: Any) -> str:
@@ -58,54 +78,33 @@ def describe(value: Any) -> str:
     return json.dumps(value)
 
 
-def expected(error: Any) -> str:
-    """Return what one pydantic error wanted to see."""
-    kind, context = error["type"], error.get("ctx", {})
-    if kind in BOUNDS:
-        word, bound = BOUNDS[kind]
-        return f"{word} {context[bound]:.10g}"
-    if kind == "literal_error":
-        return context["expected"].replace("'", "").replace(" or ", ", ")
-    if kind == "string_pattern_mismatch":
-        return PATTERNS[context["pattern"]]
-    return TYPE_NAMES.get(kind, "something else")
+def unknown_name(key: str, name: str) -> Finding:
+    """Return the finding for a name that the section does not have: never wanted, or not known."""
+    section, plain = key.removesuffix(name).rstrip("."), name.lower().replace("-", "_")
+    if f"{section}.{plain}" in REFUSED:
+        return Finding(key, "does not stand in a recipe", REFUSED[f"{section}.{plain}"])
+    if name == "<<":
+        return Finding(key, "merge keys are not read", "write the settings out")
+    return Finding(key, f"no such {'setting' if section else 'section'}", suggest(section, plain))
 
 
-def explain(key: str, value: Any, errors: list[Any]) -> Finding:
-    """Return one finding for all that pydantic says about one value: a union gives an error for each member."""
-    by_type = {error["type"]: error for error in errors}
-    if "value_error" in by_type:
-        return Finding(key, f"{by_type['value_error']['ctx']['error']}, not {describe(value)}")
-    if "string_too_short" in by_type or "too_short" in by_type:
-        return Finding(key, "must not be empty")
-    choices = re.findall(r"'([^']*)'", by_type.get("literal_error", {}).get("ctx", {}).get("expected", ""))
-    close = []
-    if isinstance(value, str):
-        # A choice that the text begins was probably meant, else the nearest spelling
-        begun = [choice for choice in choices if value and choice.startswith(value)]
-        close = begun[:1] or difflib.get_close_matches(value, choices, n=1)
-    if close and len(choices) > 9:
-        what = f"must be one of {len(choices)} choices, not {describe(value)}"
-        return Finding(key, what, f"did you mean {close[0]}?")
-    # A bound is broken by a value of the right type, so the other types of the union are beside the point
-    bounds = [error for error in errors if error["type"] in BOUNDS]
-    wanted = " or ".join(dict.fromkeys(expected(error) for error in bounds or errors))
-    remedy = f"did you mean {close[0]}?" if close else spelling_remedy(value, by_type)
-    return Finding(key, f"must be {wanted}, not {describe(value)}", remedy)
-
-
-def spelling_remedy(value: Any, by_type: dict[str, Any]) -> str:
-    """Return how to write the number or truth value that this text was meant to be."""
-    if not isinstance(value, str) or "literal_error" in by_type:
-        return ""
-    if re.fullmatch(r"[-+]?\.?\d[\d.]*(e[-+]?\d+)?|true|false|null", value.strip(), re.IGNORECASE):
-        return "leave the quotes out"
-    return "write true or false" if value.lower() in ("yes", "no", "on", "off") and "bool_type" in by_type else ""
+def suggest(section: str, name: str) -> str:
+    """Return what the author may have meant: new name, another tool's name, another section, nearest spelling."""
+    models = section_models()
+    names = list(models[section].model_fields)
+    known = ALIASES | ({} if section else SECTION_ALIASES) | {ours: ours for ours in names}
+    if name in RENAMED:
+        return f"renamed: {RENAMED[name].removeprefix(section + '.')}"
+    if name in known:
+        return f"did you mean {known[name].removeprefix(section + '.')}?"
+    if homes := [home for home, model in models.items() if home and name in model.model_fields]:
+        return f"it stands in section {homes[0]}"
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def is_secret(text: str) -> bool:
     """Tell whether a value looks like an API key: a known prefix, 40 hexadecimal digits, or something longer and random."""
-    if re.fullmatch(r"[0-9a-f]{40,}|(hf_|sk-|wandb_v\d_)[\w-]{16,}", text):
-        return True
-    kinds = (re.search(kind, text) for kind in ("[a-z]", "[A-Z]", r"\d.*\d.*\d"))
-    return re.fullmatch(r"[A-Za-z0-9]{41,}", text) is not None and all(kinds)
+    known = r"[0-9a-f]{40,}|(hf_|sk-|wandb_v\d_)[\w-]{16,}"
+    random = r"(?=.*[a-z])(?=.*[A-Z])(?=.*\d.*\d.*\d)[A-Za-z0-9]{41,}"
+    return re.fullmatch(f"{known}|{random}", text) is not None
