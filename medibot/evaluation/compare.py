@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from medibot.errors import RecipeError
+from medibot.evaluation.metrics import METRICS
 from medibot.evaluation.page import comparison_page
 from medibot.evaluation.report import Report, make_table, quick_look, write_report
 from medibot.evaluation.scores import Rows
@@ -11,8 +12,6 @@ from medibot.evaluation.statistics import compare_scores, interval_text
 from medibot.recipe import ABSENT, flattened, load_recipe
 from medibot.run import Run, find_finished_run, outputs_folder, read_json, read_lines
 
-# A token is something else to another tokenizer
-BY_TOKEN = {"nll", "perplexity", "token_accuracy"}
 # What a training took: (label, key, unit, format)
 COSTS = (
     ("supervised tokens", "supervised_tokens", 1, ",.0f"),
@@ -35,88 +34,86 @@ def compare(names: list[str], baseline: str = "base") -> Report:
     if baseline not in {"base", *names}:
         raise RecipeError.of("BASELINE", f"{baseline!r} is none of the runs", f"choose base or {', '.join(names)}")
     runs = {name: find_finished_run(name) for name in names}
-    results = {name: read_evaluation(run) for name, run in runs.items()}
-    require_comparable(results, baseline)
+    first, left_out = read_comparable(list(runs.values()), baseline)
     rows = {name: read_lines(run.folder / "eval" / "rows.jsonl") for name, run in runs.items()}
-    first = results[names[0]]
-    one_tokenizer = all(found["tokenizer"] == first["tokenizer"] for found in results.values())
-    left_out = [] if one_tokenizer else sorted(BY_TOKEN)
-    metrics = {}
+    compared = {}
     for name in names:
-        if name != baseline:
-            found = pair(rows[name], rows[name] if baseline == "base" else rows[baseline], baseline)
-            metrics[name] = {key: metric for key, metric in found.items() if key not in left_out}
-    cost = {name: run.record()["summary"]["cost"] for name, run in runs.items()}
+        found = pair(rows[name], rows[name], "base") if baseline == "base" else pair(rows[name], rows[baseline])
+        compared[name] = {key: metric for key, metric in found.items() if key not in left_out}
     comparison = {
         "baseline": baseline,
         "runs": names,
-        "sentence": verdict(rows, metrics, "nll" if one_tokenizer else "bits_per_byte", baseline),
+        "sentence": verdict(rows, compared, baseline),
         **{key: first[key] for key in ("fingerprint", "rows", "of", "groups")},
         "left_out": left_out,
         "differences": recipe_differences(runs),
-        "metrics": metrics,
+        "metrics": {name: metrics for name, metrics in compared.items() if name != baseline},
         "curves": {name: read_curves(run) for name, run in runs.items()},
-        "cost": cost,
+        "cost": {name: run.record()["summary"]["cost"] for name, run in runs.items()},
     }
-    costs = [[label, *(f"{of[key] / unit:{form}}" for of in cost.values())] for label, key, unit, form in COSTS]
+    costs = [
+        [label, *(f"{of[k] / unit:{form}}" for of in comparison["cost"].values())] for label, k, unit, form in COSTS
+    ]
     files = {"comparison.json": comparison, "report.html": comparison_page(comparison, costs)}
     folder = outputs_folder() / "comparisons" / "-".join(names)
     return write_report(folder, files, comparison["sentence"], show_tables(comparison, costs))
 
 
-def read_evaluation(run: Run) -> dict[str, Any]:
-    file = run.folder / "eval" / "results.json"
-    if not file.is_file():
-        raise RecipeError.of("RUNS", f"{run.name!r} is not evaluated", f"run: make eval RUN={run.name}")
-    return read_json(file)
+def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the first run's results, and the metrics to leave out where the tokenizers differ.
 
-
-def require_comparable(results: dict[str, dict[str, Any]], baseline: str) -> None:
-    """Raise RecipeError for runs that answered other questions, or against another base."""
-    first, *others = results
-    for other in others:
-        a, b = results[first]["fingerprint"], results[other]["fingerprint"]
+    Raises RecipeError for runs that answered other questions, or against another base.
+    """
+    found, name = [], runs[0].name
+    for run in runs:
+        file = run.folder / "eval" / "results.json"
+        if not file.is_file():
+            raise RecipeError.of("RUNS", f"{run.name!r} is not evaluated", f"run: make eval RUN={run.name}")
+        found.append(read_json(file))
+        a, b = (each["fingerprint"] for each in (found[0], found[-1]))
         if a != b:
-            what = f"{first} ({a[:16]}) and {other} ({b[:16]}) were not asked the same rows with the same decoding"
+            what = f"{name} ({a[:16]}) and {run.name} ({b[:16]}) were not asked the same rows with the same decoding"
             raise RecipeError.of("RUNS", what, "evaluate both with equal ROWS, data and max_new_tokens")
-        if baseline == "base" and results[first]["base"] != results[other]["base"]:
-            what = f"{first} and {other} have different base models"
-            raise RecipeError.of("BASELINE", what, f"name a run: BASELINE={first}")
+        if baseline == "base" and found[0]["base"] != found[-1]["base"]:
+            what = f"{name} and {run.name} have different base models"
+            raise RecipeError.of("BASELINE", what, f"name a run: BASELINE={name}")
+    one_tokenizer = all(each["tokenizer"] == found[0]["tokenizer"] for each in found)
+    # A token is something else to another tokenizer
+    return found[0], [m.name for m in METRICS if m.denominator == "tokens" and not one_tokenizer]
 
 
-def pair(rows: Rows, others: Rows, baseline: str) -> dict[str, dict[str, Any]]:
-    """Return the tuned answers of `rows` compared with those of `others`, or with the base's there."""
-    against = [line["base" if baseline == "base" else "tuned"] for line in others]
-    return compare_scores(against, [line["tuned"] for line in rows], [line["group"] for line in rows])
+def pair(rows: Rows, others: Rows, which: str = "tuned") -> dict[str, dict[str, Any]]:
+    """Return the tuned answers of `rows` compared with those of `others`."""
+    groups = [line["group"] for line in rows]
+    return compare_scores([line[which] for line in others], [line["tuned"] for line in rows], groups)
 
 
-def verdict(rows: dict[str, Rows], metrics: dict[str, Any], primary: str, baseline: str) -> str:
+def verdict(rows: dict[str, Rows], compared: dict[str, Any], baseline: str) -> str:
     """Return the winner by the likelihood of the reference answers, or that the data cannot tell."""
-    of_baseline = next(iter(metrics.values()))[primary]["baseline"]
-    values = {name: metrics[name][primary]["value"] if name in metrics else of_baseline for name in rows}
-    best, second, *_ = sorted(values, key=lambda name: values[name])
-    found = pair(rows[best], rows[second], second)[primary]
-    unit = "nats a token" if primary == "nll" else "bits a byte"
+    key, unit = ("nll", "nats a token") if "nll" in next(iter(compared.values())) else ("bits_per_byte", "bits a byte")
+    best, second, *_ = sorted(rows, key=lambda name: compared[name][key]["value"])
+    found, against = pair(rows[best], rows[second])[key], compared[best][key]
     by = f"{found['difference']:+.4f} {unit} (95 %: {interval_text(found)})"
     text = f"The data cannot tell {best} from {second}: {by}"
     if found["verdict"] == "better":
         text = f"{best} predicts the reference answers best, {by} against {second}"
-    if best in metrics:
-        found = metrics[best][primary]
-        text += f"; {found['difference']:+.4f} (95 %: {interval_text(found)}) against {baseline}, {found['verdict']}"
+    if best != baseline:
+        text += (
+            f"; {against['difference']:+.4f} (95 %: {interval_text(against)}) against {baseline}, {against['verdict']}"
+        )
     return text + f". {len(rows[best])} questions."
 
 
 def recipe_differences(runs: dict[str, Run]) -> list[list[str]]:
     """Return [key, value in each run…] of the recipe keys that differ, without those that only name a run in W&B."""
     leaves = [dict(flattened(load_recipe(str(run.recipe)).as_dict())) for run in runs.values()]
-    keys = dict.fromkeys(key for found in leaves for key in found if not key.startswith("tracking"))
-    values = {key: [found.get(key, ABSENT) for found in leaves] for key in keys}
-    table = [
-        [key, *(json.dumps(v) if not isinstance(v, str) and v is not ABSENT else str(v) for v in found)]
-        for key, found in values.items()
-    ]
-    return [row for row in table if len(set(row[1:])) > 1]
+    table = []
+    for key in dict.fromkeys(key for found in leaves for key in found if not key.startswith("tracking")):
+        values = [found.get(key, ABSENT) for found in leaves]
+        cells = [str(v) if v is ABSENT or isinstance(v, str) else json.dumps(v) for v in values]
+        if len(set(cells)) > 1:
+            table.append([key, *cells])
+    return table
 
 
 def read_curves(run: Run) -> dict[str, list[list[float]]]:

@@ -16,12 +16,7 @@ from matplotlib.figure import Figure
 BASE, TUNED, PLAIN = "#0072b2", "#d55e00", "#57606a"
 COLOURS = (BASE, TUNED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 # The hash's salt makes the same input the same bytes
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "medibot",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "legend.frameon": False,
-}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "medibot", "svg.fonttype": "none", "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 # Rows of each kind that the page shows whole
 SHOWN = 5
@@ -123,7 +118,7 @@ def plot_intervals(
         axes.axvline(0, color=PLAIN, linewidth=1)
         axes.set_xlabel(label)
         if minutes:
-            axes.set(ylim=(0, None), ylabel="training steps (minutes)")
+            axes.set(ylim=(0, 1.2 * max(minutes)), ylabel="training steps (minutes)")
         else:
             axes.set_yticks(range(len(found)), [name for name, _ in found])
             axes.set_ylim(len(found) - 0.5, -0.5)
