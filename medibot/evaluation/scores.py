@@ -2,22 +2,22 @@
 
 import contextlib
 import gc
-import hashlib
 import importlib.metadata
 import json
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from functools import cache
 from typing import Any
 
 import torch
 from filelock import FileLock
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from medibot.data.prepared import cache_folder
+from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
 from medibot.evaluation.questions import Questions
 from medibot.model.generation import generate_answers
@@ -55,10 +55,38 @@ def model_loader(recipe: Recipe, run: Run, dtype: torch.dtype) -> Loader:
 
 
 def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> Rows:
-    """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done.
+    """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done."""
+    folder, name = Run(cache_folder().with_name("scores")), scores_name(which, recipe, run, questions, precision)
+    folder.folder.mkdir(parents=True, exist_ok=True)
+    batches = make_batches(questions, batch_size(recipe))
+    with FileLock(folder.folder / f"{name}.lock"):
+        file = folder.folder / f"{name}.jsonl"
+        done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
+        # A line that a killed evaluation never finished must not be continued
+        lines = [json.dumps({"batch": b, "scores": s}, ensure_ascii=False) for b, s in done.items()]
+        folder.write(file.name, "\n".join(lines))
+        if done:
+            print(f"{which}: {len(done)} of {len(batches)} batches are known already")
+        left = [batch for batch in batches if batch not in done]
+        # A bar on a terminal; elsewhere a line now and then
+        with (
+            load(which) if left else contextlib.nullcontext() as model,
+            Progress(disable=not sys.stdout.isatty()) as bar,
+        ):
+            for batch in bar.track(left, len(batches), len(done), description=which):
+                done[batch] = score_batch(model, batch, recipe, questions)
+                folder.append(file, {"batch": batch, "scores": done[batch]})
+                if bar.disable and len(done) % max(1, len(batches) // 10) == 0:
+                    print(f"{which}: {len(done)} of {len(batches)} batches", flush=True)
+    rows: Rows = [{} for _ in questions.rows]
+    for batch in batches:
+        for place, found in zip(batch[1:], done[batch], strict=True):
+            rows[place] |= found
+    return rows
 
-    The file's name is a sha256 of all that decides the scores, the tuned weights only where they are asked.
-    """
+
+def scores_name(which: str, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> str:
+    """Return a sha256 of all that decides the scores, the tuned weights only where they are asked."""
     adapter = sorted(run.weights.glob("*.safetensors")) if which == "tuned" else []
     decisive = [
         questions.fingerprint,
@@ -72,58 +100,7 @@ def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Qu
         [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
         {file.name: hash_file(file) for file in adapter},
     ]
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
-
-    def score(model: PreTrainedModel, batch: Batch) -> Rows:
-        kind, *places = batch
-        if kind == "likelihood":
-            return likelihood(model, questions.tokens.select(places).to_list())
-        prompts = [questions.rows[place]["prompt"] for place in places]
-        answers = generate_answers(
-            model, questions.tokenizer, prompts, questions.config, template_kwargs(recipe), len(prompts)
-        )
-        return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
-
-    batches = make_batches(questions, batch_size(recipe))
-    done = complete(which, key[:32], batches, load, score)
-    rows: Rows = [{} for _ in questions.rows]
-    for batch in batches:
-        for place, found in zip(batch[1:], done[batch], strict=True):
-            rows[place] |= found
-    return rows
-
-
-def complete(
-    which: str, key: str, batches: list[Batch], load: Loader, score: Callable[[PreTrainedModel, Batch], Rows]
-) -> dict[Batch, Rows]:
-    """Return the scores of all batches: those kept under `key`, and the others by `score`, kept one by one."""
-    folder = Run(cache_folder().with_name("scores"))
-    folder.folder.mkdir(parents=True, exist_ok=True)
-    file = folder.folder / f"{key}.jsonl"
-    with FileLock(file.with_suffix(".lock")):
-        done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
-        # A line that a killed evaluation never finished must not be continued
-        lines = [json.dumps({"batch": b, "scores": s}, ensure_ascii=False) for b, s in done.items()]
-        folder.write(file.name, "\n".join(lines))
-        left = [batch for batch in batches if batch not in done]
-        if len(left) < len(batches):
-            print(f"{which}: {len(batches) - len(left)} of {len(batches)} batches are known already")
-        if left:
-            with load(which) as model:
-                for batch in show_progress(which, left, len(batches)):
-                    done[batch] = score(model, batch)
-                    folder.append(file, {"batch": batch, "scores": done[batch]})
-    return done
-
-
-def show_progress(which: str, left: list[Batch], total: int) -> Iterator[Batch]:
-    """Yield the batches with a bar on a terminal, and with a line now and then elsewhere."""
-    bar_columns = (which, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*bar_columns, disable=not sys.stdout.isatty()) as bar:
-        for done, batch in enumerate(bar.track(left), start=total - len(left) + 1):
-            yield batch
-            if bar.disable and (total - done) % max(1, total // 10) == 0:
-                print(f"{which}: {done} of {total} batches", flush=True)
+    return sha256(json.dumps(decisive, sort_keys=True, default=str))[:32]
 
 
 def batch_size(recipe: Recipe) -> int:
@@ -133,17 +110,27 @@ def batch_size(recipe: Recipe) -> int:
 
 def make_batches(questions: Questions, most: int) -> list[Batch]:
     """Return batches of rows of like length, the longest first, so that memory fails early."""
-    lengths = [len(row["input_ids"]) for row in questions.tokens]
+    texts = [len(row["input_ids"]) for row in questions.tokens]
     prompts = [sum(label == -100 for label in row["labels"]) for row in questions.tokens]
-    work: list[Batch] = []
-    # Sorting is stable: rows of one length stay in order
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    while order:
-        size = max(1, min(most, TOKENS_A_BATCH // lengths[order[0]]))
-        work.append(("likelihood", *order[:size]))
-        order = order[size:]
-    order = sorted(range(len(lengths)), key=lambda place: -prompts[place])
-    return work + [("answer", *order[start : start + most]) for start in range(0, len(order), most)]
+    batches: list[Batch] = []
+    for kind, lengths in (("likelihood", texts), ("answer", prompts)):
+        # Sorting is stable: rows of one length stay in order
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        while order:
+            size = max(1, min(most, TOKENS_A_BATCH // lengths[order[0]])) if kind == "likelihood" else most
+            batches.append((kind, *order[:size]))
+            order = order[size:]
+    return batches
+
+
+def score_batch(model: PreTrainedModel, batch: Batch, recipe: Recipe, questions: Questions) -> Rows:
+    """Return the scores of the rows of a batch."""
+    kind, *places = batch
+    if kind == "likelihood":
+        return likelihood(model, questions.tokens.select(places).to_list())
+    prompts, template = [questions.rows[place]["prompt"] for place in places], template_kwargs(recipe)
+    answers = generate_answers(model, questions.tokenizer, prompts, questions.config, template, len(prompts))
+    return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
 
 
 @torch.inference_mode()
@@ -159,7 +146,8 @@ def likelihood(model: PreTrainedModel, rows: Rows) -> Rows:
         predicted, labels = every[: len(labels)][kept].float(), labels[kept]
         nll = torch.nn.functional.cross_entropy(predicted, labels, reduction="sum").item()
         if not math.isfinite(nll):
-            what = f"the likelihood of an answer is {nll}"
-            raise RecipeError.of("eval", what, "the weights are damaged: train again")
+            raise RecipeError.of(
+                "eval", f"the likelihood of an answer is {nll}", "the weights are damaged: train again"
+            )
         scores.append({"nll": nll, "tokens": len(labels), "correct": int((predicted.argmax(-1) == labels).sum())})
     return scores
