@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from medibot import tracking
 from medibot.errors import RecipeError, one_line
 from medibot.evaluation.metrics import ACCURACY
-from medibot.evaluation.report import Report, make_table, write_report
+from medibot.evaluation.report import Report, difference_table, write_report
 from medibot.evaluation.scores import Rows, batch_size, model_loader
 from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import silence_upstream
@@ -37,28 +37,18 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
         silence_upstream()
         rows = ask_both(run, recipe, precision, managers, limit)
         compared = {task: compare_rows([row for row in rows if row["task"] == task]) for task in managers}
-        together = compare_rows(rows)
-        results: dict[str, Any] = {
-            "run": name,
-            "limit": limit,
-            "precision": precision.name,
-            "seed": SEED,
-            "resamples": RESAMPLES,
-        }
-        results |= {"tasks": compared, "all": together, "verdict": verdict(name, together)}
-        table = []
-        for task, found in (compared | {"all": together}).items():
-            figures = [f"{found['baseline']:.3f}", f"{found['value']:.3f}", f"{found['difference']:+.3f}"]
-            table.append([task, str(found["rows"]), *figures, interval_text(found, 3), found["verdict"]])
-        header = ["task", "questions", "base", "tuned", "difference", "95 % interval", "verdict"]
+        parts = compared | {"all": compare_rows(rows)}
+        results: dict[str, Any] = {"run": name, "limit": limit, "precision": precision.name}
+        results |= {"seed": SEED, "resamples": RESAMPLES, "tasks": compared, "all": parts["all"]}
+        results["verdict"] = verdict(name, parts["all"])
         quick = [f"A quick look: at most {limit} questions of each task."] if limit else []
+        lines = [([task, str(found["rows"])], found) for task, found in parts.items()]
+        shown = [*quick, difference_table(["task", "questions"], lines, 3)]
         files = {"results.json": results, "rows.jsonl": rows}
-        shown = [*quick, make_table(header, table)]
         report = write_report(run.folder / "benchmark", files, results["verdict"], shown)
         config = {"recipe": recipe.as_dict(), "run": name, "run_fingerprint": run.record()["fingerprint"]}
         with tracking.tracked(recipe, run, config, True, job_type="benchmark") as mirrored:
-            found = compared | {"all": together}
-            mirrored.summary({f"benchmark/{task}/{key}": v for task, part in found.items() for key, v in part.items()})
+            mirrored.summary({f"benchmark/{task}/{key}": v for task, part in parts.items() for key, v in part.items()})
     return report
 
 
@@ -72,10 +62,9 @@ def task_managers(tasks: list[str]) -> dict[str, Any]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ours = TaskManager(include_path=str(find_file(TASKS)), include_defaults=False)
     others = TaskManager() if set(tasks) - set(ours.all_tasks) else ours
-    for task in tasks:
-        if task not in {*ours.all_tasks, *others.all_tasks}:
-            what = f"neither {TASKS} nor lm-eval has a task {task!r}"
-            raise RecipeError.of("TASKS", what, f"there are: {', '.join(sorted(ours.all_tasks))}, and lm-eval's own")
+    for task in set(tasks).difference(ours.all_tasks, others.all_tasks):
+        what = f"neither {TASKS} nor lm-eval has a task {task!r}"
+        raise RecipeError.of("TASKS", what, f"there are: {', '.join(sorted(ours.all_tasks))}, and lm-eval's own")
     return {task: ours if task in ours.all_tasks else others for task in tasks}
 
 

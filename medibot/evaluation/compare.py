@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from medibot.errors import RecipeError
-from medibot.evaluation.metrics import METRICS
+from medibot.evaluation.metrics import METRICS, Metric
 from medibot.evaluation.page import comparison_page
 from medibot.evaluation.report import Report, make_table, quick_look, write_report
 from medibot.evaluation.scores import Rows
@@ -34,18 +34,17 @@ def compare(names: list[str], baseline: str = "base") -> Report:
     if baseline not in {"base", *names}:
         raise RecipeError.of("BASELINE", f"{baseline!r} is none of the runs", f"choose base or {', '.join(names)}")
     runs = {name: find_finished_run(name) for name in names}
-    first, left_out = read_comparable(list(runs.values()), baseline)
+    first, asked = read_comparable(list(runs.values()), baseline)
     rows = {name: read_lines(run.folder / "eval" / "rows.jsonl") for name, run in runs.items()}
-    compared = {}
-    for name in names:
-        found = pair(rows[name], rows[name], "base") if baseline == "base" else pair(rows[name], rows[baseline])
-        compared[name] = {key: metric for key, metric in found.items() if key not in left_out}
+    which = "base" if baseline == "base" else "tuned"
+    against = rows if baseline == "base" else dict.fromkeys(names, rows[baseline])
+    compared = {name: pair(rows[name], against[name], asked, which) for name in names}
     comparison = {
         "baseline": baseline,
         "runs": names,
-        "sentence": verdict(rows, compared, baseline),
+        "sentence": verdict(rows, compared, baseline, asked),
         **{key: first[key] for key in ("fingerprint", "rows", "of", "groups")},
-        "left_out": left_out,
+        "left_out": [metric.name for metric in METRICS if metric not in asked],
         "differences": recipe_differences(runs),
         "metrics": {name: metrics for name, metrics in compared.items() if name != baseline},
         "curves": {name: read_curves(run) for name, run in runs.items()},
@@ -59,11 +58,8 @@ def compare(names: list[str], baseline: str = "base") -> Report:
     return write_report(folder, files, comparison["sentence"], show_tables(comparison, costs))
 
 
-def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the first run's results, and the metrics to leave out where the tokenizers differ.
-
-    Raises RecipeError for runs that answered other questions, or against another base.
-    """
+def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], list[Metric]]:
+    """Return the first run's results, and the metrics that all share; refuse other questions, or another base."""
     found, name = [], runs[0].name
     for run in runs:
         file = run.folder / "eval" / "results.json"
@@ -79,20 +75,20 @@ def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], lis
             raise RecipeError.of("BASELINE", what, f"name a run: BASELINE={name}")
     one_tokenizer = all(each["tokenizer"] == found[0]["tokenizer"] for each in found)
     # A token is something else to another tokenizer
-    return found[0], [m.name for m in METRICS if m.denominator == "tokens" and not one_tokenizer]
+    return found[0], [metric for metric in METRICS if one_tokenizer or metric.denominator != "tokens"]
 
 
-def pair(rows: Rows, others: Rows, which: str = "tuned") -> dict[str, dict[str, Any]]:
+def pair(rows: Rows, others: Rows, asked: list[Metric], which: str = "tuned") -> dict[str, dict[str, Any]]:
     """Return the tuned answers of `rows` compared with those of `others`."""
-    groups = [line["group"] for line in rows]
-    return compare_scores([line[which] for line in others], [line["tuned"] for line in rows], groups)
+    a, b, groups = [line[which] for line in others], [line["tuned"] for line in rows], [line["group"] for line in rows]
+    return compare_scores(a, b, groups, asked)
 
 
-def verdict(rows: dict[str, Rows], compared: dict[str, Any], baseline: str) -> str:
+def verdict(rows: dict[str, Rows], compared: dict[str, Any], baseline: str, asked: list[Metric]) -> str:
     """Return the winner by the likelihood of the reference answers, or that the data cannot tell."""
-    key, unit = ("nll", "nats a token") if "nll" in next(iter(compared.values())) else ("bits_per_byte", "bits a byte")
+    key, unit = ("nll", "nats a token") if METRICS[0] in asked else ("bits_per_byte", "bits a byte")
     best, second, *_ = sorted(rows, key=lambda name: compared[name][key]["value"])
-    found, against = pair(rows[best], rows[second])[key], compared[best][key]
+    found, against = pair(rows[best], rows[second], asked)[key], compared[best][key]
     by = f"{found['difference']:+.4f} {unit} (95 %: {interval_text(found)})"
     text = f"The data cannot tell {best} from {second}: {by}"
     if found["verdict"] == "better":

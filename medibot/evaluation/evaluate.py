@@ -13,10 +13,10 @@ from medibot.data.conversations import COLUMNS
 from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
-from medibot.evaluation.metrics import definitions, score_answer
+from medibot.evaluation.metrics import METRICS, score_answer
 from medibot.evaluation.page import evaluation_page
 from medibot.evaluation.questions import Questions, choose_questions, held_out_file, question, reference
-from medibot.evaluation.report import Report, make_table, quick_look, write_report
+from medibot.evaluation.report import Report, difference_table, quick_look, write_report
 from medibot.evaluation.scores import Rows, model_loader, score_rows
 from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
@@ -39,12 +39,10 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
         if prepared.split["fingerprint"] != read_json(run.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"
             raise RecipeError.of(f"outputs/{name}", "the data is not what the run was split from", remedy)
-        if data is None:
-            described = f"test split of {recipe.data.path}"
-            questions = choose_questions(tokenizer, config, prepared.load("test"), rows, described)
-        else:
-            found, train = held_out_file(run, data, tokenizer), prepared.load("train")
-            questions = choose_questions(tokenizer, config, found, rows, data.name, train)
+        found, train, described = prepared.load("test"), None, f"test split of {recipe.data.path}"
+        if data is not None:
+            found, train, described = held_out_file(run, data, tokenizer), prepared.load("train"), data.name
+        questions = choose_questions(tokenizer, config, found, rows, described, train)
         for row in questions.known:
             print(f"warning: row {row} of {questions.described} is in the training split")
         load, scored, seconds = model_loader(recipe, run, prepared.precision.dtype), {}, {}
@@ -55,21 +53,10 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
         lines = join_scores(questions, scored)
         results = summarize(recipe, run, questions, lines)
         results |= {"precision": prepared.precision.name, "seconds": seconds}
-        header = ["metric", "base", "tuned", "difference", "95 % interval", "verdict"]
-        table = [
-            [
-                m["label"],
-                f"{m['baseline']:.4f}",
-                f"{m['value']:.4f}",
-                f"{m['difference']:+.4f}",
-                interval_text(m),
-                m["verdict"],
-            ]
-            for m in results["metrics"].values()
-        ]
+        table = difference_table(["metric"], [([m["label"]], m) for m in results["metrics"].values()])
         files = {"results.json": results, "rows.jsonl": lines, "report.html": evaluation_page(results, lines)}
         folder = run.folder / ("eval" if data is None else f"eval-{data.stem}")
-        report = write_report(folder, files, results["verdict"], [*quick_look(results), make_table(header, table)])
+        report = write_report(folder, files, results["verdict"], [*quick_look(results), table])
         mirror(recipe, run, report, lines)
     return report
 
@@ -77,30 +64,28 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
 def join_scores(questions: Questions, scored: dict[str, Rows]) -> Rows:
     """Return one line for each row: source columns, question, reference, and the scores of base and tuned."""
     lines = []
-    for row, *found in zip(questions.rows, scored["base"], scored["tuned"], strict=True):
+    for place, row in enumerate(questions.rows):
         expected = reference(row)
         line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
         line |= {"question": question(row), "reference": expected}
-        for which, score in zip(("base", "tuned"), found, strict=True):
-            size = {"bits": score["nll"] / math.log(2), "bytes": len(expected.encode())}
-            line[which] = score | size | score_answer(score["text"], expected)
+        for which, scores in scored.items():
+            size = {"bits": scores[place]["nll"] / math.log(2), "bytes": len(expected.encode())}
+            line[which] = scores[place] | size | score_answer(scores[place]["text"], expected)
         lines.append(line)
     return lines
 
 
 def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> dict[str, Any]:
     """Return the content of results.json; only runs with equal `fingerprint`, of rows and decoding, are compared."""
-    config = questions.config
+    config, by = questions.config, {}
     decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample} | recipe.evaluation.generate
-    whole, by = compare_lines(lines), {}
+    whole = compare_lines(lines)
     for column in recipe.evaluation.by:
-        if column in lines[0]:
-            parts: dict[str, Rows] = {}
-            for line in lines:
-                parts.setdefault(str(line[column]), []).append(line)
-            by[column] = {value: compare_lines(parts[value]) for value in sorted(parts)}
-        else:
+        if column not in lines[0]:
             print(f"warning: no column {column!r} to break the results down by")
+            continue
+        parts = sorted({str(line[column]) for line in lines})
+        by[column] = {part: compare_lines([line for line in lines if str(line[column]) == part]) for part in parts}
     return {
         "run": run.name,
         "verdict": verdict(run.name, **whole),
@@ -124,8 +109,9 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
 def compare_lines(lines: Rows) -> dict[str, Any]:
     """Return how many rows there are, of how many groups of the split, and base against tuned on each metric."""
     base, tuned, group = ([line[key] for line in lines] for key in ("base", "tuned", "group"))
-    compared, defined = compare_scores(base, tuned, group), definitions()
-    metrics = {name: found | {"definition": defined[name]} for name, found in compared.items()}
+    metrics = compare_scores(base, tuned, group)
+    for metric in METRICS:
+        metrics[metric.name]["definition"] = metric.definition
     return {"rows": len(lines), "groups": len(set(group)), "metrics": metrics}
 
 

@@ -20,12 +20,13 @@ UNITS = {
     "millimoles?|mmol": "mmol",
     "percent|per cent|%": "%",
 }
-NUMBER = re.compile(r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![.,]?\d)")
-LIST_MARKER = re.compile(r"^\s*\d+[.)](?=\s)", re.MULTILINE)
-UNIT = re.compile(
-    rf"[\s-]?({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])", re.IGNORECASE
-)
+WRITTEN = r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![.,]?\d)"
+NUMBER, LIST_MARKER = re.compile(WRITTEN), re.compile(r"^\s*\d+[.)](?=\s)", re.MULTILINE)
+UNIT = rf"({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])"
+DOSE = re.compile(rf"({WRITTEN})[\s-]?{UNIT}", re.IGNORECASE)
 ROUGE_L, CHRF = RougeScorer(["rougeL"]), ChrF(word_order=2)
+# Its signature counts references, which it knows only after a first score
+CHRF.corpus_score(["a"], [["a"]])
 Row = Mapping[str, Any]
 
 
@@ -58,7 +59,8 @@ METRICS = (
     Metric("rouge_l", "ROUGE-L", "rouge_l", None, "higher",
            "F1 of the longest common subsequence of answer and reference over lower-cased [a-z0-9]+ words, no stemming; "
            "mean over rows (Lin 2004)."),
-    Metric("chrf", "chrF++", "chrf", None, "higher", "Sentence-level chrF++, mean over rows (Popović 2017)"),
+    Metric("chrf", "chrF++", "chrf", None, "higher",
+           f"Sentence-level chrF++, mean over rows (Popović 2017) [{CHRF.get_signature()}]."),
     Metric("length_ratio", "length ratio (best at 1)", "answer_words", "reference_words", "lower",
            "Words of all answers by words of all references; compared by |log ratio|, the distance from 1.",
            "log_distance"),
@@ -71,17 +73,8 @@ METRICS = (
     Metric("foreign_doses", "doses not in the reference", "foreign_doses", None, "lower",
            "Different quantities with a unit (5 mg, 20 %) of an answer that its reference lacks, mean over rows."),
 )
-ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher",
-                  "Share of questions whose most likely option is the right one.")
+ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher", "Share of questions answered rightly.")
 # fmt: on
-
-
-def definitions() -> dict[str, str]:
-    """Return what each metric is, by name; chrF++ with sacrebleu's signature."""
-    # The signature counts references, which it knows only after a first score
-    CHRF.corpus_score(["a"], [["a"]])
-    found = {metric.name: metric.definition for metric in METRICS}
-    return found | {"chrf": f"{found['chrf']} [{CHRF.get_signature()}]."}
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
@@ -104,20 +97,15 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def as_number(found: re.Match[str]) -> float:
-    return float(found.group().replace(",", ""))
-
-
 def numbers(text: str) -> set[float]:
     """Return the different numbers of a text, as values."""
-    return set(map(as_number, NUMBER.finditer(LIST_MARKER.sub("", text))))
+    return {float(number.replace(",", "")) for number in NUMBER.findall(LIST_MARKER.sub("", text))}
 
 
 def doses(text: str) -> set[tuple[float, str]]:
     """Return the different (number, unit) pairs of a text, spelled-out units under their symbols."""
     found = set()
-    for number in NUMBER.finditer(text):
-        if unit := UNIT.match(text, number.end()):
-            symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit[1], re.IGNORECASE))
-            found.add((as_number(number), f"{symbol}/{unit[2].lower()}" if unit[2] else symbol))
+    for number, unit, per in DOSE.findall(text):
+        symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit, re.IGNORECASE))
+        found.add((float(number.replace(",", "")), f"{symbol}/{per.lower()}" if per else symbol))
     return found

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from medibot.evaluation.statistics import interval_text
 from medibot.run import Run
 
 
@@ -43,6 +44,19 @@ def make_table(header: list[str], rows: list[list[str]], title: str | None = Non
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def difference_table(header: list[str], rows: list[tuple[list[str], dict[str, Any]]], digits: int = 4) -> Table:
+    """Return a table of base against tuned: the first cells of each row, and its figures."""
+    cells = []
+    for first, found in rows:
+        figures = [
+            f"{found['baseline']:.{digits}f}",
+            f"{found['value']:.{digits}f}",
+            f"{found['difference']:+.{digits}f}",
+        ]
+        cells.append([*first, *figures, interval_text(found, digits), found["verdict"]])
+    return make_table([*header, "base", "tuned", "difference", "95 % interval", "verdict"], cells)
 
 
 def quick_look(results: dict[str, Any]) -> list[str]:

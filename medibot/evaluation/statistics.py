@@ -1,5 +1,6 @@
 """Compare the scores of two models on the same rows, with intervals."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,20 +29,24 @@ def compare_scores(
     # Numerator and denominator of a, then of b
     sums = np.zeros((len(names), len(metrics), 4))
     for index, metric in enumerate(metrics):
-        numerators, below = ([row[metric.numerator] for row in rows] for rows in (a, b)), metric.denominator
-        denominators = ([row[below] if below else 1 for row in rows] for rows in (a, b))
-        for part, column in zip((0, 2, 1, 3), (*numerators, *denominators), strict=True):
+        for part, (rows, key) in enumerate(itertools.product((a, b), (metric.numerator, metric.denominator))):
+            column = [row[key] if key else 1 for row in rows]
             sums[:, index, part] = np.bincount(member, weights=column, minlength=len(names))
     whole, drawn = sums.sum(axis=0), resample(sums) if len(names) > 1 else None
     results = {}
     for index, metric in enumerate(metrics):
-        low = high = None
+        low, high, verdict = None, None, "no evidence"
         if drawn is not None:
             low, high = np.quantile(difference(metric, drawn[:, index]), tails(len(names))).tolist()
+            if not low <= 0.0 <= high:
+                verdict = "better" if (high < 0.0) == (metric.better == "lower") else "worse"
         of_a, of_b = (float(value(metric, *whole[index, at : at + 2])) for at in (0, 2))
-        figures = (of_a, of_b, float(difference(metric, whole[index])), low, high, verdict(metric, low, high))
-        described = {"label": metric.label, "better": metric.better}
-        results[metric.name] = described | dict(zip(FIGURES, figures, strict=True))
+        figures = (of_a, of_b, float(difference(metric, whole[index])), low, high, verdict)
+        results[metric.name] = {
+            "label": metric.label,
+            "better": metric.better,
+            **dict(zip(FIGURES, figures, strict=True)),
+        }
     return results
 
 
@@ -57,12 +62,6 @@ def difference(metric: Metric, sums: np.ndarray) -> np.ndarray:
     """Return what b has more than a, from the four sums in the last axis."""
     a, b = (value(metric, sums[..., at], sums[..., at + 1]) for at in (0, 2))
     return np.abs(np.log(b)) - np.abs(np.log(a)) if metric.scale == "log_distance" else b - a
-
-
-def verdict(metric: Metric, low: float | None, high: float | None) -> str:
-    if low is None or high is None or low <= 0.0 <= high:
-        return "no evidence"
-    return "better" if (high < 0.0) == (metric.better == "lower") else "worse"
 
 
 def resample(sums: np.ndarray) -> np.ndarray:

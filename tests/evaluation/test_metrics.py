@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import sentence_chrf
 
 from medibot.evaluation import statistics
-from medibot.evaluation.metrics import METRICS, definitions, doses, numbers, repetition, score_answer
+from medibot.evaluation.metrics import METRICS, doses, numbers, repetition, score_answer
 from medibot.evaluation.statistics import compare_scores, tails
 
 
@@ -40,7 +40,8 @@ def test_rouge_l_of_real_sentences_is_that_of_rouge_score():
 def test_chrf_is_that_of_sacrebleu_and_is_named_by_its_signature():
     a, b = "the blood carries oxygen", "blood carries too little oxygen"
     assert score_answer(a, b)["chrf"] == pytest.approx(sentence_chrf(a, [b], word_order=2).score)
-    assert "nw:2" in definitions()["chrf"] and "version:" in definitions()["chrf"]
+    (definition,) = (metric.definition for metric in METRICS if metric.name == "chrf")
+    assert "nw:2" in definition and "version:" in definition
 
 
 @pytest.mark.parametrize(
