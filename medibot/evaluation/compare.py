@@ -25,10 +25,7 @@ COSTS = (
 
 
 def compare(names: list[str], baseline: str = "base") -> Report:
-    """Compare evaluated runs with each other and with `baseline` ("base", or one of them), and write the result.
-
-    Raises RecipeError for runs that were not asked the same rows with the same decoding.
-    """
+    """Compare runs that were asked the same with each other and with `baseline` ("base", or one of them)."""
     if len(set(names)) != len(names) or len(names) < 2:
         raise RecipeError.of("RUNS", "needs two or more different runs", 'write RUNS="a b"')
     if baseline not in {"base", *names}:
@@ -50,9 +47,8 @@ def compare(names: list[str], baseline: str = "base") -> Report:
         "curves": {name: read_curves(run) for name, run in runs.items()},
         "cost": {name: run.record()["summary"]["cost"] for name, run in runs.items()},
     }
-    costs = [
-        [label, *(f"{of[k] / unit:{form}}" for of in comparison["cost"].values())] for label, k, unit, form in COSTS
-    ]
+    spent = comparison["cost"].values()
+    costs = [[label, *(f"{of[key] / unit:{form}}" for of in spent)] for label, key, unit, form in COSTS]
     files = {"comparison.json": comparison, "report.html": comparison_page(comparison, costs)}
     folder = outputs_folder() / "comparisons" / "-".join(names)
     return write_report(folder, files, comparison["sentence"], show_tables(comparison, costs))
@@ -130,9 +126,8 @@ def show_tables(comparison: dict[str, Any], costs: list[list[str]]) -> list[Any]
     if comparison["differences"]:
         shown.append(make_table(["recipe", *runs], comparison["differences"], "What differs"))
     rows = []
-    for key, metric in next(iter(metrics.values())).items():
-        found = [of_run[key] for of_run in metrics.values()]
+    for found in zip(*(of_run.values() for of_run in metrics.values()), strict=True):
         cells = [f"{m['value']:.4f}\n{m['verdict']} ({interval_text(m)})" for m in found]
-        rows.append([metric["label"], f"{metric['baseline']:.4f}", *cells])
+        rows.append([found[0]["label"], f"{found[0]['baseline']:.4f}", *cells])
     header = ["metric", comparison["baseline"], *metrics]
     return [*shown, make_table(header, rows, "Test metrics"), make_table(["cost", *runs], costs, "Cost")]

@@ -68,10 +68,9 @@ def choose_questions(
     described: str,
     train: Dataset | None = None,
 ) -> Questions:
-    """Return the rows to ask, with labels that are proven to cover each answer and its stop token and nothing else.
+    """Return the rows to ask, chosen by a hash so that everybody asks the same, their labels proven as for training.
 
-    With `train`, rows whose question, or nearly their answer, stands there are named. Fewer than all are chosen by a
-    hash of their text, so that everybody asks the same.
+    With `train`, rows whose question, or nearly their answer, stands there are named.
     """
     if found is None:
         raise RecipeError.of("eval", "the recipe keeps no test split (data.test is 0)", "give DATA=file.jsonl")

@@ -58,9 +58,8 @@ def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Qu
     """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done."""
     folder, name = Run(cache_folder().with_name("scores")), scores_name(which, recipe, run, questions, precision)
     folder.folder.mkdir(parents=True, exist_ok=True)
-    batches = make_batches(questions, batch_size(recipe))
-    with FileLock(folder.folder / f"{name}.lock"):
-        file = folder.folder / f"{name}.jsonl"
+    file, batches = folder.folder / f"{name}.jsonl", make_batches(questions, batch_size(recipe))
+    with FileLock(file.with_suffix(".lock")):
         done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
         # A line that a killed evaluation never finished must not be continued
         lines = [json.dumps({"batch": b, "scores": s}, ensure_ascii=False) for b, s in done.items()]
@@ -69,10 +68,8 @@ def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Qu
             print(f"{which}: {len(done)} of {len(batches)} batches are known already")
         left = [batch for batch in batches if batch not in done]
         # A bar on a terminal; elsewhere a line now and then
-        with (
-            load(which) if left else contextlib.nullcontext() as model,
-            Progress(disable=not sys.stdout.isatty()) as bar,
-        ):
+        bar = Progress(disable=not sys.stdout.isatty())
+        with load(which) if left else contextlib.nullcontext() as model, bar:
             for batch in bar.track(left, len(batches), len(done), description=which):
                 done[batch] = score_batch(model, batch, recipe, questions)
                 folder.append(file, {"batch": batch, "scores": done[batch]})
@@ -146,8 +143,6 @@ def likelihood(model: PreTrainedModel, rows: Rows) -> Rows:
         predicted, labels = every[: len(labels)][kept].float(), labels[kept]
         nll = torch.nn.functional.cross_entropy(predicted, labels, reduction="sum").item()
         if not math.isfinite(nll):
-            raise RecipeError.of(
-                "eval", f"the likelihood of an answer is {nll}", "the weights are damaged: train again"
-            )
+            raise RecipeError.of("eval", f"an answer's likelihood is {nll}", "the weights are damaged: train again")
         scores.append({"nll": nll, "tokens": len(labels), "correct": int((predicted.argmax(-1) == labels).sum())})
     return scores
