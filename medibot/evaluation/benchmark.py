@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from medibot import tracking
 from medibot.errors import RecipeError, one_line
 from medibot.evaluation.metrics import ACCURACY
-from medibot.evaluation.report import DIFFERENCE, Report, difference_cells, make_table, write_report
+from medibot.evaluation.report import Report, difference_table, write_report
 from medibot.evaluation.scores import Rows, batch_size, model_loader
 from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import silence_upstream
@@ -37,20 +37,18 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
         silence_upstream()
         rows = ask_both(run, recipe, precision, managers, limit)
         compared = {task: compare_rows([row for row in rows if row["task"] == task]) for task in managers}
-        together = compare_rows(rows)
+        parts = compared | {"all": compare_rows(rows)}
         results: dict[str, Any] = {"run": name, "limit": limit, "precision": precision.name}
-        results |= {"seed": SEED, "resamples": RESAMPLES}
-        results |= {"tasks": compared, "all": together, "verdict": verdict(name, together)}
-        compared = compared | {"all": together}
-        table = [[task, str(found["rows"]), *difference_cells(found, 3)] for task, found in compared.items()]
+        results |= {"seed": SEED, "resamples": RESAMPLES, "tasks": compared, "all": parts["all"]}
+        results["verdict"] = verdict(name, parts["all"])
         quick = [f"A quick look: at most {limit} questions of each task."] if limit else []
-        shown = [*quick, make_table(["task", "questions", *DIFFERENCE], table)]
+        lines = [([task, str(found["rows"])], found) for task, found in parts.items()]
+        shown = [*quick, difference_table(["task", "questions"], lines, 3)]
         files = {"results.json": results, "rows.jsonl": rows}
         report = write_report(run.folder / "benchmark", files, results["verdict"], shown)
         config = {"recipe": recipe.as_dict(), "run": name, "run_fingerprint": run.record()["fingerprint"]}
         with tracking.tracked(recipe, run, config, True, job_type="benchmark") as mirrored:
-            figures = {f"benchmark/{task}/{key}": v for task, found in compared.items() for key, v in found.items()}
-            mirrored.summary(figures)
+            mirrored.summary({f"benchmark/{task}/{key}": v for task, part in parts.items() for key, v in part.items()})
     return report
 
 
@@ -63,14 +61,11 @@ def task_managers(tasks: list[str]) -> dict[str, Any]:
         raise RecipeError.of("benchmark", "lm-eval is not installed", remedy) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     ours = TaskManager(include_path=str(find_file(TASKS)), include_defaults=False)
-    # Apart from ours: a group of lm-eval's own, such as mmlu, must not find our tasks under its names
     others = TaskManager() if set(tasks) - set(ours.all_tasks) else ours
-    managers = {task: ours if task in ours.all_tasks else others for task in tasks}
-    unknown = [task for task, manager in managers.items() if task not in manager.all_tasks]
-    if unknown:
-        what = f"neither {TASKS} nor lm-eval has a task {unknown[0]!r}"
-        raise RecipeError.of("TASKS", what, f"there are: {', '.join(ours.all_tasks)}, and lm-eval's own")
-    return managers
+    for task in set(tasks).difference(ours.all_tasks, others.all_tasks):
+        what = f"neither {TASKS} nor lm-eval has a task {task!r}"
+        raise RecipeError.of("TASKS", what, f"there are: {', '.join(sorted(ours.all_tasks))}, and lm-eval's own")
+    return {task: ours if task in ours.all_tasks else others for task in tasks}
 
 
 def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str, Any], limit: int | None) -> Rows:

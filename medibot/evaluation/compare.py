@@ -1,10 +1,10 @@
 """Compare evaluated runs side by side: what differs in their recipes, curves, test metrics with paired intervals, cost."""
 
-import itertools
 import json
 from typing import Any
 
 from medibot.errors import RecipeError
+from medibot.evaluation.metrics import METRICS, Metric
 from medibot.evaluation.page import comparison_page
 from medibot.evaluation.report import Report, make_table, quick_look, write_report
 from medibot.evaluation.scores import Rows
@@ -12,8 +12,6 @@ from medibot.evaluation.statistics import compare_scores, interval_text
 from medibot.recipe import ABSENT, flattened, load_recipe
 from medibot.run import Run, find_finished_run, outputs_folder, read_json, read_lines
 
-# A token is something else to another tokenizer
-BY_TOKEN = ["nll", "perplexity", "token_accuracy"]
 # What a training took: (label, key, unit, format)
 COSTS = (
     ("supervised tokens", "supervised_tokens", 1, ",.0f"),
@@ -27,91 +25,82 @@ COSTS = (
 
 
 def compare(names: list[str], baseline: str = "base") -> Report:
-    """Compare evaluated runs with each other and with `baseline` ("base", or one of them), and write the result.
-
-    Raises RecipeError for runs that were not asked the same rows with the same decoding.
-    """
+    """Compare runs that were asked the same with each other and with `baseline` ("base", or one of them)."""
     if len(set(names)) != len(names) or len(names) < 2:
         raise RecipeError.of("RUNS", "needs two or more different runs", 'write RUNS="a b"')
     if baseline not in {"base", *names}:
         raise RecipeError.of("BASELINE", f"{baseline!r} is none of the runs", f"choose base or {', '.join(names)}")
     runs = {name: find_finished_run(name) for name in names}
-    results = {name: read_evaluation(run) for name, run in runs.items()}
-    require_comparable(results, baseline)
+    first, asked = read_comparable(list(runs.values()), baseline)
     rows = {name: read_lines(run.folder / "eval" / "rows.jsonl") for name, run in runs.items()}
-    first = results[names[0]]
-    left_out = BY_TOKEN if any(found["tokenizer"] != first["tokenizer"] for found in results.values()) else []
-    metrics = {name: pair(rows, name, baseline) for name in names if name != baseline}
-    for left, found in itertools.product(left_out, metrics.values()):
-        del found[left]
-    cost = {name: run.record()["summary"]["cost"] for name, run in runs.items()}
+    which = "base" if baseline == "base" else "tuned"
+    against = rows if baseline == "base" else dict.fromkeys(names, rows[baseline])
+    compared = {name: pair(rows[name], against[name], asked, which) for name in names}
     comparison = {
         "baseline": baseline,
         "runs": names,
-        "sentence": verdict(rows, metrics, "bits_per_byte" if left_out else "nll", baseline),
+        "sentence": verdict(rows, compared, baseline, asked),
         **{key: first[key] for key in ("fingerprint", "rows", "of", "groups")},
-        "left_out": left_out,
+        "left_out": [metric.name for metric in METRICS if metric not in asked],
         "differences": recipe_differences(runs),
-        "metrics": metrics,
+        "metrics": {name: metrics for name, metrics in compared.items() if name != baseline},
         "curves": {name: read_curves(run) for name, run in runs.items()},
-        "cost": cost,
+        "cost": {name: run.record()["summary"]["cost"] for name, run in runs.items()},
     }
-    costs = [[label, *(f"{of[key] / unit:{form}}" for of in cost.values())] for label, key, unit, form in COSTS]
+    spent = comparison["cost"].values()
+    costs = [[label, *(f"{of[key] / unit:{form}}" for of in spent)] for label, key, unit, form in COSTS]
     files = {"comparison.json": comparison, "report.html": comparison_page(comparison, costs)}
     folder = outputs_folder() / "comparisons" / "-".join(names)
     return write_report(folder, files, comparison["sentence"], show_tables(comparison, costs))
 
 
-def read_evaluation(run: Run) -> dict[str, Any]:
-    file = run.folder / "eval" / "results.json"
-    if not file.is_file():
-        raise RecipeError.of("RUNS", f"{run.name!r} is not evaluated", f"run: make eval RUN={run.name}")
-    return read_json(file)
-
-
-def require_comparable(results: dict[str, dict[str, Any]], baseline: str) -> None:
-    """Raise RecipeError for runs that answered other questions, or against another base."""
-    first, *others = results
-    for other in others:
-        a, b = results[first]["fingerprint"], results[other]["fingerprint"]
+def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], list[Metric]]:
+    """Return the first run's results, and the metrics that all share; refuse other questions, or another base."""
+    found, name = [], runs[0].name
+    for run in runs:
+        file = run.folder / "eval" / "results.json"
+        if not file.is_file():
+            raise RecipeError.of("RUNS", f"{run.name!r} is not evaluated", f"run: make eval RUN={run.name}")
+        found.append(read_json(file))
+        a, b = (each["fingerprint"] for each in (found[0], found[-1]))
         if a != b:
-            what = f"{first} ({a[:16]}) and {other} ({b[:16]}) were not asked the same rows with the same decoding"
+            what = f"{name} ({a[:16]}) and {run.name} ({b[:16]}) were not asked the same rows with the same decoding"
             raise RecipeError.of("RUNS", what, "evaluate both with equal ROWS, data and max_new_tokens")
-        if baseline == "base" and results[first]["base"] != results[other]["base"]:
-            what = f"{first} and {other} have different base models"
-            raise RecipeError.of("BASELINE", what, f"name a run: BASELINE={first}")
+        if baseline == "base" and found[0]["base"] != found[-1]["base"]:
+            what = f"{name} and {run.name} have different base models"
+            raise RecipeError.of("BASELINE", what, f"name a run: BASELINE={name}")
+    one_tokenizer = all(each["tokenizer"] == found[0]["tokenizer"] for each in found)
+    # A token is something else to another tokenizer
+    return found[0], [metric for metric in METRICS if one_tokenizer or metric.denominator != "tokens"]
 
 
-def pair(rows: dict[str, Rows], name: str, baseline: str) -> dict[str, dict[str, Any]]:
-    """Return the tuned answers of a run compared with those of another, or with its own base's."""
-    against, which = (rows[name], "base") if baseline == "base" else (rows[baseline], "tuned")
-    tuned, groups = ([line[key] for line in rows[name]] for key in ("tuned", "group"))
-    return compare_scores([line[which] for line in against], tuned, groups)
+def pair(rows: Rows, others: Rows, asked: list[Metric], which: str = "tuned") -> dict[str, dict[str, Any]]:
+    """Return the tuned answers of `rows` compared with those of `others`."""
+    a, b, groups = [line[which] for line in others], [line["tuned"] for line in rows], [line["group"] for line in rows]
+    return compare_scores(a, b, groups, asked)
 
 
-def verdict(rows: dict[str, Rows], metrics: dict[str, Any], primary: str, baseline: str) -> str:
+def verdict(rows: dict[str, Rows], compared: dict[str, Any], baseline: str, asked: list[Metric]) -> str:
     """Return the winner by the likelihood of the reference answers, or that the data cannot tell."""
-    of_baseline = next(iter(metrics.values()))[primary]["baseline"]
-    values = {name: metrics[name][primary]["value"] if name in metrics else of_baseline for name in rows}
-    best, second, *_ = sorted(values, key=lambda name: values[name])
-    found = pair(rows, best, second)[primary]
-    unit = "nats a token" if primary == "nll" else "bits a byte"
+    key, unit = ("nll", "nats a token") if METRICS[0] in asked else ("bits_per_byte", "bits a byte")
+    best, second, *_ = sorted(rows, key=lambda name: compared[name][key]["value"])
+    found, against = pair(rows[best], rows[second], asked)[key], compared[best][key]
     by = f"{found['difference']:+.4f} {unit} (95 %: {interval_text(found)})"
     text = f"The data cannot tell {best} from {second}: {by}"
     if found["verdict"] == "better":
         text = f"{best} predicts the reference answers best, {by} against {second}"
-    if best in metrics:
-        found = metrics[best][primary]
-        text += f"; {found['difference']:+.4f} (95 %: {interval_text(found)}) against {baseline}, {found['verdict']}"
+    if best != baseline:
+        text += (
+            f"; {against['difference']:+.4f} (95 %: {interval_text(against)}) against {baseline}, {against['verdict']}"
+        )
     return text + f". {len(rows[best])} questions."
 
 
 def recipe_differences(runs: dict[str, Run]) -> list[list[str]]:
     """Return [key, value in each run…] of the recipe keys that differ, without those that only name a run in W&B."""
     leaves = [dict(flattened(load_recipe(str(run.recipe)).as_dict())) for run in runs.values()]
-    keys = dict.fromkeys(key for found in leaves for key in found if not key.startswith("tracking"))
     table = []
-    for key in keys:
+    for key in dict.fromkeys(key for found in leaves for key in found if not key.startswith("tracking")):
         values = [found.get(key, ABSENT) for found in leaves]
         cells = [str(v) if v is ABSENT or isinstance(v, str) else json.dumps(v) for v in values]
         if len(set(cells)) > 1:
@@ -131,15 +120,14 @@ def read_curves(run: Run) -> dict[str, list[list[float]]]:
 def show_tables(comparison: dict[str, Any], costs: list[list[str]]) -> list[Any]:
     """Return what differs, metrics and cost as people read them in a terminal."""
     runs, metrics = comparison["runs"], comparison["metrics"]
-    shown: list[Any] = list(quick_look(comparison))
+    shown: list[Any] = [*quick_look(comparison)]
     if comparison["left_out"]:
         shown.append(f"left out, since the tokenizers differ: {', '.join(comparison['left_out'])}")
     if comparison["differences"]:
         shown.append(make_table(["recipe", *runs], comparison["differences"], "What differs"))
     rows = []
-    for key, metric in next(iter(metrics.values())).items():
-        found = [of_run[key] for of_run in metrics.values()]
+    for found in zip(*(of_run.values() for of_run in metrics.values()), strict=True):
         cells = [f"{m['value']:.4f}\n{m['verdict']} ({interval_text(m)})" for m in found]
-        rows.append([metric["label"], f"{metric['baseline']:.4f}", *cells])
+        rows.append([found[0]["label"], f"{found[0]['baseline']:.4f}", *cells])
     header = ["metric", comparison["baseline"], *metrics]
     return [*shown, make_table(header, rows, "Test metrics"), make_table(["cost", *runs], costs, "Cost")]

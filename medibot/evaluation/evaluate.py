@@ -16,7 +16,7 @@ from medibot.errors import RecipeError
 from medibot.evaluation.metrics import METRICS, score_answer
 from medibot.evaluation.page import evaluation_page
 from medibot.evaluation.questions import Questions, choose_questions, held_out_file, question, reference
-from medibot.evaluation.report import DIFFERENCE, Report, difference_cells, make_table, quick_look, write_report
+from medibot.evaluation.report import Report, difference_table, quick_look, write_report
 from medibot.evaluation.scores import Rows, model_loader, score_rows
 from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
@@ -33,14 +33,14 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
     run = find_finished_run(name)
     with locked(run, True):
         recipe = load_recipe(str(run.recipe))
+        # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
+        tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)
         prepared = prepare(recipe)
         if prepared.split["fingerprint"] != read_json(run.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"
             raise RecipeError.of(f"outputs/{name}", "the data is not what the run was split from", remedy)
-        # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
-        tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)
         found, train, described = prepared.load("test"), None, f"test split of {recipe.data.path}"
-        if data:
+        if data is not None:
             found, train, described = held_out_file(run, data, tokenizer), prepared.load("train"), data.name
         questions = choose_questions(tokenizer, config, found, rows, described, train)
         for row in questions.known:
@@ -53,11 +53,10 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
         lines = join_scores(questions, scored)
         results = summarize(recipe, run, questions, lines)
         results |= {"precision": prepared.precision.name, "seconds": seconds}
-        table = [[found["label"], *difference_cells(found, 4)] for found in results["metrics"].values()]
-        shown = [*quick_look(results), make_table(["metric", *DIFFERENCE], table)]
+        table = difference_table(["metric"], [([m["label"]], m) for m in results["metrics"].values()])
         files = {"results.json": results, "rows.jsonl": lines, "report.html": evaluation_page(results, lines)}
-        folder = run.folder / (f"eval-{data.stem}" if data else "eval")
-        report = write_report(folder, files, results["verdict"], shown)
+        folder = run.folder / ("eval" if data is None else f"eval-{data.stem}")
+        report = write_report(folder, files, results["verdict"], [*quick_look(results), table])
         mirror(recipe, run, report, lines)
     return report
 
@@ -65,28 +64,28 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
 def join_scores(questions: Questions, scored: dict[str, Rows]) -> Rows:
     """Return one line for each row: source columns, question, reference, and the scores of base and tuned."""
     lines = []
-    for row, *found in zip(questions.rows, scored["base"], scored["tuned"], strict=True):
+    for place, row in enumerate(questions.rows):
         expected = reference(row)
         line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
         line |= {"question": question(row), "reference": expected}
-        for which, score in zip(("base", "tuned"), found, strict=True):
-            size = {"bits": score["nll"] / math.log(2), "bytes": len(expected.encode())}
-            line[which] = score | size | score_answer(score["text"], expected)
+        for which, scores in scored.items():
+            size = {"bits": scores[place]["nll"] / math.log(2), "bytes": len(expected.encode())}
+            line[which] = scores[place] | size | score_answer(scores[place]["text"], expected)
         lines.append(line)
     return lines
 
 
 def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> dict[str, Any]:
     """Return the content of results.json; only runs with equal `fingerprint`, of rows and decoding, are compared."""
-    config = questions.config
+    config, by = questions.config, {}
     decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample} | recipe.evaluation.generate
-    whole, by = compare_lines(lines), {}
+    whole = compare_lines(lines)
     for column in recipe.evaluation.by:
-        if column in lines[0]:
-            values = sorted({str(line[column]) for line in lines})
-            by[column] = {value: compare_lines([x for x in lines if str(x[column]) == value]) for value in values}
-        else:
+        if column not in lines[0]:
             print(f"warning: no column {column!r} to break the results down by")
+            continue
+        parts = sorted({str(line[column]) for line in lines})
+        by[column] = {part: compare_lines([line for line in lines if str(line[column]) == part]) for part in parts}
     return {
         "run": run.name,
         "verdict": verdict(run.name, **whole),
@@ -110,8 +109,9 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
 def compare_lines(lines: Rows) -> dict[str, Any]:
     """Return how many rows there are, of how many groups of the split, and base against tuned on each metric."""
     base, tuned, group = ([line[key] for line in lines] for key in ("base", "tuned", "group"))
-    compared = compare_scores(base, tuned, group)
-    metrics = {metric.name: compared[metric.name] | {"definition": metric.definition} for metric in METRICS}
+    metrics = compare_scores(base, tuned, group)
+    for metric in METRICS:
+        metrics[metric.name]["definition"] = metric.definition
     return {"rows": len(lines), "groups": len(set(group)), "metrics": metrics}
 
 

@@ -20,13 +20,12 @@ UNITS = {
     "millimoles?|mmol": "mmol",
     "percent|per cent|%": "%",
 }
-NUMBER = re.compile(r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![.,]?\d)")
-LIST_MARKER = re.compile(r"^\s*\d+[.)](?=\s)", re.MULTILINE)
-UNIT = re.compile(
-    rf"[\s-]?({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])", re.IGNORECASE
-)
+WRITTEN = r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![.,]?\d)"
+NUMBER, LIST_MARKER = re.compile(WRITTEN), re.compile(r"^\s*\d+[.)](?=\s)", re.MULTILINE)
+UNIT = rf"({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])"
+DOSE = re.compile(rf"({WRITTEN})[\s-]?{UNIT}", re.IGNORECASE)
 ROUGE_L, CHRF = RougeScorer(["rougeL"]), ChrF(word_order=2)
-# The signature counts references, which it knows only after a first score
+# Its signature counts references, which it knows only after a first score
 CHRF.corpus_score(["a"], [["a"]])
 Row = Mapping[str, Any]
 
@@ -74,8 +73,7 @@ METRICS = (
     Metric("foreign_doses", "doses not in the reference", "foreign_doses", None, "lower",
            "Different quantities with a unit (5 mg, 20 %) of an answer that its reference lacks, mean over rows."),
 )
-ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher",
-                  "Share of questions whose most likely option is the right one.")
+ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher", "Share of questions answered rightly.")
 # fmt: on
 
 
@@ -101,15 +99,13 @@ def repetition(text: str) -> float:
 
 def numbers(text: str) -> set[float]:
     """Return the different numbers of a text, as values."""
-    return {float(found.replace(",", "")) for found in NUMBER.findall(LIST_MARKER.sub("", text))}
+    return {float(number.replace(",", "")) for number in NUMBER.findall(LIST_MARKER.sub("", text))}
 
 
 def doses(text: str) -> set[tuple[float, str]]:
     """Return the different (number, unit) pairs of a text, spelled-out units under their symbols."""
     found = set()
-    for number in NUMBER.finditer(text):
-        if unit := UNIT.match(text, number.end()):
-            symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit[1], re.IGNORECASE))
-            value = float(number.group().replace(",", ""))
-            found.add((value, f"{symbol}/{unit[2].lower()}" if unit[2] else symbol))
+    for number, unit, per in DOSE.findall(text):
+        symbol = next(short for names, short in UNITS.items() if re.fullmatch(names, unit, re.IGNORECASE))
+        found.add((float(number.replace(",", "")), f"{symbol}/{per.lower()}" if per else symbol))
     return found

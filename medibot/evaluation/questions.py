@@ -22,8 +22,8 @@ from medibot.run import Run
 
 # A file that someone hands over is taken as it is: what cannot be asked or compared is left out, and counted
 AS_IT_IS = ["data.clean=[drop_unanswered, drop_unasked]", "data.group_by=[]", "data.too_long=drop"]
-UNSPLIT = ["data.validation=0.0", "data.test=0.0", "training.eval_strategy=no", "training.eval_on_start=false"]
-UNSPLIT += ["training.load_best_model_at_end=false"]
+AS_IT_IS += ["data.validation=0.0", "data.test=0.0", "training.load_best_model_at_end=false"]
+AS_IT_IS += ["training.eval_strategy=no", "training.eval_on_start=false"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def held_out_file(run: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> D
     if not file.is_file():
         raise RecipeError.of("DATA", f"{str(file)!r} not found", "give a .jsonl, .csv or .parquet file")
     unlimited = ["data.limit=null"] if load_recipe(str(run.recipe)).data.limit else []
-    overrides = [*AS_IT_IS, *UNSPLIT, *unlimited, f"data.path={json.dumps(str(file))}"]
+    overrides = [*AS_IT_IS, *unlimited, f"data.path={json.dumps(str(file))}"]
     prepared = prepare(load_recipe(str(run.recipe), overrides), tokenizer)
     for line in prepared.ledger:
         if line["dropped"]:
@@ -68,10 +68,9 @@ def choose_questions(
     described: str,
     train: Dataset | None = None,
 ) -> Questions:
-    """Return the rows to ask, with labels that are proven to cover each answer and its stop token and nothing else.
+    """Return the rows to ask, chosen by a hash so that everybody asks the same, their labels proven as for training.
 
-    With `train`, rows whose question, or nearly their answer, stands there are named. Fewer than all are chosen by a
-    hash of their text, so that everybody asks the same.
+    With `train`, rows whose question, or nearly their answer, stands there are named.
     """
     if found is None:
         raise RecipeError.of("eval", "the recipe keeps no test split (data.test is 0)", "give DATA=file.jsonl")

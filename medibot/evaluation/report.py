@@ -38,21 +38,25 @@ def write_report(folder: Path, files: dict[str, Any], verdict: str, shown: list[
     return Report(next(iter(files.values())), folder, list(files), verdict, shown)
 
 
-# What a table says of a difference, under these heads
-DIFFERENCE = ["base", "tuned", "difference", "95 % interval", "verdict"]
-
-
-def difference_cells(found: dict[str, Any], digits: int) -> list[str]:
-    figures = [f"{found['baseline']:.{digits}f}", f"{found['value']:.{digits}f}", f"{found['difference']:+.{digits}f}"]
-    return [*figures, interval_text(found, digits), found["verdict"]]
-
-
 def make_table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:
     """Return a table whose cells are plain text, whatever brackets they hold."""
     table = Table(*header, title=title, title_justify="left")
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def difference_table(header: list[str], rows: list[tuple[list[str], dict[str, Any]]], digits: int = 4) -> Table:
+    """Return a table of base against tuned: the first cells of each row, and its figures."""
+    cells = []
+    for first, found in rows:
+        figures = [
+            f"{found['baseline']:.{digits}f}",
+            f"{found['value']:.{digits}f}",
+            f"{found['difference']:+.{digits}f}",
+        ]
+        cells.append([*first, *figures, interval_text(found, digits), found["verdict"]])
+    return make_table([*header, "base", "tuned", "difference", "95 % interval", "verdict"], cells)
 
 
 def quick_look(results: dict[str, Any]) -> list[str]:

@@ -2,22 +2,22 @@
 
 import contextlib
 import gc
-import hashlib
 import importlib.metadata
 import json
 import math
 import sys
-from collections.abc import Callable, Generator, Iterator
-from functools import cache, partial
+from collections.abc import Callable, Generator
+from functools import cache
 from typing import Any
 
 import torch
 from filelock import FileLock
-from rich.progress import track
+from rich.progress import Progress
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from medibot.data.prepared import cache_folder
+from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
 from medibot.evaluation.questions import Questions
 from medibot.model.generation import generate_answers
@@ -38,7 +38,7 @@ Loader = Callable[[str], contextlib.AbstractContextManager[PreTrainedModel]]
 
 def model_loader(recipe: Recipe, run: Run, dtype: torch.dtype) -> Loader:
     """Return a context manager that gives "base" or "tuned"; an adapter's base is the same load with the adapter off."""
-    load_once = cache(partial(load_tuned, recipe, run.weights, dtype))
+    load_once = cache(lambda: load_tuned(recipe, run.weights, dtype))
 
     @contextlib.contextmanager
     def load(which: str) -> Generator[PreTrainedModel]:
@@ -56,23 +56,25 @@ def model_loader(recipe: Recipe, run: Run, dtype: torch.dtype) -> Loader:
 
 def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> Rows:
     """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done."""
-    batches, template = make_batches(questions, batch_size(recipe)), template_kwargs(recipe)
-    folder = Run(cache_folder().with_name("scores"))
+    folder, name = Run(cache_folder().with_name("scores")), scores_name(which, recipe, run, questions, precision)
     folder.folder.mkdir(parents=True, exist_ok=True)
-    file = folder.folder / f"{scores_key(which, recipe, run, questions, precision)}.jsonl"
+    file, batches = folder.folder / f"{name}.jsonl", make_batches(questions, batch_size(recipe))
     with FileLock(file.with_suffix(".lock")):
-        lines = read_lines(file)
+        done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
         # A line that a killed evaluation never finished must not be continued
-        folder.write(file.name, "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-        done = {tuple(line["batch"]): line["scores"] for line in lines}
+        lines = [json.dumps({"batch": b, "scores": s}, ensure_ascii=False) for b, s in done.items()]
+        folder.write(file.name, "\n".join(lines))
+        if done:
+            print(f"{which}: {len(done)} of {len(batches)} batches are known already")
         left = [batch for batch in batches if batch not in done]
-        if len(left) < len(batches):
-            print(f"{which}: {len(batches) - len(left)} of {len(batches)} batches are known already")
-        if left:
-            with load(which) as model:
-                for batch in show_progress(which, left, len(batches)):
-                    done[batch] = score_batch(model, questions, batch, template)
-                    folder.append(file, {"batch": batch, "scores": done[batch]})
+        # A bar on a terminal; elsewhere a line now and then
+        bar = Progress(disable=not sys.stdout.isatty())
+        with load(which) if left else contextlib.nullcontext() as model, bar:
+            for batch in bar.track(left, len(batches), len(done), description=which):
+                done[batch] = score_batch(model, batch, recipe, questions)
+                folder.append(file, {"batch": batch, "scores": done[batch]})
+                if bar.disable and len(done) % max(1, len(batches) // 10) == 0:
+                    print(f"{which}: {len(done)} of {len(batches)} batches", flush=True)
     rows: Rows = [{} for _ in questions.rows]
     for batch in batches:
         for place, found in zip(batch[1:], done[batch], strict=True):
@@ -80,8 +82,8 @@ def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Qu
     return rows
 
 
-def scores_key(which: str, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> str:
-    """Return the beginning of a sha256 of all that decides the scores; the tuned weights only where they are asked."""
+def scores_name(which: str, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> str:
+    """Return a sha256 of all that decides the scores, the tuned weights only where they are asked."""
     adapter = sorted(run.weights.glob("*.safetensors")) if which == "tuned" else []
     decisive = [
         questions.fingerprint,
@@ -95,26 +97,7 @@ def scores_key(which: str, recipe: Recipe, run: Run, questions: Questions, preci
         [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
         {file.name: hash_file(file) for file in adapter},
     ]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def score_batch(model: PreTrainedModel, questions: Questions, batch: Batch, template: dict[str, Any]) -> Rows:
-    """Return the scores of a batch's rows: their likelihood, or the answers that the model writes."""
-    kind, *places = batch
-    if kind == "likelihood":
-        return likelihood(model, questions.tokens.select(places).to_list())
-    prompts = [questions.rows[place]["prompt"] for place in places]
-    answers = generate_answers(model, questions.tokenizer, prompts, questions.config, template, len(prompts))
-    return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
-
-
-def show_progress(which: str, left: list[Batch], total: int) -> Iterator[Batch]:
-    """Yield the batches with a bar on a terminal, and with a line now and then elsewhere."""
-    terminal, known = sys.stdout.isatty(), total - len(left)
-    for done, batch in enumerate(track(left, which, total, known, disable=not terminal), start=known + 1):
-        yield batch
-        if not terminal and (total - done) % max(1, total // 10) == 0:
-            print(f"{which}: {done} of {total} batches", flush=True)
+    return sha256(json.dumps(decisive, sort_keys=True, default=str))[:32]
 
 
 def batch_size(recipe: Recipe) -> int:
@@ -124,17 +107,27 @@ def batch_size(recipe: Recipe) -> int:
 
 def make_batches(questions: Questions, most: int) -> list[Batch]:
     """Return batches of rows of like length, the longest first, so that memory fails early."""
-    lengths = [len(row["input_ids"]) for row in questions.tokens]
+    texts = [len(row["input_ids"]) for row in questions.tokens]
     prompts = [sum(label == -100 for label in row["labels"]) for row in questions.tokens]
-    work: list[Batch] = []
-    # Sorting is stable: rows of one length stay in order
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    while order:
-        size = max(1, min(most, TOKENS_A_BATCH // lengths[order[0]]))
-        work.append(("likelihood", *order[:size]))
-        order = order[size:]
-    order = sorted(range(len(lengths)), key=lambda place: -prompts[place])
-    return work + [("answer", *order[start : start + most]) for start in range(0, len(order), most)]
+    batches: list[Batch] = []
+    for kind, lengths in (("likelihood", texts), ("answer", prompts)):
+        # Sorting is stable: rows of one length stay in order
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        while order:
+            size = max(1, min(most, TOKENS_A_BATCH // lengths[order[0]])) if kind == "likelihood" else most
+            batches.append((kind, *order[:size]))
+            order = order[size:]
+    return batches
+
+
+def score_batch(model: PreTrainedModel, batch: Batch, recipe: Recipe, questions: Questions) -> Rows:
+    """Return the scores of the rows of a batch."""
+    kind, *places = batch
+    if kind == "likelihood":
+        return likelihood(model, questions.tokens.select(places).to_list())
+    prompts, template = [questions.rows[place]["prompt"] for place in places], template_kwargs(recipe)
+    answers = generate_answers(model, questions.tokenizer, prompts, questions.config, template, len(prompts))
+    return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
 
 
 @torch.inference_mode()
@@ -150,7 +143,6 @@ def likelihood(model: PreTrainedModel, rows: Rows) -> Rows:
         predicted, labels = every[: len(labels)][kept].float(), labels[kept]
         nll = torch.nn.functional.cross_entropy(predicted, labels, reduction="sum").item()
         if not math.isfinite(nll):
-            what = f"the likelihood of an answer is {nll}"
-            raise RecipeError.of("eval", what, "the weights are damaged: train again")
+            raise RecipeError.of("eval", f"an answer's likelihood is {nll}", "the weights are damaged: train again")
         scores.append({"nll": nll, "tokens": len(labels), "correct": int((predicted.argmax(-1) == labels).sum())})
     return scores

@@ -11,6 +11,8 @@ from scipy.stats import norm, t
 from medibot.evaluation.metrics import METRICS, Metric, Row
 
 CONFIDENCE, RESAMPLES, SEED = 0.95, 10_000, 0
+# Resamples x groups held in memory at once
+CHUNK = 4_000_000
 FIGURES = ("baseline", "value", "difference", "low", "high", "verdict")
 
 
@@ -33,13 +35,18 @@ def compare_scores(
     whole, drawn = sums.sum(axis=0), resample(sums) if len(names) > 1 else None
     results = {}
     for index, metric in enumerate(metrics):
-        low = high = None
+        low, high, verdict = None, None, "no evidence"
         if drawn is not None:
             low, high = np.quantile(difference(metric, drawn[:, index]), tails(len(names))).tolist()
+            if not low <= 0.0 <= high:
+                verdict = "better" if (high < 0.0) == (metric.better == "lower") else "worse"
         of_a, of_b = (float(value(metric, *whole[index, at : at + 2])) for at in (0, 2))
-        figures = (of_a, of_b, float(difference(metric, whole[index])), low, high, verdict(metric, low, high))
-        described = {"label": metric.label, "better": metric.better}
-        results[metric.name] = described | dict(zip(FIGURES, figures, strict=True))
+        figures = (of_a, of_b, float(difference(metric, whole[index])), low, high, verdict)
+        results[metric.name] = {
+            "label": metric.label,
+            "better": metric.better,
+            **dict(zip(FIGURES, figures, strict=True)),
+        }
     return results
 
 
@@ -57,17 +64,12 @@ def difference(metric: Metric, sums: np.ndarray) -> np.ndarray:
     return np.abs(np.log(b)) - np.abs(np.log(a)) if metric.scale == "log_distance" else b - a
 
 
-def verdict(metric: Metric, low: float | None, high: float | None) -> str:
-    if low is None or high is None or low <= 0.0 <= high:
-        return "no evidence"
-    return "better" if (high < 0.0) == (metric.better == "lower") else "worse"
-
-
 def resample(sums: np.ndarray) -> np.ndarray:
     """Return sums of as many groups as there are, drawn with replacement: [RESAMPLES, metrics, 4] of [groups, metrics, 4]."""
-    generator, count, flat = np.random.default_rng(SEED), len(sums), sums.reshape(len(sums), -1)
-    # By hundreds: how often each of 10,000 groups is drawn, for all resamples at once, would fill 800 MB
-    parts = [generator.multinomial(count, np.full(count, 1 / count), 100) @ flat for _ in range(RESAMPLES // 100)]
+    generator, count = np.random.default_rng(SEED), len(sums)
+    step, shares = max(1, CHUNK // count), np.full(count, 1 / count)
+    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+    parts = [generator.multinomial(count, shares, size) @ sums.reshape(count, -1) for size in sizes]
     return np.concatenate(parts).reshape(RESAMPLES, *sums.shape[1:])
 
 

@@ -18,16 +18,12 @@ from medibot.evaluation.report import Report
 from medibot.recipe import load_recipe
 from medibot.recipe.files import find_file
 
-FOLDER = "recipes/sweeps"
-ARGUMENTS, RUN_ID = "${args_no_hyphens}", "$WANDB_RUN_ID"
-RECIPE, RUN = r"RECIPE=(\S+)", rf"RUN=(\S*){re.escape(RUN_ID)}"
+FOLDER, ARGUMENTS, RUN_ID = "recipes/sweeps", "${args_no_hyphens}", "$WANDB_RUN_ID"
+RECIPE, RUN = r"RECIPE=(\S+)", rf"RUN=(\S*{re.escape(RUN_ID)})"
 
 
 def sweep(name: str, rows: int | None = None) -> Report | None:
-    """Run the sweep file `name`; offline, return how the trainings compare on `rows` rows of the test split.
-
-    Offline, every cell's overrides are checked before the first training starts.
-    """
+    """Run the sweep file `name`; offline, return how the trainings compare on `rows` rows of the test split."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else find_file(f"{FOLDER}/{name}.yaml")
     spec = read_sweep(file)
     return run_here(file, spec, rows) if tracking.offline() else run_online(spec)
@@ -42,20 +38,19 @@ def read_sweep(file: Path) -> dict[str, Any]:
         spec = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError.of(str(file), f"not YAML: {one_line(error)}", "mend it") from error
-    parts = (("parameters", dict), ("command", list), ("method", str))
-    wrong = [key for key, kind in parts if not isinstance(spec, dict) or not isinstance(spec.get(key), kind)]
-    if wrong:
-        raise RecipeError.of(str(file), f"needs {', '.join(wrong)}", "write it as recipes/sweeps/rank-and-rate.yaml")
-    if ARGUMENTS not in spec["command"] or None in (in_command(spec, RECIPE), in_command(spec, RUN)):
-        what = f"the command needs RECIPE=, RUN=…{RUN_ID} and {ARGUMENTS}"
-        raise RecipeError.of(str(file), what, "write it as in recipes/sweeps/rank-and-rate.yaml")
+    parts = {"parameters": dict, "command": list, "method": str}
+    what = ", ".join(key for key in parts if not isinstance(spec, dict) or not isinstance(spec.get(key), parts[key]))
+    if not what and not (ARGUMENTS in spec["command"] and in_command(spec, RECIPE) and in_command(spec, RUN)):
+        what = f"RECIPE=, RUN=…{RUN_ID} and {ARGUMENTS} in its command"
+    if what:
+        raise RecipeError.of(str(file), f"needs {what}", "write it as recipes/sweeps/rank-and-rate.yaml")
     return spec
 
 
-def in_command(spec: dict[str, Any], pattern: str) -> str | None:
-    """Return what the command says where `pattern` looks, None if it says nothing there."""
+def in_command(spec: dict[str, Any], pattern: str) -> str:
+    """Return what the command says where `pattern` looks; nothing if it is not there."""
     found = re.search(pattern, " ".join(map(str, spec["command"])))
-    return found and found[1]
+    return found[1] if found else ""
 
 
 def grid_cells(file: Path, spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,11 +60,13 @@ def grid_cells(file: Path, spec: dict[str, Any]) -> list[dict[str, Any]]:
         raise RecipeError.of(str(file), what, remedy)
     columns = []
     for key, written in spec["parameters"].items():
-        known = written if isinstance(written, dict) else {}
-        values = known.get("values", [known["value"]] if "value" in known else [])
-        if not isinstance(values, list) or not values:
-            raise RecipeError.of(str(file), f"{key} has no values", f"write {key}: {{values: [a, b]}}")
-        columns.append(values)
+        match written:
+            case {"values": [_, *_] as values}:
+                columns.append(values)
+            case {"value": value}:
+                columns.append([value])
+            case _:
+                raise RecipeError.of(str(file), f"{key} has no values", f"write {key}: {{values: [a, b]}}")
     return [dict(zip(spec["parameters"], cell, strict=True)) for cell in itertools.product(*columns)]
 
 
@@ -84,16 +81,14 @@ def cell_name(cell: dict[str, Any]) -> str:
 
 
 def run_here(file: Path, spec: dict[str, Any], rows: int | None) -> Report | None:
-    """Train the whole grid, going on past a training that fails; then evaluate and compare what was trained."""
-    grid = grid_cells(file, spec)
+    """Check every cell, then train the grid, going on past a training that fails; evaluate and compare the rest."""
+    grid, trained, failed = grid_cells(file, spec), [], []
     for cell in grid:
-        load_recipe(in_command(spec, RECIPE) or "", cell_arguments(cell))
-    trained, failed = [], []
+        load_recipe(in_command(spec, RECIPE), cell_arguments(cell))
     for place, cell in enumerate(grid, start=1):
-        name = (in_command(spec, RUN) or "") + cell_name(cell)
+        name = in_command(spec, RUN).replace(RUN_ID, cell_name(cell))
         print(f"[{place}/{len(grid)}] {name}", flush=True)
-        command = [str(word) for word in spec["command"]]
-        at = command.index(ARGUMENTS)
+        at, command = spec["command"].index(ARGUMENTS), [str(word) for word in spec["command"]]
         command[at : at + 1] = cell_arguments(cell)
         done = subprocess.run(command, env=os.environ | {"WANDB_RUN_ID": cell_name(cell)})
         (failed if done.returncode else trained).append(name)

@@ -97,7 +97,10 @@ def test_a_training_that_fails_does_not_stop_the_others(write, tmp_path, capfd):
         ({"parameters": {"lora.r": {"min": 1, "max": 8}}}, "lora.r has no values"),
         ({"parameters": {"lora.r": 8}}, "lora.r has no values"),
         ({"parameters": None}, "needs parameters"),
-        ({"command": ["make", "train", "RECIPE=quickstart"]}, "the command needs RECIPE="),
+        (
+            {"command": ["make", "train", "RECIPE=quickstart"]},
+            "needs RECIPE=, RUN=…$WANDB_RUN_ID and ${args_no_hyphens} in its command",
+        ),
     ],
 )
 def test_what_cannot_be_swept_is_said_in_a_line(write, changes, said, monkeypatch, capsys):
