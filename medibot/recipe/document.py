@@ -185,7 +185,8 @@ def apply_override(document: Document, override: str, number: int) -> None:
     A list, a mapping or quoted text is YAML, every other value one plain scalar.
     """
     key, equals, written = (part.strip() for part in override.partition("="))
-    place = Place(f"{key}=…" if is_secret(written) else override, 0, number)
+    secret = any(map(is_secret, re.findall(r"[\w-]+", written)))
+    place = Place(f"{key}=…" if secret else override, 0, number)
     *outer, last = key.split(".")
     if not equals or not last or not all(outer):
         document.problems.append(Problem(*place, "", "is not an override", "write section.key=value"))

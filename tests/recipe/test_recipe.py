@@ -746,3 +746,13 @@ def test_any_override_is_applied_or_a_recipe_error(write, override):
         load_recipe(write(GOOD), [override])
     except RecipeError as error:
         assert error.problems
+
+
+@pytest.mark.parametrize("written", ["{}", '"{}"', "'{}'", "[a, {}]"])
+def test_an_api_key_in_an_override_is_not_shown(written):
+    key = "hf_ABCDEFghijklmnopqrstuv"
+    with pytest.raises(RecipeError, match=r"tracking\.\w+=…: .*looks like an API key") as caught:
+        load_recipe(
+            "quickstart", [f"tracking.{'tags' if '[' in written else 'notes'}={written.format(key)}"], root=ROOT
+        )
+    assert key not in str(caught.value)
