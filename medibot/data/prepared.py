@@ -120,7 +120,7 @@ def prepare_rows(
     splits, lines = splitting.drop_leaks(splits)
     leaks = splitting.leak_report(splits, group_by)
     leaks["random_split"] = splitting.random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
-    chosen, limits = limit_rows(recipe, vars(splits))
+    chosen, limits = limit_rows(recipe, splits)
     sizes = {name: len(rows) for name, rows in chosen.items()}
     record = {
         "ledger": [asdict(line) for line in [*ledger, *lines, *limits]],
