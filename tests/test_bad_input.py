@@ -155,7 +155,7 @@ RECIPES = [
     in_recipe(
         "text in a rule setting", RULE, "{drop_short: {min_words: few}}", "must be int, not 'few'", at="{drop_sh"
     ),
-    in_recipe("rule setting left out", RULE, "drop_longer_than", "needs a value for max_words"),
+    in_recipe("rule setting left out", RULE, "drop_longer_than", "missing a required argument: 'max_words'"),
     in_recipe("two rules in one", RULE, "{drop_short: {}, drop_echoes: {}}", "has one key", at="{drop_short"),
     case("recipe not UTF-8", "train mine.yaml", "mine.yaml:2:3", "save it as UTF-8", files={"mine.yaml": b"a\nb:\xff"}),
     case("override without =", "train mine.yaml max_steps", "max_steps: is not an override", "section.key=value"),

@@ -11,21 +11,27 @@ import difflib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 
 from medibot.cleaning import medquad, rules
 from medibot.cleaning.ledger import LedgerLine, compare_rows
-from medibot.cleaning.rules import Row, TableRule, over_rows
+from medibot.cleaning.rules import Row
 
 RuleItem = str | dict[str, dict[str, Any]]
-RULES: dict[str, TableRule] = {
-    **{rule.__name__: over_rows(rule) for rule in rules.ROW_RULES},
-    **{rule.__name__: rule for rule in rules.TABLE_RULES},
-    **{f"medquad.{rule.__name__}": over_rows(rule) for rule in medquad.ROW_RULES},
-    **{f"medquad.{rule.__name__}": rule for rule in medquad.TABLE_RULES},
-}
+
+
+def rules_of(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Return the module's own functions that are a rule: whose first parameter is `row` or `rows`."""
+    own = [
+        found for found in vars(module).values() if inspect.isfunction(found) and found.__module__ == module.__name__
+    ]
+    return {rule.__name__: rule for rule in own if next(iter(inspect.signature(rule).parameters)) in ("row", "rows")}
+
+
+RULES = {**rules_of(rules), **{f"medquad.{name}": rule for name, rule in rules_of(medquad).items()}}
 # One name for a list that several recipes share
 NAMED_LISTS: dict[str, list[RuleItem]] = yaml.safe_load(
     Path(__file__).with_name("lists.yaml").read_text(encoding="utf-8")
@@ -49,12 +55,20 @@ def clean(
         if problem := rule_problem(item):
             raise ValueError(problem)
         name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items()))
-        cleaned = RULES[name](rows, **(settings or {}))
+        cleaned = apply_rule(name, rows, **(settings or {}))
         ledger.append(compare_rows(name, rows, cleaned))
         rows = cleaned
         if progress:
             progress(ledger[-1])
     return rows, ledger
+
+
+def apply_rule(name: str, rows: list[Row], **settings: Any) -> list[Row]:
+    """Return the rows that a rule leaves, whether it takes one row or all of them."""
+    rule = RULES[name]
+    if next(iter(inspect.signature(rule).parameters)) == "rows":
+        return rule(rows, **settings)
+    return [kept for row in rows if (kept := rule(row, **settings)) is not None]
 
 
 def rule_problem(item: Any) -> str | None:
@@ -67,35 +81,30 @@ def rule_problem(item: Any) -> str | None:
     if name in NAMED_LISTS:
         return f"{name} stands for several rules and has no settings" if settings else None
     if name not in RULES:
-        near = difflib.get_close_matches(name, [*NAMED_LISTS, *RULES], n=1)
-        known = ", ".join([*NAMED_LISTS, *RULES])
-        return f"no such rule: {name}" + (f" (did you mean {near[0]}?)" if near else f"; there are {known}")
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict):
+        known = [*NAMED_LISTS, *RULES]
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"no such rule: {name}" + (f" (did you mean {near[0]}?)" if near else f"; there are {', '.join(known)}")
+    if not isinstance(settings, dict | None):
         return f"{name}: settings are written {{setting: value}}, not {settings!r}"
-    known = dict(list(inspect.signature(RULES[name]).parameters.items())[1:])
-    for key, value in settings.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
-            return f"{name}: no such setting: {key} ({hint})"
-        wanted = known[key].annotation
+    signature = inspect.signature(RULES[name])
+    try:
+        given = signature.bind(None, **(settings or {})).arguments
+    except TypeError as error:
+        has = ", ".join(map(str, list(signature.parameters.values())[1:]))
+        return f"{name}: {error} (it has {has or 'no settings'})"
+    for key, value in list(given.items())[1:]:
+        wanted = signature.parameters[key].annotation
         # `true` is an int to Python, but no author means a count by it; a whole number is a fine float
         if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
             return f"{name}: {key} must be {inspect.formatannotation(wanted)}, not {value!r}"
-    needed = [key for key, setting in known.items() if setting.default is setting.empty and key not in settings]
-    return f"{name}: needs a value for {needed[0]}" if needed else None
+    return None
 
 
 def describe_rules(name: str | None = None) -> list[tuple[str, str]]:
     """Return (rule, what it does) of every rule, or of those that `name` stands for."""
-    if name is not None and name not in NAMED_LISTS:
-        return [(name, purpose(name))] if name in RULES else [(name, rule_problem(name) or "")]
-    items = NAMED_LISTS[name] if name else list(RULES)
+    if name and name not in {*NAMED_LISTS, *RULES}:
+        return [(name, rule_problem(name) or "")]
+    items = expand([name]) if name else list(RULES)
     names = [item if isinstance(item, str) else next(iter(item)) for item in items]
-    return [*((one, purpose(one)) for one in names), *([] if name else [(one, "a list") for one in NAMED_LISTS])]
-
-
-def purpose(name: str) -> str:
-    """Return the first line of a rule's docstring."""
-    return (inspect.getdoc(RULES[name]) or "").splitlines()[0]
+    described = [(one, (inspect.getdoc(RULES[one]) or "").splitlines()[0]) for one in names]
+    return described + ([] if name else [(one, "a list") for one in NAMED_LISTS])

@@ -59,7 +59,7 @@ def make_example(before: Row, after: Row | None) -> dict[str, Any]:
 def excerpt(text: str, other: str | None, width: int = 400) -> str:
     """Return at most `width` characters of `text`, placed where it begins to differ from `other`."""
     # A cut at the end of a long answer would be invisible in an excerpt of its start
-    differ = next((place for place, (one, two) in enumerate(zip(text, other or "", strict=False)) if one != two), None)
-    shared = min(len(text), len(other or text)) if differ is None else differ
+    pairs = enumerate(zip(text, other or text, strict=False))
+    shared = next((place for place, (one, two) in pairs if one != two), min(len(text), len(other or text)))
     start = max(0, shared - width // 4) if text != other else 0
     return ("…" if start else "") + text[start : start + width] + ("…" if start + width < len(text) else "")

@@ -1,7 +1,6 @@
 """Mend or drop what is defective in MedQuAD (Ben Abacha and Demner-Fushman, BMC Bioinformatics 20, 511, 2019).
 
-Every rule is pure. Those in ROW_RULES take one row and return it, a changed copy, or None to drop it; those in
-TABLE_RULES take and return the whole list. `medibot.cleaning` names them "medquad.<function>";
+Every function that takes `row` or `rows` is a rule, as in `rules`; `medibot.cleaning` names it "medquad.<function>", and
 lists.yaml has the order that recipes use.
 """
 
@@ -249,22 +248,3 @@ def keep_specific_cuis(rows: list[Row], max_topics: int = 5) -> list[Row]:
         else row
         for row in rows
     ]
-
-
-ROW_RULES = (
-    drop_link_lists,
-    drop_page_dumps,
-    drop_topicless_questions,
-    cut_repeated_question,
-    cut_symptom_table,
-    cut_summary_prefix,
-    cut_key_points,
-    split_squashed_bullets,
-    cut_agency_credit,
-    cut_list_copies,
-    cut_link_sentences,
-    restore_letters,
-    drop_damaged_quantities,
-    ask_naturally,
-)
-TABLE_RULES = (keep_specific_cuis,)

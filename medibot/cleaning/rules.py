@@ -1,10 +1,13 @@
-"""Rules that fit any question-answering data; None drops the row."""
+"""Rules that fit any question-answering data.
 
-import functools
+A function whose first parameter is `row` or `rows` is a rule: the former takes one row and returns it, a changed copy, or
+None to drop it; the latter takes and returns the whole list.
+"""
+
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 Row = dict[str, Any]
@@ -15,12 +18,9 @@ def fold(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
 
 
-def with_text(row: Row, column: str, text: str) -> Row:
+def with_text(old: Row, column: str, text: str) -> Row:
     """The row itself when `text` already stands in `column`, else a copy that holds it."""
-    return row if text == (row[column] or "") else {**row, column: text}
-
-
-TableRule = Callable[..., list[Row]]
+    return old if text == (old[column] or "") else {**old, column: text}
 
 
 def drop_unanswered(row: Row) -> Row | None:
@@ -67,48 +67,24 @@ def drop_repetitive(row: Row, window: int = 8, share: float = 0.25) -> Row | Non
 
 def drop_duplicates(rows: list[Row]) -> list[Row]:
     """Keep the first row of each pair of question and answer, compared by their words."""
-    return first_copies(rows, lambda row: (fold(row["prompt"] or ""), fold(row["completion"] or "")), copies=1)
+    return first_copies(((fold(row["prompt"] or ""), fold(row["completion"] or "")) for row in rows), rows)
 
 
 def drop_repeated_questions(rows: list[Row], per: str | None = None) -> list[Row]:
     """Keep the first row of each question; with `per`, of each question in each value of that column."""
-    return first_copies(rows, lambda row: (fold(row["prompt"] or ""), row.get(per) if per else None), copies=1)
+    return first_copies(((fold(row["prompt"] or ""), row.get(per) if per else None) for row in rows), rows)
 
 
 def limit_repeated_answers(rows: list[Row], copies: int = 3) -> list[Row]:
     """Keep the first `copies` rows of each answer, so that boilerplate is not learnt hundreds of times."""
-    return first_copies(rows, lambda row: fold(row["completion"] or ""), copies)
+    return first_copies((fold(row["completion"] or "") for row in rows), rows, copies)
 
 
-def first_copies(rows: list[Row], identity: Callable[[Row], Any], copies: int) -> list[Row]:
-    """Return the first `copies` rows of each identity, in their order."""
-    seen: Counter[Any] = Counter()
+def first_copies(keys: Iterable[Hashable], rows: list[Row], copies: int = 1) -> list[Row]:
+    """Return the first `copies` rows of each key, in their order."""
+    seen: Counter[Hashable] = Counter()
     kept = []
-    for row in rows:
-        key = identity(row)
+    for key, row in zip(keys, rows, strict=True):
         seen[key] += 1
         kept += [row] if seen[key] <= copies else []
     return kept
-
-
-def over_rows(rule: Callable[..., Row | None]) -> TableRule:
-    """Lift a rule on one row to a rule on the whole list; None drops the row."""
-
-    @functools.wraps(rule)
-    def lifted(rows: list[Row], **settings: Any) -> list[Row]:
-        return [kept for row in rows if (kept := rule(row, **settings)) is not None]
-
-    return lifted
-
-
-ROW_RULES = (
-    drop_unanswered,
-    drop_unasked,
-    normalise_whitespace,
-    drop_echoes,
-    drop_short,
-    drop_longer_than,
-    drop_repetitive,
-)
-
-TABLE_RULES = (drop_duplicates, drop_repeated_questions, limit_repeated_answers)

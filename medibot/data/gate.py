@@ -3,7 +3,6 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -26,38 +25,23 @@ NAMES = {
 }
 
 
-@dataclass
 class Audit:
-    """Counts over one split of the trainer's dataset; `violations` maps a key of NAMES to the row indices at fault."""
+    """What the loss covers in one split of the trainer's `dataset`, read back against the `conversations` that went in.
 
-    split: str
-    rows_in: int
-    rows_out: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    longest: int = 0
-    violations: dict[str, list[int]] = field(default_factory=dict)
-
-    def note(self, key: str, row: int, wrong: bool) -> None:
-        """Count `row` once under `key`, however many checks it fails there."""
-        if wrong and self.violations.get(key, [])[-1:] != [row]:
-            self.violations.setdefault(key, []).append(row)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts."""
-        counts = {key: len(self.violations.get(key, [])) for key in NAMES}
-        share = round(self.supervised / max(1, self.tokens), 4)
-        return asdict(self) | {"violations": counts, "supervised_share": share}
-
-
-class Checker:
-    """Compare the trainer's rows of one split with the conversations that they were made from."""
+    `dataset` has the columns input_ids and labels, and seq_lengths where rows are packed. `stops` are the token ids that
+    generation stops at. Every row is checked; `violations` maps a key of NAMES to the row indices at fault.
+    """
 
     def __init__(
-        self, audit: Audit, conversations: Dataset, tokenizer: Tokenizer, stops: list[int], limit: int | None
+        self,
+        dataset: Dataset,
+        conversations: Dataset,
+        tokenizer: Tokenizer,
+        stops: list[int],
+        limit: int | None,
+        split: str = "train",
     ) -> None:
-        self.audit, self.conversations, self.tokenizer = audit, conversations, tokenizer
-        self.stops, self.limit = stops, limit
+        self.dataset, self.tokenizer, self.stops, self.limit, self.split = dataset, tokenizer, stops, limit, split
         # Special tokens, and added tokens that the chat template writes
         self.controls = {
             number
@@ -65,12 +49,26 @@ class Checker:
             if token.special or (token.content.strip() and token.content in tokenizer.chat_template)
         }
         self.starts_with_bos = self.template_ids(SAMPLE_CHAT)[0] == tokenizer.bos_token_id
+        self.skeletons: dict[tuple[str, ...], Counter[int]] = {}
+        self.rows_in, self.rows_out = len(conversations), 0
+        self.tokens = self.supervised = self.longest = 0
+        self.violations: dict[str, list[int]] = {}
         # Packing and shuffle_dataset reorder rows: a row's conversation is found by its tokens, else by its place
-        self.places = {
+        places = {
             hash(tuple(self.template_ids(row["prompt"] + row["completion"], **row["chat_template_kwargs"]))): place
             for place, row in enumerate(conversations)
         }
-        self.skeletons: dict[tuple[str, ...], Counter[int]] = {}
+        in_order = "seq_lengths" not in dataset.column_names and len(dataset) == self.rows_in
+        for index, (ids, labels) in enumerate(spans(dataset)):
+            self.rows_out += 1
+            self.tokens += len(ids)
+            self.longest = max(self.longest, len(ids))
+            self.supervised += sum(label != IGNORED for label in labels)
+            place = places.get(hash(tuple(ids)), index if in_order else None)
+            for key in dict.fromkeys(self.faults(ids, labels, None if place is None else conversations[place])):
+                self.violations.setdefault(key, []).append(index)
+        if self.rows_in != self.rows_out:
+            self.violations["lost"] = list(range(*sorted((self.rows_in, self.rows_out))))
 
     def template_ids(self, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
         """Return the token ids of a rendered conversation."""
@@ -84,74 +82,74 @@ class Checker:
         """Tell whether a token is white space."""
         return not self.tokenizer.decode([token]).strip()
 
-    def check(self, index: int, ids: list[int], labels: list[int], in_order: bool) -> None:
-        """Check one row of the trainer's dataset."""
-        audit = self.audit
-        audit.rows_out += 1
-        audit.tokens += len(ids)
-        audit.longest = max(audit.longest, len(ids))
+    def faults(self, ids: list[int], labels: list[int], row: dict[str, Any] | None) -> Iterator[str]:
+        """Yield the keys of NAMES under which a row of the trainer's is at fault; `row` is its conversation."""
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
-        audit.supervised += len(trained)
-        audit.note("nothing", index, not trained)
         if not trained:
+            yield "nothing"
             return
         # Templates end a turn with a newline behind the stop token
         last = next((ids[place] for place in reversed(trained) if not self.is_blank(ids[place])), ids[trained[-1]])
-        cut = last not in self.stops and self.limit is not None and len(ids) >= self.limit
-        audit.note("cut", index, cut)
-        if cut:
-            return
-        audit.note("stop", index, last not in self.stops)
-        contiguous = trained == list(range(trained[0], len(ids))) and all(labels[t] == ids[t] for t in trained)
-        audit.note("outside", index, not contiguous)
+        if last not in self.stops:
+            if self.limit is not None and len(ids) >= self.limit:
+                yield "cut"
+                return
+            yield "stop"
+        if labels[trained[0] :] != ids[trained[0] :]:
+            yield "outside"
         bos = self.tokenizer.bos_token_id
-        one_bos = (ids[:1] == [bos]) == self.starts_with_bos and ids[:2] != [bos, bos]
-        audit.note("bos", index, bos is not None and not one_bos)
-        place = self.places.get(hash(tuple(ids)), index if in_order else None)
-        audit.note("outside", index, place is None)
-        if place is not None:
-            self.compare(index, ids, trained[0], self.conversations[place])
+        if bos is not None and ((ids[:1] == [bos]) != self.starts_with_bos or ids[:2] == [bos, bos]):
+            yield "bos"
+        if row is None:
+            yield "outside"
+        else:
+            yield from self.compare(ids, trained[0], row)
 
-    def compare(self, index: int, ids: list[int], start: int, row: dict[str, Any]) -> None:
-        """Compare one row, whose loss begins at `start`, with its conversation."""
-        audit, kwargs = self.audit, row["chat_template_kwargs"]
+    def compare(self, ids: list[int], start: int, row: dict[str, Any]) -> Iterator[str]:
+        """Yield the faults of a row, whose loss begins at `start`, that its conversation shows."""
+        kwargs = row["chat_template_kwargs"]
         prompt = self.template_ids(row["prompt"], add_generation_prompt=True, **kwargs)
         prefixed = ids[: len(prompt)] == prompt
-        audit.note("prefix", index, not prefixed)
+        if not prefixed:
+            yield "prefix"
         end = len(ids)
         while end > start and (ids[end - 1] in self.controls or self.is_blank(ids[end - 1])):
             end -= 1
         # Up to what tokenizers fold: white space, and characters that are compositions of others
         texts = (self.tokenizer.decode(ids[start:end]), row["completion"][0]["content"])
         trained, answer = ("".join(unicodedata.normalize("NFKC", text).split()) for text in texts)
-        audit.note("outside", index, trained != answer or (prefixed and start != len(prompt)))
+        if trained != answer or (prefixed and start != len(prompt)):
+            yield "outside"
         roles = tuple(message["role"] for message in row["prompt"])
         if roles not in self.skeletons:
             plain = [{"role": role, "content": "x"} for role in (*roles, "assistant")]
             self.skeletons[roles] = self.count_controls(self.template_ids(plain, **kwargs))
-        audit.note("control", index, self.count_controls(ids) != self.skeletons[roles])
+        if self.count_controls(ids) != self.skeletons[roles]:
+            yield "control"
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts."""
+        measures = ("split", "rows_in", "rows_out", "tokens", "supervised", "longest")
+        return {
+            **{key: vars(self)[key] for key in measures},
+            "violations": {key: len(self.violations.get(key, [])) for key in NAMES},
+            "supervised_share": round(self.supervised / max(1, self.tokens), 4),
+        }
 
-def audit_labels(
-    dataset: Dataset,
-    conversations: Dataset,
-    tokenizer: Tokenizer,
-    stops: list[int],
-    max_length: int | None,
-    split: str = "train",
-) -> Audit:
-    """Read the trainer's `dataset` (columns input_ids, labels; packed rows have seq_lengths) back against what went in.
-
-    `stops` are the token ids that generation stops at. Every row is checked; nothing is sampled.
-    """
-    audit = Audit(split, rows_in=len(conversations))
-    checker = Checker(audit, conversations, tokenizer, stops, max_length)
-    in_order = "seq_lengths" not in dataset.column_names and len(dataset) == len(conversations)
-    for index, (ids, labels) in enumerate(spans(dataset)):
-        checker.check(index, ids, labels, in_order)
-    for row in range(*sorted((audit.rows_in, audit.rows_out))):
-        audit.note("lost", row, True)
-    return audit
+    def refuse_faults(self) -> None:
+        """Raise RecipeError for what would teach the wrong thing; each kind of fault with its count and an example."""
+        faults = []
+        for key, rows in self.violations.items():
+            example = f"{self.rows_in:,} in, {self.rows_out:,} out"
+            if key != "lost":
+                ids, labels = next(islice(spans(self.dataset), rows[0], None))
+                trained = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+                ends = [trained] if len(trained) <= 24 else [trained[:12], trained[-12:]]
+                covered = " … ".join(repr(self.tokenizer.decode(end)) for end in ends)
+                example = f"row {rows[0]}: " + (f"the loss covers {covered}" if trained else "every label is masked")
+            faults.append(f"{len(rows):,} of {self.rows_out:,} {self.split}: {NAMES[key]} ({example})")
+        if faults:
+            raise RecipeError.of("loss mask", "; ".join(faults), "see the painted rows with: medibot inspect")
 
 
 def spans(dataset: Dataset) -> Iterator[tuple[list[int], list[int]]]:
@@ -162,19 +160,3 @@ def spans(dataset: Dataset) -> Iterator[tuple[list[int], list[int]]]:
         for length in row["seq_lengths"] if packed else [len(row["input_ids"])]:
             yield row["input_ids"][start : start + length], row["labels"][start : start + length]
             start += length
-
-
-def refuse_faults(audit: Audit, dataset: Dataset, tokenizer: Tokenizer) -> None:
-    """Raise RecipeError for what would teach the wrong thing; each kind of fault with its count and an example."""
-    faults = []
-    for key, rows in audit.violations.items():
-        example = f"{audit.rows_in:,} in, {audit.rows_out:,} out"
-        if key != "lost":
-            ids, labels = next(islice(spans(dataset), rows[0], None))
-            trained = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-            ends = [trained] if len(trained) <= 24 else [trained[:12], trained[-12:]]
-            covered = " … ".join(repr(tokenizer.decode(end)) for end in ends)
-            example = f"row {rows[0]}: " + (f"the loss covers {covered}" if trained else "every label is masked")
-        faults.append(f"{len(rows):,} of {audit.rows_out:,} {audit.split}: {NAMES[key]} ({example})")
-    if faults:
-        raise RecipeError.of("loss mask", "; ".join(faults), "see the painted rows with: medibot inspect")

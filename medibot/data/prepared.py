@@ -1,6 +1,5 @@
 """Prepare a recipe's conversations once, and keep them under a fingerprint of all that decided them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -71,7 +70,12 @@ def prepare(
     tokenizer = tokenizer or load_tokenizer(recipe)
     generation = load_generation_config(recipe, tokenizer)
     source_hash, rows = open_source(recipe)
-    fingerprint = prepared_fingerprint(recipe, tokenizer, source_hash)
+    # What a card says about the rows changes none of them
+    said = {"license", "attribution", "language"}
+    section = {key: value for key, value in recipe.as_dict()["data"].items() if key not in said}
+    length = recipe.training.get("max_length", 1024)
+    decisive = [PREPARED, source_hash, section, tokenizer_fingerprint(tokenizer), length]
+    fingerprint = sha256(json.dumps(decisive, sort_keys=True))
     folder = cache_folder() / fingerprint[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A file lock, not a process-group barrier: it also holds between two trainings, and long cleaning cannot time out
@@ -89,16 +93,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MEDIBOT_CACHE", ".cache/medibot")) / "prepared"
 
 
-def prepared_fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source_hash: str) -> str:
-    """Return the sha256 of what decides the prepared rows: data, recipe, tokenizer, length limit, and PREPARED."""
-    # What a card says about the rows changes none of them
-    said = {"license", "attribution", "language"}
-    section = {key: value for key, value in recipe.as_dict()["data"].items() if key not in said}
-    parts = [PREPARED, source_hash, section, tokenizer_fingerprint(tokenizer)]
-    parts.append(recipe.training.get("max_length", 1024))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def prepare_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row], folder: Path, progress: Callable[[str], None]
 ) -> None:
@@ -110,20 +104,18 @@ def prepare_rows(
         task = bar.add_task("cleaning", total=len(rules))
         rows, ledger = clean(rows, rules, progress=lambda _: bar.advance(task))
     require_text(recipe, rows, ledger)
-    rows, line = escape_rows(rows, role_markers(tokenizer))
-    ledger.append(line)
+    rows, escaped = escape_rows(rows, role_markers(tokenizer))
     progress(f"preparing {data.path}: {len(rows):,} conversations, counting tokens")
-    rows, line = fit_length(recipe, tokenizer, rows)
-    ledger.append(line)
+    rows, fitted = fit_length(recipe, tokenizer, rows)
     group_by = [{data.prompt: "prompt", data.completion: "completion"}.get(column, column) for column in data.group_by]
     splits = splitting.split_rows(rows, group_by, data.validation, data.test, data.seed)
-    splits, lines = splitting.drop_leaks(splits)
+    splits, leaking = splitting.drop_leaks(splits)
     leaks = splitting.leak_report(splits, group_by)
     leaks["random_split"] = splitting.random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
-    chosen, limits = limit_rows(recipe, vars(splits))
+    chosen, limits = limit_rows(recipe, splits)
     sizes = {name: len(rows) for name, rows in chosen.items()}
     record = {
-        "ledger": [asdict(line) for line in [*ledger, *lines, *limits]],
+        "ledger": [asdict(line) for line in [*ledger, escaped, fitted, *leaking, *limits]],
         "leaks": leaks,
         "split": {"fingerprint": splitting.split_fingerprint(splits), "rows": sizes},
     }
@@ -137,7 +129,7 @@ def prepare_rows(
     partial.rename(folder)
 
 
-def limit_rows(recipe: Recipe, splits: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[LedgerLine]]:
+def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[splitting.Splits, list[LedgerLine]]:
     """Return `data.limit` rows of a split, and a ledger line for each limit; refuse a split that is left empty.
 
     Those with the smallest hash stay, so that a larger limit only adds rows.
@@ -145,10 +137,9 @@ def limit_rows(recipe: Recipe, splits: dict[str, list[Row]]) -> tuple[dict[str, 
     data, chosen, lines = recipe.data, dict(splits), []
     limits = data.limit if isinstance(data.limit, dict) else {"train": data.limit} if data.limit else {}
     for name, most in limits.items():
-        rows = chosen[name]
-        first = sorted(rows, key=lambda row: sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))[:most]
+        first = sorted(splits[name], key=lambda row: sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))[:most]
         chosen[name] = sorted(first, key=row_key)
-        lines.append(compare_rows(f"limit {name} to {most:,}", rows, chosen[name]))
+        lines.append(compare_rows(f"limit {name} to {most:,}", splits[name], chosen[name]))
     for name, share in (("train", 1.0), ("validation", data.validation), ("test", data.test)):
         if share and not chosen[name]:
             what = f"the {name} split is empty ({sum(map(len, chosen.values())):,} rows in all)"

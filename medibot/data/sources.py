@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,34 +19,22 @@ SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
     """Return (hash of the data's bytes, a function that reads its rows): nothing is parsed if the cache has it."""
-    files = local_files(recipe)
-    if files is None:
+    written, path = recipe.data.path, find_file(recipe.data.path)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise recipe.error("data.path", f"folder {path} holds no {', '.join(SUFFIXES)} file", "name another folder")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        what = f"cannot read {path.suffix or 'a file without suffix'}"
+        raise recipe.error("data.path", what, "use " + ", ".join(SUFFIXES))
+    if not path.exists():
+        if path.suffix in SUFFIXES or written.startswith((".", "/", "~")) or written.count("/") != 1:
+            raise recipe.error("data.path", f"no file or folder {written!r}", "check the path, seen from here")
         rows = hub_rows(recipe)
         return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(), lambda: rows
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest(), lambda: read_files(recipe, files)
-
-
-def local_files(recipe: Recipe) -> list[Path] | None:
-    """Return the files that `data.path` names, sorted; None if it is a hub id."""
-    path = find_file(recipe.data.path)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        if not files:
-            raise recipe.error("data.path", f"folder {path} holds no {', '.join(SUFFIXES)} file", "name another folder")
-        return files
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise recipe.error(
-                "data.path", f"cannot read {path.suffix or 'a file without suffix'}", "use " + ", ".join(SUFFIXES)
-            )
-        return [path]
-    written = recipe.data.path
-    if path.suffix in SUFFIXES or written.startswith((".", "/", "~")) or written.count("/") != 1:
-        raise recipe.error("data.path", f"no file or folder {recipe.data.path!r}", "check the path, seen from here")
-    return None
 
 
 def hub_rows(recipe: Recipe) -> list[Row]:
@@ -89,7 +76,7 @@ def read_jsonl(file: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-            if re.search(r"\\u[dD][89a-fA-F]", line):
+            if "\\ud" in line.lower():
                 json.dumps(row, ensure_ascii=False).encode()  # half an escaped pair is no character
         except (ValueError, RecursionError) as error:
             raise RecipeError.of(f"{file}:{number}", f"not JSON: {error}", "one JSON object a line") from error
@@ -126,12 +113,12 @@ def read_csv(file: Path) -> list[Row]:
 def read_text(file: Path) -> str:
     """Return the file as UTF-8 text; raise RecipeError at the line of what is none."""
     content = file.read_bytes()
+    what, place = "holds a NUL character, which no text has", content.find(b"\0")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RecipeError.of(f"{file}:{line}", "not UTF-8 text", "save it as UTF-8, not compressed") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise RecipeError.of(f"{file}:{line}", "holds a NUL character, which no text has", "save it as UTF-8 text")
+        what, place = "not UTF-8 text", error.start
+    if place >= 0:
+        line = content.count(b"\n", 0, place) + 1
+        raise RecipeError.of(f"{file}:{line}", what, "save it as UTF-8, not compressed")
     return text

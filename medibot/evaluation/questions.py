@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from medibot.cleaning.rules import fold
 from medibot.data.conversations import COLUMNS
-from medibot.data.gate import audit_labels, refuse_faults
+from medibot.data.gate import Audit
 from medibot.data.prepared import prepare
 from medibot.data.splitting import find_near_texts, sha256
 from medibot.errors import RecipeError
@@ -77,7 +77,7 @@ def choose_questions(
     order = sorted(range(len(found)), key=lambda place: sha256(f"{question(found[place])}\0{found[place]['row']}"))
     rows = found.select(sorted(order[:most]))
     tokens = tokenize_rows(tokenizer, rows)
-    refuse_faults(audit_labels(tokens, rows, tokenizer, config.eos_token_id, None, "test"), tokens, tokenizer)
+    Audit(tokens, rows, tokenizer, config.eos_token_id, None, "test").refuse_faults()
     known = []
     if train is not None:
         asked = {fold(question(row)) for row in train}

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from datasets import Dataset
 from rich.console import Group
 from rich.rule import Rule
 from rich.table import Table
 
-from medibot.data.gate import NAMES, Audit, refuse_faults
+from medibot.data.gate import NAMES, Audit
 from medibot.data.painting import choose_examples, paint, paint_html, paint_text
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
@@ -24,11 +23,11 @@ from medibot.training.trainer import audit_splits, build_trainer
 class Inspection:
     """Ledger, leak report, loss-mask report and painted rows of a recipe.
 
-    `audits` are (the trainer's rows, what the gate found) of each split; `painted` are (text, kind) pieces of each row.
+    `audits` are what the gate found in each split; `painted` are (text, kind) pieces of each row.
     """
 
     prepared: Prepared
-    audits: list[tuple[Dataset, Audit]]
+    audits: list[Audit]
     painted: dict[str, list[tuple[str, str]]]
 
     @property
@@ -42,21 +41,20 @@ class Inspection:
         leaks = prepared.leaks
         kinds = dict.fromkeys(kind for counts in leaks.values() for kind in counts)
         shared = [[kind, *(counts.get(kind, "") for counts in leaks.values())] for kind in kinds]
-        audits = [audit for _, audit in self.audits]
-        counts = [audit.as_dict() for audit in audits]
+        counts = [audit.as_dict() for audit in self.audits]
         measures = ["rows_in", "rows_out", "tokens", "longest", "supervised", "supervised_share"]
         mask = [[key.replace("_", " "), *(f"{found[key]:,}" for found in counts)] for key in measures]
         mask += [[text, *(found["violations"][key] for found in counts)] for key, text in NAMES.items()]
         return [
             ("Ledger", ["rule", *(key.replace("_", " ") for key in keys)], ledger),
             ("Leak report (rows)", ["shared", *(name.replace("_", " ") for name in leaks)], shared),
-            ("Loss mask", ["", *(audit.split for audit in audits)], mask),
+            ("Loss mask", ["", *(audit.split for audit in self.audits)], mask),
         ]
 
     def refuse_faults(self) -> None:
         """Raise RecipeError where training would refuse."""
-        for rows, audit in self.audits:
-            refuse_faults(audit, rows, self.prepared.tokenizer)
+        for audit in self.audits:
+            audit.refuse_faults()
 
     def html(self) -> str:
         """Return the same as a page."""

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 
 from medibot import run as runs
 from medibot import tracking
-from medibot.data.gate import refuse_faults
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import identify_base, method_name, weights_dtype
@@ -52,13 +51,13 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
             plan.require_fit()
         trainer = build_trainer(prepared, run, lambda: load_weights(prepared))
         audits = audit_splits(trainer, prepared)
-        for rows, audit in audits:
-            refuse_faults(audit, rows, prepared.tokenizer)
+        for audit in audits:
+            audit.refuse_faults()
         require_columns(recipe, prepared.load("train"))
         checkpoint = run.last_checkpoint()
         if main:
             begin(trainer, prepared, plan, run, checkpoint)
-            run.write("audit.json", [audit.as_dict() for _, audit in audits])
+            run.write("audit.json", [audit.as_dict() for audit in audits])
             run.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
         # An interrupted run was evaluated at its start already: a second time would be in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from peft import NoMatchingPeftModuleError
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -20,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from medibot.data.conversations import COLUMNS
-from medibot.data.gate import Audit, audit_labels
+from medibot.data.gate import Audit
 from medibot.data.prepared import Prepared
 from medibot.errors import RecipeError, one_line
 from medibot.model.loading import load_base, weights_dtype
@@ -178,11 +177,11 @@ def load_weights(prepared: Prepared) -> PreTrainedModel:
     return load_base(prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype))
 
 
-def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[tuple[Dataset, Audit]]:
-    """Return (rows, what the gate found) of each split, as the trainer will really read them, every row."""
+def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[Audit]:
+    """Return what the gate found in the rows of each split, as the trainer will really read them, every row."""
     stops, limit = prepared.generation.eos_token_id, trainer.args.max_length
     return [
-        (rows, audit_labels(rows, prepared.load(split), prepared.tokenizer, stops, limit, split))
+        Audit(rows, prepared.load(split), prepared.tokenizer, stops, limit, split)
         for split, rows in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset))
         if rows is not None
     ]

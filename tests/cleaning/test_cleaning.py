@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from medibot.cleaning import NAMED_LISTS, RULES, clean, describe_rules, rule_problem
+from medibot.cleaning import NAMED_LISTS, RULES, apply_rule, clean, describe_rules, rule_problem
 
 
 def row(completion="Rest and drink plenty of water.", prompt="How is a cold treated?", index=0, **columns):
@@ -13,7 +13,7 @@ def row(completion="Rest and drink plenty of water.", prompt="How is a cold trea
 
 
 def apply(rule, *rows, **settings):
-    return RULES[rule](list(rows), **settings)
+    return apply_rule(rule, list(rows), **settings)
 
 
 def rows_left(rule, *rows, **settings):
@@ -96,9 +96,9 @@ AWKWARD = [
 def test_rules_leave_their_input_alone_and_repeat_themselves(rule):
     settings = {"max_words": 4} if rule == "drop_longer_than" else {}
     rows = copy.deepcopy(AWKWARD)
-    first = RULES[rule](rows, **settings)
+    first = apply_rule(rule, rows, **settings)
     assert rows == AWKWARD
-    assert RULES[rule](rows, **settings) == first
+    assert apply_rule(rule, rows, **settings) == first
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -154,13 +154,16 @@ def test_examples_are_at_most_three_and_spread_over_the_rows():
     [
         ("drop_unanwsered", "no such rule: drop_unanwsered (did you mean drop_unanswered?)"),
         ("medquad.cut_summary", "did you mean medquad.cut_summary_prefix?"),
-        ({"drop_short": {"min_word": 5}}, "drop_short: no such setting: min_word (did you mean min_words?)"),
+        (
+            {"drop_short": {"min_word": 5}},
+            "drop_short: got an unexpected keyword argument 'min_word' (it has min_words: int = 5)",
+        ),
         ({"drop_short": {"min_words": "5"}}, "drop_short: min_words must be int, not '5'"),
         ({"drop_short": {"min_words": True}}, "drop_short: min_words must be int, not True"),
         ({"drop_repetitive": {"share": "all"}}, "drop_repetitive: share must be float, not 'all'"),
         ({"drop_short": 5}, "drop_short: settings are written {setting: value}, not 5"),
         ({"drop_short": {}, "drop_echoes": {}}, "a rule with settings has one key"),
-        ("drop_longer_than", "drop_longer_than: needs a value for max_words"),
+        ("drop_longer_than", "drop_longer_than: missing a required argument: 'max_words' (it has max_words: int)"),
         (5, "a rule is a name or {name: {setting: value}}, not 5"),
         ({}, "a rule with settings has one key"),
     ],

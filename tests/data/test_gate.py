@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from medibot.data.gate import IGNORED, Audit, audit_labels, refuse_faults, spans
+from medibot.data.gate import IGNORED, Audit, spans
 from medibot.data.painting import choose_examples, paint, paint_html, paint_text
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
@@ -74,13 +74,13 @@ class Case:
 
     def audit(self, dataset: Dataset | None = None) -> Audit:
         stops, limit = self.prepared.generation.eos_token_id, self.trainer.args.max_length
-        return audit_labels(dataset or self.dataset, self.conversations, self.tokenizer, stops, limit)
+        return Audit(dataset or self.dataset, self.conversations, self.tokenizer, stops, limit)
 
     def refusal(self, dataset: Dataset | None = None) -> tuple[Audit, str]:
         """The audit of `dataset` and the words with which the gate refuses it."""
         report = self.audit(dataset)
         with pytest.raises(RecipeError) as refused:
-            refuse_faults(report, dataset or self.dataset, self.tokenizer)
+            report.refuse_faults()
         return report, str(refused.value)
 
     def trained_again(self, **training: Any) -> "Case":
@@ -213,7 +213,7 @@ def assert_exact(case: Case, closing: str) -> None:
     assert taught == [answer + closing for answer in answers]
     report = case.audit()
     assert report.violations == {}
-    refuse_faults(report, case.dataset, case.tokenizer)
+    report.refuse_faults()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -406,7 +406,7 @@ def test_an_answer_whose_end_token_generation_does_not_know_is_refused(
     make_tokenizer: Callable, make_case: Callable
 ) -> None:
     case = make_case(make_tokenizer("gemma"), sample_rows(3), system=None)
-    report = audit_labels(case.dataset, case.conversations, case.tokenizer, [case.tokenizer.eos_token_id], 2048)
+    report = Audit(case.dataset, case.conversations, case.tokenizer, [case.tokenizer.eos_token_id], 2048)
     assert report.violations == {"stop": [0, 1, 2]}
 
 

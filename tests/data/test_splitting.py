@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from medibot.cleaning import NAMED_LISTS, clean
 from medibot.cleaning.rules import fold
 from medibot.data.splitting import (
-    Splits,
     drop_leaks,
     find_near_texts,
     group_rows,
@@ -38,12 +37,12 @@ def rows_of(topics, per_topic=3):
     ]
 
 
+def splits_of(train, validation, test):
+    return {"train": train, "validation": validation, "test": test}
+
+
 def split_of(splits):
-    return {
-        kept["row"]: name
-        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-        for kept in rows
-    }
+    return {kept["row"]: name for name, rows in splits.items() for kept in rows}
 
 
 def same_group(first, second, columns=("topic",)):
@@ -93,7 +92,7 @@ def test_a_row_without_any_value_is_grouped_by_its_own_text():
 
 def test_no_group_stands_in_two_splits():
     splits = split_rows(rows_of([f"t{number}" for number in range(200)]), COLUMNS, 0.2, 0.2, seed=1)
-    groups = [{kept["group"] for kept in part} for part in (splits.train, splits.validation, splits.test)]
+    groups = [{kept["group"] for kept in part} for part in (splits["train"], splits["validation"], splits["test"])]
     assert all(groups)
     assert sum(map(len, groups)) == len(set.union(*groups)) == 200
 
@@ -101,15 +100,15 @@ def test_no_group_stands_in_two_splits():
 def test_the_shares_are_met_and_the_seed_moves_groups():
     rows = [row(number, f"What is topic {number}?", topic=f"topic {number}") for number in range(4000)]
     one, two = (split_rows(rows, ["topic"], 0.1, 0.2, seed) for seed in (1, 2))
-    assert abs(len(one.validation) - 400) < 80
-    assert abs(len(one.test) - 800) < 110
+    assert abs(len(one["validation"]) - 400) < 80
+    assert abs(len(one["test"]) - 800) < 110
     assert split_of(one) != split_of(two)
 
 
 def test_a_share_of_nothing_and_of_everything():
     rows = rows_of(["a", "b", "c"])
-    assert len(split_rows(rows, COLUMNS, 0, 0, seed=0).train) == 9
-    assert len(split_rows(rows, COLUMNS, 0, 1, seed=0).test) == 9
+    assert len(split_rows(rows, COLUMNS, 0, 0, seed=0)["train"]) == 9
+    assert len(split_rows(rows, COLUMNS, 0, 1, seed=0)["test"]) == 9
 
 
 def test_the_split_does_not_depend_on_the_order_of_rows():
@@ -197,7 +196,7 @@ LONG = "one two three four five six seven eight nine ten eleven twelve thirteen 
 
 
 def test_answers_known_from_an_earlier_split_are_dropped():
-    splits = Splits(
+    splits = splits_of(
         train=[row(0, "A?", LONG), row(1, "B?", "Rest.")],
         validation=[row(2, "C?", LONG.upper() + "!"), row(3, "D?", "Sleep well.")],
         test=[row(4, "E?", f"{LONG} seventeen"), row(5, "F?", "Sleep, well"), row(6, "G?", "Walk a lot.")],
@@ -209,7 +208,7 @@ def test_answers_known_from_an_earlier_split_are_dropped():
 
 
 def test_an_answer_that_validation_itself_lost_does_not_cost_test_a_row():
-    splits = Splits(
+    splits = splits_of(
         train=[row(0, "A?", "a b c d e f g h i j")],
         validation=[row(1, "B?", "a b c d e f g h i k")],
         test=[row(2, "C?", "a b c x e f g h i k")],
@@ -218,7 +217,7 @@ def test_an_answer_that_validation_itself_lost_does_not_cost_test_a_row():
 
 
 def test_second_answers_are_dropped_within_validation_and_test_but_not_in_train():
-    splits = Splits(
+    splits = splits_of(
         train=[row(0, "A?", "Rest."), row(1, "a ?", "Sleep.")],
         validation=[row(2, "B?", "Walk."), row(3, "b", "Run.")],
         test=[row(4, "C?", "Eat."), row(5, "C?", "Drink."), row(6, "D?", "Swim.")],
@@ -229,7 +228,7 @@ def test_second_answers_are_dropped_within_validation_and_test_but_not_in_train(
 
 
 def test_the_leak_report_counts_rows_that_share_something():
-    splits = Splits(
+    splits = splits_of(
         train=[row(0, "A?", LONG, topic="gout", document="d1")],
         validation=[row(1, "a", "Rest.", topic="Gout!", document="d2")],
         test=[
@@ -257,11 +256,11 @@ def test_a_random_split_leaks_what_groups_keep_together():
 
 def test_the_fingerprint_changes_with_split_and_text_only():
     first, second = row(0, "A?"), row(1, "B?")
-    fingerprint = split_fingerprint(Splits([first, second], [], []))
-    assert split_fingerprint(Splits([second, {**first, "topic": "gout"}], [], [])) == fingerprint
-    assert split_fingerprint(Splits([first], [second], [])) != fingerprint
-    assert split_fingerprint(Splits([first, {**second, "completion": "It is."}], [], [])) != fingerprint
-    assert split_fingerprint(Splits([first], [], [])) != fingerprint
+    fingerprint = split_fingerprint(splits_of([first, second], [], []))
+    assert split_fingerprint(splits_of([second, {**first, "topic": "gout"}], [], [])) == fingerprint
+    assert split_fingerprint(splits_of([first], [second], [])) != fingerprint
+    assert split_fingerprint(splits_of([first, {**second, "completion": "It is."}], [], [])) != fingerprint
+    assert split_fingerprint(splits_of([first], [], [])) != fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +306,7 @@ def test_cleaned_medquad_holds_none_of_its_boilerplate(cleaned):
 
 def test_no_split_of_medquad_leaks(cleaned):
     splits, _ = drop_leaks(split_rows(cleaned[0], MEDQUAD_COLUMNS, 0.05, 0.05, seed=0))
-    sizes = [len(splits.train), len(splits.validation), len(splits.test)]
+    sizes = [len(splits["train"]), len(splits["validation"]), len(splits["test"])]
     assert sizes[0] > 9_500 and min(sizes) > 350
     for pair in leak_report(splits, MEDQUAD_COLUMNS).values():
         assert {pair.pop(column) for column in list(pair) if column != "rows"} == {0}
