@@ -14,7 +14,7 @@ from medibot.data.gate import NAMES, Audit, refuse_faults
 from medibot.data.painting import choose_examples, paint, paint_html, paint_text
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
-from medibot.model.loading import make_tiny_model, method_name
+from medibot.model.loading import method_name
 from medibot.recipe import Recipe
 from medibot.run import Run
 from medibot.training.trainer import audit_splits, build_trainer
@@ -22,10 +22,7 @@ from medibot.training.trainer import audit_splits, build_trainer
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ledger, leak report, loss-mask report and painted rows of a recipe.
-
-    `audits` are (the trainer's rows, what the gate found) of each split; `painted` are (text, kind) pieces of each row.
-    """
+    """What a recipe trains on: (the trainer's rows, what the gate found) of each split, (text, kind) pieces of each row."""
 
     prepared: Prepared
     audits: list[tuple[Dataset, Audit]]
@@ -34,23 +31,22 @@ class Inspection:
     @property
     def tables(self) -> list[tuple[str, list[str], list[list[Any]]]]:
         """Return (title, header, rows) of what each rule did, what splits share, and what the loss covers."""
-        keys, prepared = ("rows_in", "dropped", "changed", "added", "rows_out"), self.prepared
-        ledger: list[list[Any]] = [[line["rule"], *(f"{line[key]:,}" for key in keys)] for line in prepared.ledger]
-        sizes = ", ".join(f"{name} {count:,}" for name, count in prepared.split["rows"].items())
+        keys = ("rows_in", "dropped", "changed", "added", "rows_out")
+        ledger: list[list[Any]] = [[line["rule"], *(f"{line[key]:,}" for key in keys)] for line in self.prepared.ledger]
+        sizes = ", ".join(f"{name} {count:,}" for name, count in self.prepared.split["rows"].items())
         ledger.append([f"split: {sizes}", *[""] * len(keys)])
         # Here, and had the rows been split at random
-        leaks = prepared.leaks
+        leaks = self.prepared.leaks
         kinds = dict.fromkeys(kind for counts in leaks.values() for kind in counts)
         shared = [[kind, *(counts.get(kind, "") for counts in leaks.values())] for kind in kinds]
-        audits = [audit for _, audit in self.audits]
-        counts = [audit.as_dict() for audit in audits]
+        counts = [audit.as_dict() for _, audit in self.audits]
         measures = ["rows_in", "rows_out", "tokens", "longest", "supervised", "supervised_share"]
         mask = [[key.replace("_", " "), *(f"{found[key]:,}" for found in counts)] for key in measures]
         mask += [[text, *(found["violations"][key] for found in counts)] for key, text in NAMES.items()]
         return [
             ("Ledger", ["rule", *(key.replace("_", " ") for key in keys)], ledger),
             ("Leak report (rows)", ["shared", *(name.replace("_", " ") for name in leaks)], shared),
-            ("Loss mask", ["", *(audit.split for audit in audits)], mask),
+            ("Loss mask", ["", *(audit.split for _, audit in self.audits)], mask),
         ]
 
     def refuse_faults(self) -> None:
@@ -62,8 +58,8 @@ class Inspection:
         """Return the same as a page."""
         templates = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True)
         rows = [(name, paint_html(pieces)) for name, pieces in self.painted.items()]
-        values = {"recipe": self.prepared.recipe, "prepared": self.prepared, "tables": self.tables, "rows": rows}
-        return templates.get_template("inspect.html.j2").render(values)
+        page = templates.get_template("inspect.html.j2")
+        return page.render(recipe=self.prepared.recipe, prepared=self.prepared, tables=self.tables, rows=rows)
 
     def __rich__(self) -> Group:
         prepared, recipe, precision = self.prepared, self.prepared.recipe, self.prepared.precision
@@ -87,7 +83,7 @@ class Inspection:
 def inspect_recipe(recipe: Recipe, row: int | None = None) -> Inspection:
     """Prepare a recipe's rows as training would, and read back what the loss covers; `row` is painted, too."""
     prepared = prepare(recipe)
-    trainer = build_trainer(prepared, Run(Path("inspect")), lambda: make_tiny_model(prepared.tokenizer), lora=False)
+    trainer = build_trainer(prepared, Run(Path("inspect")), tiny=True)
     rows, audits = trainer.train_dataset, audit_splits(trainer, prepared)
     if row is not None and not 0 <= row < len(rows):
         raise RecipeError.of("--row", f"no row {row}", f"the training split has rows 0 to {len(rows) - 1}")

@@ -138,9 +138,9 @@ def read_option(name: str, more: list[str]) -> int | None:
     if name not in more:
         return None
     number = "".join(more[more.index(name) + 1 :][:1])
-    if not number.isdecimal() or int(number) < 1:
-        raise RecipeError.of("LAUNCH", f"{name} {number}".rstrip(), "give a whole number from 1")
-    return int(number)
+    if number.isdecimal() and int(number):
+        return int(number)
+    raise RecipeError.of("LAUNCH", f"{name} {number}".rstrip(), "give a whole number from 1")
 
 
 def visible_gpus() -> int:
