@@ -224,12 +224,11 @@ def gathered(given: argparse.Namespace, *more: str) -> Any:
 
 def tokenized(prepared: Any) -> Any:
     """(rows as TRL tokenizes them for MediBot, the trainer's collator)."""
-    from medibot.model.loading import make_tiny_model
     from medibot.run import Run
     from medibot.training.trainer import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(prepared, Run(Path(folder)), lambda: make_tiny_model(prepared.tokenizer), lora=False)
+        trainer = build_trainer(prepared, Run(Path(folder)), tiny=True)
         return list(trainer.train_dataset), trainer.data_collator
 
 

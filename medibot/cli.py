@@ -160,7 +160,8 @@ def train(
     """Train a recipe through accelerate launch; the same command again goes on, or says that it is done."""
     from medibot.training import launch as launching
 
-    if not launching.is_launched():
+    # Every accelerate launcher sets this one
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         options = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
         more = launching.split_launch(launch)
         sys.exit(launching.launch(recipe, overrides or [], options, accelerate, more))

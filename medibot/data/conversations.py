@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medibot.cleaning.ledger import LedgerLine, compare_rows
 from medibot.cleaning.rules import Row
-from medibot.model.template import template_kwargs
-from medibot.model.tokenizer import escape_markers, make_prompt
+from medibot.model.tokenizer import escape_markers, make_prompt, template_kwargs
 from medibot.recipe import Recipe
 
 # What the trainer gets to see of a prepared row

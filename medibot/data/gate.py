@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from medibot.errors import RecipeError
-from medibot.model.template import SAMPLE_CHAT
+from medibot.model.tokenizer import SAMPLE_CHAT
 
 IGNORED = -100
 NAMES = {

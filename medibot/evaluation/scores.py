@@ -23,8 +23,7 @@ from medibot.evaluation.questions import Questions
 from medibot.model.generation import generate_answers
 from medibot.model.loading import hash_file, identify_base, load_base, load_tuned
 from medibot.model.precision import Precision
-from medibot.model.template import template_kwargs
-from medibot.model.tokenizer import tokenizer_fingerprint
+from medibot.model.tokenizer import template_kwargs, tokenizer_fingerprint
 from medibot.recipe import Recipe
 from medibot.run import Run, read_lines
 

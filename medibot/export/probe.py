@@ -8,8 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
-from medibot.model.template import template_kwargs
-from medibot.model.tokenizer import make_prompt, role_markers
+from medibot.model.tokenizer import make_prompt, role_markers, template_kwargs
 from medibot.recipe import Recipe
 
 # Questions, and tokens of each greedy answer

@@ -71,10 +71,9 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> 
 
 
 def keep_4bit_trainable(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from packing 4-bit weights for AVX512-BF16 inference.
+    """Stop bitsandbytes from packing 4-bit weights for AVX512-BF16 inference: the packed product has no backward pass.
 
-    The first evaluation would pack them in place, and the packed product has no backward pass: training would go on
-    with the gradient of most adapters silently missing (bitsandbytes 0.50, nn/modules.py, Linear4bit.forward).
+    The first evaluation would pack them, and most adapters silently get no gradient (0.50, Linear4bit.forward).
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -1,17 +1,20 @@
-"""Load the tokenizer, and keep user text from forging a turn."""
+"""Load the tokenizer and its chat template, and keep user text from forging a turn."""
 
 import hashlib
 import itertools
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from medibot.model.loading import call_loader
-from medibot.model.template import SAMPLE_CHAT, set_template
 from medibot.recipe import Recipe
 
+SAMPLE_CHAT = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 # What a chat template writes between angle or square brackets is a role or turn marker, whether or not it is a token of
 # its own: TinyLlama's <|user|> is plain text to its tokenizer and would still forge a turn.
 MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
@@ -27,6 +30,32 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         # Labels are padded by position and attention is masked, so sharing the end token costs nothing
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def set_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the recipe's template in the place of the model's; raise RecipeError for one that renders no chat."""
+    key, remedy = "model.pretrained_model_name_or_path", "name a .jinja file in training.chat_template_path"
+    if written := recipe.training.get("chat_template_path"):
+        key, remedy = "training.chat_template_path", "repair it"
+        try:
+            tokenizer.chat_template = Path(written).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise recipe.error(key, f"{written} is not UTF-8 text", "save it as UTF-8") from error
+        except OSError as error:
+            raise recipe.error(key, f"{written!r} not found", "give a .jinja file") from error
+    if not tokenizer.chat_template:
+        raise recipe.error(key, "the tokenizer has no chat template", f"take a chat model, or {remedy}")
+    try:
+        text = tokenizer.apply_chat_template(SAMPLE_CHAT, tokenize=False)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise recipe.error(key, f"the chat template cannot be rendered: {error}", remedy) from error
+    if not all(message["content"] in text for message in SAMPLE_CHAT):
+        raise recipe.error(key, "the chat template leaves out what the messages say", remedy)
+
+
+def template_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of every rendering of a chat; control tokens in a message's content are plain text."""
+    return {"sanitize_control_tokens": True} | recipe.data.chat_template_kwargs
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -24,8 +24,7 @@ from transformers import (
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
-from medibot.model.template import template_kwargs
-from medibot.model.tokenizer import escape_markers, role_markers
+from medibot.model.tokenizer import escape_markers, role_markers, template_kwargs
 from medibot.recipe import load_recipe
 from medibot.run import Run, find_finished_run
 from medibot.serving.emergencies import NOTICE, emergency_notice

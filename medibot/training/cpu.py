@@ -1,13 +1,10 @@
-"""What makes a training fast on a CPU and changes none of its numbers: oneDNN's float32 products, and a plain loss head.
+"""Train fast on a CPU with the same numbers: oneDNN's float32 products, and a plain loss head.
 
-TRL's own head scores every position, prompts and padding included, and folds the vocabulary in tiles by a dozen passes
-over memory; it was made for Triton, where those are one kernel. The one here scores the labelled positions alone and
-gives the same numbers (float32, to rounding) from two products and three passes. The gradient of the hidden states is
-ready when the forward is over: d log p(label) / d hidden = W[label] - p W, for each position by itself.
-
-No logits are kept from forward to backward: the head takes two float32 tiles of TILE positions by vocabulary (50 MB for
-SmolLM2) and two hidden states a supervised token. Full fine-tuning multiplies the logits out again, for the gradient of
-the head's own weight.
+TRL's own head scores every position and folds the vocabulary in tiles by a dozen passes over memory, made for Triton,
+where those are one kernel. This one scores the labelled positions alone, by two products and three passes. The gradient
+of the hidden states is ready when the forward is over: d log p(label) / d hidden = W[label] - p W, for each position by
+itself. It keeps no logits: two float32 tiles of TILE positions by vocabulary (50 MB for SmolLM2). Full fine-tuning
+multiplies them out again, for the gradient of the head's own weight.
 """
 
 from collections.abc import Iterator
@@ -21,10 +18,9 @@ from medibot.planning.memory import CPU_TILE as TILE
 
 
 def optimize_for_cpu() -> None:
-    """Set this process up to train on a CPU; on a GPU it is not called, and nothing is different there."""
+    """Set this process up to train on a CPU."""
     prefer_onednn()
-    # TRL's patched forward looks both names up on each call; the second one says that the head is handed labelled
-    # positions alone, as on a GPU
+    # TRL's patched forward looks both up on each call; the second: the head gets labelled positions alone, as on a GPU
     upstream._ChunkedLogProbFunction = PlainHead
     upstream._use_triton = lambda _: True
 
@@ -32,9 +28,8 @@ def optimize_for_cpu() -> None:
 def prefer_onednn() -> None:
     """Multiply float32 matrices by oneDNN where that is float32 indeed, else by MKL, which is torch's default.
 
-    MKL takes its AVX2 path on processors that Intel did not make; oneDNN takes AVX-512 wherever it is. torch hands it
-    float32 products only when told that bfloat16 would be precise enough, and oneDNN makes use of that permission only
-    where the CPU has AMX. So it is tried, on one product, whether any precision is lost.
+    MKL takes AVX2 on processors that Intel did not make, oneDNN AVX-512 wherever it is. torch hands it float32 products
+    only when told that bfloat16 is precise enough, which oneDNN makes use of where the CPU has AMX: one product tells.
     """
     # Not torch's global generator: the draws of the training stay what they were
     matrix = torch.randn(128, 1024, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from medibot.data.gate import NAMES, Audit
 from medibot.data.painting import choose_examples, paint, paint_html, paint_text
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
-from medibot.model.loading import make_tiny_model, method_name
+from medibot.model.loading import method_name
 from medibot.recipe import Recipe
 from medibot.run import Run
 from medibot.training.trainer import audit_splits, build_trainer
@@ -21,10 +21,7 @@ from medibot.training.trainer import audit_splits, build_trainer
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ledger, leak report, loss-mask report and painted rows of a recipe.
-
-    `audits` are what the gate found in each split; `painted` are (text, kind) pieces of each row.
-    """
+    """What a recipe trains on: what the gate found in each split, and the (text, kind) pieces of each painted row."""
 
     prepared: Prepared
     audits: list[Audit]
@@ -33,12 +30,12 @@ class Inspection:
     @property
     def tables(self) -> list[tuple[str, list[str], list[list[Any]]]]:
         """Return (title, header, rows) of what each rule did, what splits share, and what the loss covers."""
-        keys, prepared = ("rows_in", "dropped", "changed", "added", "rows_out"), self.prepared
-        ledger: list[list[Any]] = [[line["rule"], *(f"{line[key]:,}" for key in keys)] for line in prepared.ledger]
-        sizes = ", ".join(f"{name} {count:,}" for name, count in prepared.split["rows"].items())
+        keys = ("rows_in", "dropped", "changed", "added", "rows_out")
+        ledger: list[list[Any]] = [[line["rule"], *(f"{line[key]:,}" for key in keys)] for line in self.prepared.ledger]
+        sizes = ", ".join(f"{name} {count:,}" for name, count in self.prepared.split["rows"].items())
         ledger.append([f"split: {sizes}", *[""] * len(keys)])
         # Here, and had the rows been split at random
-        leaks = prepared.leaks
+        leaks = self.prepared.leaks
         kinds = dict.fromkeys(kind for counts in leaks.values() for kind in counts)
         shared = [[kind, *(counts.get(kind, "") for counts in leaks.values())] for kind in kinds]
         counts = [audit.as_dict() for audit in self.audits]
@@ -60,8 +57,8 @@ class Inspection:
         """Return the same as a page."""
         templates = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True)
         rows = [(name, paint_html(pieces)) for name, pieces in self.painted.items()]
-        values = {"recipe": self.prepared.recipe, "prepared": self.prepared, "tables": self.tables, "rows": rows}
-        return templates.get_template("inspect.html.j2").render(values)
+        page = templates.get_template("inspect.html.j2")
+        return page.render(recipe=self.prepared.recipe, prepared=self.prepared, tables=self.tables, rows=rows)
 
     def __rich__(self) -> Group:
         prepared, recipe, precision = self.prepared, self.prepared.recipe, self.prepared.precision
@@ -85,7 +82,7 @@ class Inspection:
 def inspect_recipe(recipe: Recipe, row: int | None = None) -> Inspection:
     """Prepare a recipe's rows as training would, and read back what the loss covers; `row` is painted, too."""
     prepared = prepare(recipe)
-    trainer = build_trainer(prepared, Run(Path("inspect")), lambda: make_tiny_model(prepared.tokenizer), lora=False)
+    trainer = build_trainer(prepared, Run(Path("inspect")), tiny=True)
     rows, audits = trainer.train_dataset, audit_splits(trainer, prepared)
     if row is not None and not 0 <= row < len(rows):
         raise RecipeError.of("--row", f"no row {row}", f"the training split has rows 0 to {len(rows) - 1}")

@@ -10,6 +10,7 @@ import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,9 +22,9 @@ from medibot.training.signals import Signals
 
 # Seconds that a training has to come to the end of its step after a signal
 DEADLINE = 300
-# An accelerate config that asks for nothing but one process on the CPU, and what its launcher then sets
-ONE_PROCESS = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_machines": 1, "num_processes": 1}
-ONE_CPU_PROCESS = ONE_PROCESS | {"use_cpu": True, "mixed_precision": "no"}
+# The accelerate config that asks for nothing but one process on the CPU, and what accelerate's launcher then sets
+ONE_CPU_PROCESS = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_machines": 1}
+ONE_CPU_PROCESS |= {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
 LAUNCHED_ON_CPU = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
@@ -51,8 +52,8 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
         environment |= LAUNCHED_ON_CPU | {"OMP_NUM_THREADS": threads}
     else:
         command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-        command += [] if "--num_processes" in more else ["--num_processes", str(processes)]
-        command += ["--num_cpu_threads_per_process", threads, *more]
+        # argparse takes the last of an option that is given twice
+        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", threads, *more]
     return run_launcher([*command, "-m", "medibot", "train", recipe, *overrides, *options], environment)
 
 
@@ -72,8 +73,9 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> int:
         return 128 + signals.received
     if finished:
         # A process that was killed says nothing itself, and torchrun ends the others before they can
-        how = f"with exit code {finished} (see above)" if finished > 0 else f"by signal {-finished}"
-        how += " (9 is often the system's, out of memory)" if finished == -signal.SIGKILL else ""
+        how = f"with exit code {finished} (see above)"
+        if finished < 0:
+            how = f"by signal {-finished} (9 is often the system's, out of memory)"
         print(f"training ended {how}; run the same command to resume", file=sys.stderr)
     return 128 - finished if finished < 0 else finished
 
@@ -84,15 +86,15 @@ def stop(launcher: psutil.Popen) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    if processes:
-        print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGALRM, lambda number, _: end(launcher, number))
-        signal.alarm(DEADLINE)
-    else:
-        end(launcher, signal.SIGKILL)
+    if not processes:
+        end(launcher)
+        return
+    print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGALRM, partial(end, launcher))
+    signal.alarm(DEADLINE)
 
 
-def end(launcher: psutil.Popen, number: int) -> None:
+def end(launcher: psutil.Popen, number: int = signal.SIGKILL, *_: Any) -> None:
     """Kill everything."""
     if number == signal.SIGALRM:
         print(f"no step ended within {DEADLINE} s: ended; the last whole checkpoint is kept", file=sys.stderr)
@@ -101,16 +103,8 @@ def end(launcher: psutil.Popen, number: int) -> None:
             process.kill()
 
 
-def is_launched() -> bool:
-    """Tell whether this process was started by a launcher; every accelerate launcher sets this variable."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
 def leave_exit_code(code: int) -> bool:
-    """Leave the exit code where the launcher cannot lose it; return whether this process is the first that ends.
-
-    The first process to fail has the reason; what the others meet afterwards is only that it is gone.
-    """
+    """Leave the exit code where the launcher cannot lose it; return whether this process is the first: it has the reason."""
     if "MEDIBOT_EXIT" in os.environ:
         try:
             with Path(os.environ["MEDIBOT_EXIT"]).open("x") as file:
@@ -144,9 +138,9 @@ def read_option(name: str, more: list[str]) -> int | None:
     if name not in more:
         return None
     number = "".join(more[more.index(name) + 1 :][:1])
-    if not number.isdecimal() or int(number) < 1:
-        raise RecipeError.of("LAUNCH", f"{name} {number}".rstrip(), "give a whole number from 1")
-    return int(number)
+    if number.isdecimal() and int(number):
+        return int(number)
+    raise RecipeError.of("LAUNCH", f"{name} {number}".rstrip(), "give a whole number from 1")
 
 
 def visible_gpus() -> int:

@@ -4,8 +4,8 @@ import math
 import time
 from typing import Any
 
-import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
@@ -14,10 +14,9 @@ from medibot import tracking
 from medibot.data.prepared import Prepared
 from medibot.errors import RecipeError, Stopped
 from medibot.model.generation import generate_answers
-from medibot.model.template import template_kwargs
-from medibot.model.tokenizer import make_prompt, role_markers
+from medibot.model.tokenizer import make_prompt, role_markers, template_kwargs
 from medibot.planning.plan import Plan
-from medibot.run import Run, checkpoint_step, read_json, read_lines
+from medibot.run import Run, checkpoint_step, read_lines
 from medibot.training.signals import Signals
 from medibot.training.trainer import CountingTrainer
 
@@ -37,9 +36,19 @@ class Record(TrainerCallback):
             self.ask(model, 0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Here the step before is logged, evaluated and saved; upstream's own way to stop would sum up and evaluate again
-        if state.global_step and self.asked_to_stop():
-            self.stop(state)
+        """Stop at any process's signal: the last step is in a checkpoint, and nothing of the run looks final.
+
+        Here the step before is logged, evaluated and saved; upstream's own way to stop would sum up and evaluate again.
+        """
+        if state.global_step and any(gather_object([self.signals.received])):
+            last = self.run.last_checkpoint()
+            PartialState().wait_for_everyone()
+            if last is None or checkpoint_step(last) != state.global_step:
+                self.trainer._save_checkpoint(self.trainer.model, None)
+            if PartialState().is_main_process:
+                self.run.write("run.json", self.run.record() | {"status": "stopped", "step": state.global_step})
+            at = f"step {state.global_step} of {state.max_steps}"
+            raise Stopped(f"stopped at {at}; the same command goes on from there")
         self.step_started = time.monotonic()
 
     # Before upstream draws the rows of the next epoch, as a resume will do again
@@ -47,23 +56,6 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.training_seconds += time.monotonic() - self.step_started
-
-    def asked_to_stop(self) -> bool:
-        """Tell whether any process of the run has got a signal."""
-        if PartialState().num_processes == 1:
-            return bool(self.signals.received)
-        flag = torch.tensor([float(self.signals.received)], device=self.trainer.accelerator.device)
-        return bool(self.trainer.accelerator.gather(flag).max().item())
-
-    def stop(self, state: Any) -> None:
-        """End the training: its last step is in a checkpoint, and nothing of it looks final."""
-        last = self.run.last_checkpoint()
-        PartialState().wait_for_everyone()
-        if last is None or checkpoint_step(last) != state.global_step:
-            self.trainer._save_checkpoint(self.trainer.model, None)
-        if PartialState().is_main_process:
-            self.run.write("run.json", self.run.record() | {"status": "stopped", "step": state.global_step})
-        raise Stopped(f"stopped at step {state.global_step} of {state.max_steps}; the same command goes on from there")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         self.ask(model, state.global_step)
@@ -104,11 +96,10 @@ class Record(TrainerCallback):
 
 def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
     """Return what a finished training came to: steps, losses, cost, and planned beside measured memory."""
-    last, tokens = read_lines(run.metrics)[-1], trainer.num_supervised_tokens_seen
-    measured, planned = last["peak_memory_bytes"], plan.planned_peak()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    last, planned = read_lines(run.metrics)[-1], plan.planned_peak()
+    measured, tokens = last["peak_memory_bytes"], trainer.num_supervised_tokens_seen
     summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
-    if losses:
+    if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
         summary |= {"eval_loss_first": losses[0], "eval_loss_last": losses[-1], "eval_loss_best": min(losses)}
     # `training_seconds` is the steps alone, without evaluations, answers and saving
     cost = {key: last[key] for key in ("seconds", "training_seconds", "peak_memory_bytes")} | {
@@ -119,24 +110,6 @@ def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
     }
     memory = {"planned_bytes": planned, "measured_bytes": measured, "planned_over_measured": planned / measured}
     return summary | {"cost": cost, "memory": memory}
-
-
-def upload(prepared: Prepared, run: Run, mirror: tracking.Mirror) -> None:
-    """Send what was trained on and what came of it as W&B artifacts; a full model is too large to go unasked."""
-    record, data = run.record(), f"data-{prepared.fingerprint[:12]}"
-    made_from = {"data_fingerprint": prepared.fingerprint, "split_fingerprint": prepared.split["fingerprint"]}
-    mirror.artifact("dataset", data, [run.folder / name for name in ("ledger.json", "split.json")], made_from, {})
-    if prepared.recipe.lora:
-        of_run = {"run": run.name, "run_fingerprint": record["fingerprint"], "base": record["parts"]["base"]}
-        mirror.artifact("model", f"{run.name}-adapter", [run.weights], of_run | made_from, {data: "dataset"})
-
-
-def wandb_config(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Return the recipe under one key, and what identifies data, split, machine and code; the run has begun."""
-    # Counts only: the ledger's examples are rows
-    counted = [{key: value for key, value in line.items() if key != "examples"} for line in prepared.ledger]
-    files = {"split": read_json(run.folder / "split.json"), "environment": read_json(run.folder / "environment.json")}
-    return {"recipe": prepared.recipe.as_dict(), "ledger": counted, "leaks": prepared.leaks, **files}
 
 
 def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """Train a recipe into its output folder: start, go on from the last whole checkpoint, or say that it is done."""
 
+import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -20,9 +22,9 @@ from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
 from medibot.run import Run
 from medibot.serving.evidence import FILE, build_evidence, require_columns
-from medibot.training.record import Record, count_parameters, summarize, upload, wandb_config
+from medibot.training.record import Record, count_parameters, summarize
 from medibot.training.signals import Signals
-from medibot.training.trainer import CountingTrainer, audit_splits, build_trainer, load_weights, require_launched_world
+from medibot.training.trainer import CountingTrainer, audit_splits, build_trainer
 
 # A collective that lost a process, as gloo and nccl say it
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -34,35 +36,35 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
     Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
     something else. Raises Stopped where a signal ended the training and a whole checkpoint is there.
     """
-    state = require_launched_world()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    if state.num_processes != wanted:
+        what = f"{wanted} processes were launched and {state.num_processes} found each other"
+        raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
     main, run, prepared = state.is_main_process, runs.open_run(name), prepare(recipe)
     key, parts = runs.run_fingerprint(recipe, prepared.fingerprint, identify_base(recipe), state.num_processes)
     runs.refuse_changed(run, parts)
     if run.record().get("status") == "finished":
         if main:
-            print(
-                f"outputs/{name} is finished and made from exactly this.",
-                "To train again: another RUN=name, or delete it.",
-            )
+            print(f"outputs/{name} is finished, made from exactly this; to train again: another RUN=name, or delete it")
         return run
     with runs.locked(run, main):
         plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_layout(state.num_processes))
         if main and not anyway:
             plan.require_fit()
-        trainer = build_trainer(prepared, run, lambda: load_weights(prepared))
+        trainer = build_trainer(prepared, run)
         audits = audit_splits(trainer, prepared)
         for audit in audits:
             audit.refuse_faults()
         require_columns(recipe, prepared.load("train"))
-        checkpoint = run.last_checkpoint()
+        checkpoint, config = run.last_checkpoint(), {}
         if main:
-            begin(trainer, prepared, plan, run, checkpoint)
+            config = begin(trainer, prepared, plan, run, checkpoint)
             run.write("audit.json", [audit.as_dict() for audit in audits])
             run.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
         # An interrupted run was evaluated at its start already: a second time would be in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
-        config = wandb_config(run, prepared) if main else {}
         with tracking.tracked(recipe, run, config, main) as mirror, explained(run, trainer, plan), Signals() as signals:
             trainer.add_callback(Record(trainer, run, mirror, prepared, signals))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -72,8 +74,10 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
     return run
 
 
-def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run, checkpoint: Path | None) -> None:
-    """Print what is about to be trained, in the numbers that matter, and write what it is made from."""
+def begin(
+    trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run, checkpoint: Path | None
+) -> dict[str, Any]:
+    """Print what is about to be trained, write what it is made from, and return that for the mirror."""
     recipe, precision, args = prepared.recipe, prepared.precision, trainer.args
     rows, steps, ways = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     (trainable, total), batch = count_parameters(trainer.model), rows * steps * ways
@@ -99,13 +103,18 @@ def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run, ch
         "parameters": total,
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    split, environment = prepared.split | {"data": prepared.fingerprint}, describe_environment(device) | decided
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("recipe.yaml", dump_resolved_recipe(recipe, decided))
     run.write("ledger.json", {"ledger": prepared.ledger, "leaks": prepared.leaks})
-    run.write("split.json", prepared.split | {"data": prepared.fingerprint})
+    run.write("split.json", split)
+    run.write("environment.json", environment)
     run.write(FILE, build_evidence(recipe, prepared))
-    run.write("environment.json", describe_environment(device) | decided)
     run.write("plan.json", plan.as_dict())
+    # Counts only: the ledger's examples are rows
+    counted = [{key: value for key, value in line.items() if key != "examples"} for line in prepared.ledger]
+    shown = {"ledger": counted, "leaks": prepared.leaks, "split": split, "environment": environment}
+    return shown | {"recipe": recipe.as_dict()}
 
 
 @contextmanager
@@ -130,7 +139,7 @@ def explained(run: Run, trainer: CountingTrainer, plan: Plan) -> Generator[None]
 
 
 def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: tracking.Mirror, plan: Plan) -> None:
-    """Write the trained weights with all that answering needs, then mark the run finished."""
+    """Write the trained weights with all that answering needs, mark the run finished, and send what it came to."""
     partial = run.folder / ".model.partial"
     trainer.save_model(str(partial))
     if not PartialState().is_main_process:
@@ -142,11 +151,17 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: trackin
     runs.sync_to_disk(partial)
     shutil.rmtree(run.weights, ignore_errors=True)
     partial.rename(run.weights)
-    summary = summarize(trainer, run, plan)
+    summary, record = summarize(trainer, run, plan), run.record()
     run.write("plan.json", plan.as_dict() | {"measured": summary["memory"]})
     mirror.summary(summary)
-    run.write("run.json", run.record() | {"status": "finished", "summary": summary})
-    upload(prepared, run, mirror)
+    run.write("run.json", record | {"status": "finished", "summary": summary})
+    # As W&B artifacts; a full model is too large to go unasked
+    data = f"data-{prepared.fingerprint[:12]}"
+    found = {"data_fingerprint": prepared.fingerprint, "split_fingerprint": prepared.split["fingerprint"]}
+    mirror.artifact("dataset", data, [run.folder / name for name in ("ledger.json", "split.json")], found, {})
+    if prepared.recipe.lora:
+        of_run = {"run": run.name, "run_fingerprint": record["fingerprint"], "base": record["parts"]["base"]}
+        mirror.artifact("model", f"{run.name}-adapter", [run.weights], found | of_run, {data: "dataset"})
 
 
 def print_next_steps(run: Run) -> None:

@@ -1,11 +1,9 @@
 """Assemble TRL's SFTTrainer from prepared conversations."""
 
-import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,13 @@ from trl import SFTConfig, SFTTrainer
 from medibot.data.conversations import COLUMNS
 from medibot.data.gate import Audit
 from medibot.data.prepared import Prepared
-from medibot.errors import RecipeError, one_line
-from medibot.model.loading import load_base, weights_dtype
+from medibot.errors import one_line
+from medibot.model.loading import load_base, make_tiny_model, weights_dtype
 from medibot.model.precision import make_lora_config
 from medibot.planning.conflicts import share_batch
 from medibot.planning.hardware import is_zero3
 from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu
-
-
-def require_launched_world() -> PartialState:
-    """Return the processes that really run; raise RecipeError when they are not the ones that were launched."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
-    if state.num_processes != wanted:
-        what = f"{wanted} processes were launched and {state.num_processes} found each other"
-        raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
-    return state
 
 
 class CountingTrainer(SFTTrainer):
@@ -121,32 +109,31 @@ class CountingTrainer(SFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def build_trainer(
-    prepared: Prepared, this: Run, load: Callable[[], PreTrainedModel], lora: bool = True
-) -> CountingTrainer:
-    """Build TRL's trainer over the prepared conversations; adapters in float32, so that resuming changes no dtype."""
+def build_trainer(prepared: Prepared, this: Run, tiny: bool = False) -> CountingTrainer:
+    """Build TRL's trainer over the prepared conversations; around a tiny model for who needs its dataset alone."""
     # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
     args = sft_config(prepared, this)
     if args.use_cpu:
         optimize_for_cpu()
-    rows = {split: prepared.load(split) for split in ("train", "validation")}
-    datasets = {split: found.select_columns(COLUMNS) for split, found in rows.items() if found is not None}
-    kwargs = {"train_dataset": datasets["train"], "eval_dataset": datasets.get("validation")}
-    kwargs["peft_config"] = make_lora_config(prepared.recipe) if lora else None
+    rows = {f"{split}_dataset": prepared.load(name) for split, name in (("train", "train"), ("eval", "validation"))}
+    rows = {split: found.select_columns(COLUMNS) for split, found in rows.items() if found is not None}
+    model = make_tiny_model(prepared.tokenizer) if tiny else load_weights(prepared)
+    adapters = None if tiny else make_lora_config(prepared.recipe)
     # The Trainer makes its folder at once: what does not get through the gate shall leave none
     args.output_dir = tempfile.gettempdir()
     try:
-        trainer = CountingTrainer(load(), args, processing_class=prepared.tokenizer, **kwargs)
+        trainer = CountingTrainer(model, args, processing_class=prepared.tokenizer, peft_config=adapters, **rows)
     except NoMatchingPeftModuleError as error:
         what, remedy = one_line(error), "name modules that this model has"
         raise prepared.recipe.error("lora.target_modules", what, remedy) from error
     args.output_dir = str(this.checkpoints)
     trainer.remove_callback(PrinterCallback)
-    for parameter in trainer.model.parameters():
-        # ZeRO-3 gathers parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
-        if parameter.requires_grad and prepared.recipe.lora and not is_zero3():
-            # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently
-            parameter.data = parameter.data.float()
+    # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently. ZeRO-3 gathers
+    # parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
+    if prepared.recipe.lora and not is_zero3():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return trainer
 
 

@@ -88,7 +88,7 @@ class Case:
         recipe = self.prepared.recipe
         prepared = replace(self.prepared, recipe=replace(recipe, training=recipe.training | training))
         run = Run(recipe.path.parent / "outputs" / "again")
-        return Case(prepared, build_trainer(prepared, run, lambda: make_tiny_model(self.tokenizer), lora=False))
+        return Case(prepared, build_trainer(prepared, run, tiny=True))
 
     def tampered(self, row: int, change: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> Dataset:
         """The trainer's dataset with `change` applied to one row's input ids and labels."""
@@ -121,7 +121,7 @@ def make_case(workplace: Path) -> Callable[..., Case]:
         prepared = make_inputs(workplace, tokenizer, rows, system, template or {}, training)
         return Case(
             prepared,
-            build_trainer(prepared, Run(workplace / "outputs" / "r"), lambda: make_tiny_model(tokenizer), lora=False),
+            build_trainer(prepared, Run(workplace / "outputs" / "r"), tiny=True),
         )
 
     return make

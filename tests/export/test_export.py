@@ -26,8 +26,7 @@ from medibot.export.ollama import render_modelfile, take_apart
 from medibot.export.probe import QUESTIONS, held_out_prompts, logit_distance
 from medibot.model.generation import generate_answers
 from medibot.model.loading import load_tuned
-from medibot.model.template import template_kwargs
-from medibot.model.tokenizer import make_prompt
+from medibot.model.tokenizer import make_prompt, template_kwargs
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 from medibot.training.session import train

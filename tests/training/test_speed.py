@@ -12,7 +12,7 @@ from medibot.data.prepared import prepare
 from medibot.model.tokenizer import load_tokenizer
 from medibot.recipe import load_recipe
 from medibot.run import open_run
-from medibot.training.trainer import build_trainer, load_weights
+from medibot.training.trainer import build_trainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import speed
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def test_needed_flop_are_those_of_the_products_of_a_step(miniature):
     rows = "training.per_device_train_batch_size=1"
     prepared = prepare(miniature("quickstart", "quantization=null", "data.limit={train: 1}", rows))
-    trainer = build_trainer(prepared, open_run("flop"), lambda: load_weights(prepared))
+    trainer = build_trainer(prepared, open_run("flop"))
     row = trainer.train_dataset[0]
     supervised = sum(label != -100 for label in row["labels"])
     with FlopCounterMode(display=False) as counter:
