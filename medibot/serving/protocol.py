@@ -177,7 +177,7 @@ def read_conversation(
         what = f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {assistant.window:,}"
         raise ApiError(400, what, "messages", "context_length_exceeded")
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    found = evidence and evidence.find(evidence.about(asked))
+    found = evidence and evidence.find(asked)
     return ids, {"notice": assistant.about, "emergency": assistant.notice(asked[-1]), "evidence": found}
 
 
