@@ -84,20 +84,26 @@ class Assistant:
         with self.tokenizing:
             return self.tokenizer.apply_chat_template(safe, **rendering)["input_ids"]
 
-    def reply(self, messages: list[Message], which: str = "tuned", decoding: Decoding = Decoding()) -> "Reply":
+    def reply(
+        self, messages: list[Message], which: str = "tuned", decoding: Decoding = Decoding(), whole: bool = False
+    ) -> "Reply":
         """Return the answer of "base" or "tuned" to a conversation that ends with a user's message, not yet begun.
 
-        The oldest turns are left out until prompt and answer fit the context window.
+        The oldest turns are left out until prompt and answer fit the context window, unless the `whole` is wanted.
         """
         require_conversation(messages)
         system = [message for message in messages[:1] if message["role"] == "system"]
-        turns, room = messages[len(system) :], self.window - decoding.max_new_tokens
-        for dropped in range(0, len(turns), 2):
+        turns, longest = messages[len(system) :], decoding.max_new_tokens
+        for dropped in range(0, 1 if whole else len(turns), 2):
             ids = self.prompt_ids([*system, *turns[dropped:]])
-            if len(ids) <= room:
+            if len(ids) + longest <= self.window:
                 return Reply(self, ids, which, decoding, dropped)
-        what = f"{len(ids):,} tokens, and {max(room, 0):,} of the model's {self.window:,} are left for them"
-        raise RecipeError.of("message", what, "write less, or ask for a shorter answer")
+        what = f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {self.window:,}"
+        raise TooLong.of("messages", what, "write less, or ask for a shorter answer")
+
+
+class TooLong(RecipeError):
+    """A conversation that does not fit the context window."""
 
 
 class Reply:
