@@ -118,8 +118,19 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """Return the content of `evidence.json`: training questions with sources, the threshold, what it was measured on."""
     train, validation = prepared.load("train"), prepared.load("validation")
     rows, groups = read_questions(recipe, train)
-    asked, asked_groups = read_questions(recipe, validation or train)
-    unseen, seen = measure(Evidence(rows), groups, asked[:MOST], asked_groups[:MOST])
+    asked, own = read_questions(recipe, validation or train)
+    asked, own = asked[:MOST], own[:MOST]
+    evidence = Evidence(rows)
+    topics = evidence.topic_weights(asked)
+    # Each question's highest similarity to training rows of other groups, and to others of its own group. Nothing was
+    # trained on for the former, and for the latter something was: what lies between tells them apart
+    highest: tuple[list[float], list[float]] = ([], [])
+    for place, row in enumerate(asked):
+        others = evidence.shares(row["question"], evidence.topics)[groups != own[place]]
+        mates = evidence.shares(row["question"], topics)[(own == own[place]) & (numpy.arange(len(own)) != place)]
+        for side, found in zip(highest, (others, mates), strict=True):
+            side.extend([found.max()] if len(found) else [])
+    unseen, seen = map(numpy.array, highest)
     threshold = choose_threshold(unseen, seen)
     measured = {
         "split": "validation" if validation else "train",
@@ -141,25 +152,6 @@ def read_questions(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]]
         for row in data
     ]
     return rows, numpy.array(data["group"])
-
-
-def measure(
-    evidence: Evidence, groups: numpy.ndarray, asked: list[dict[str, Any]], asked_groups: numpy.ndarray
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return each question's highest similarity to training rows of other groups, and to others of its own group.
-
-    Nothing was trained on for the former, and for the latter something was: what lies between tells them apart.
-    """
-    topics = evidence.topic_weights(asked)
-    unseen, seen = [], []
-    for place, row in enumerate(asked):
-        own = asked_groups[place]
-        others = evidence.shares(row["question"], evidence.topics)[groups != own]
-        mates = numpy.delete(evidence.shares(row["question"], topics), place)
-        mates = mates[numpy.delete(asked_groups, place) == own]
-        unseen += [others.max()] if len(others) else []
-        seen += [mates.max()] if len(mates) else []
-    return numpy.array(unseen), numpy.array(seen)
 
 
 def choose_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:

@@ -130,21 +130,18 @@ def read_request(body: bytes) -> ChatRequest:
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object")
-    found = {name: value for name, value in found.items() if name not in LABELS}
-    for name, value in NEUTRAL.items():
-        if found.pop(name, None) not in (None, value):
-            message = f"{name} is not supported here, other than {json.dumps(value)}"
-            raise ApiError(400, message, name, "unsupported_parameter")
+    neutral = NEUTRAL | {name: found.get(name) for name in LABELS}
+    found = {name: value for name, value in found.items() if name not in neutral or value != neutral[name]}
     try:
         request = ChatRequest.model_validate(found)
     except ValidationError as error:
         # The first of pydantic's complaints, with the parameter's place
         first = error.errors(include_url=False, include_input=False)[0]
         place = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in first["loc"])[1:]
-        unknown = first["type"] == "extra_forbidden"
-        what = {"extra_forbidden": " is not supported here", "missing": " is missing"}.get(first["type"])
-        what = what or f": {first['msg'].removeprefix('Value error, ')}"
-        raise ApiError(400, place + what, place, "unsupported_parameter" if unknown else None) from error
+        if first["type"] == "extra_forbidden":
+            other = f", other than {json.dumps(NEUTRAL[place])}" if place in NEUTRAL else ""
+            raise ApiError(400, f"{place} is not supported here{other}", place, "unsupported_parameter") from error
+        raise ApiError(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", place) from error
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise ApiError(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")

@@ -96,7 +96,6 @@ class Server(uvicorn.Server):
         self.fingerprint: str = assistant.run.record()["fingerprint"]
         self.answers: set[Answer] = set()
         self.workers = ThreadPoolExecutor(RUNNING)
-        self.stopping = False
         config = uvicorn.Config(
             make_application(self),
             http="h11",
@@ -114,7 +113,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the answers at their next token, then the connections; uvicorn alone would wait for whole answers."""
-        self.stopping = True
         for answer in list(self.answers):
             answer.leave()
         await super().shutdown(sockets)
@@ -124,7 +122,7 @@ class Answer:
     """One answer: a worker makes it when its turn comes, however slowly the client reads."""
 
     def __init__(self, server: Server, request: ChatRequest, reply: Reply, notes: dict[str, Any]) -> None:
-        if server.stopping:
+        if server.should_exit:
             raise ApiError(503, "the server is stopping", None, "stopping")
         if len(server.answers) >= RUNNING + WAITING:
             raise ApiError(429, f"{RUNNING} answers are being made and {WAITING} wait; try again", None, "busy")
@@ -176,7 +174,7 @@ class Answer:
         """Yield pieces as soon as they are made; raise ApiError (500, 503) where the model fails or the server stops."""
         while (piece := await self.pieces.get()) is not None:
             yield piece
-        if self.server.stopping:
+        if self.server.should_exit:
             raise ApiError(503, "the server is stopping", None, "stopping")
         if self.reply.failure is not None:
             log.error("an answer failed", exc_info=self.reply.failure)

@@ -191,7 +191,7 @@ def test_curl_asks_and_streams(server):
         ({"seed": 10**30}, "seed", "less than or equal"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop[0]", "at least 1"),
-        ({"model": None}, "model", "missing"),
+        ({"model": None}, "model", "required"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name", "not supported"),
