@@ -90,9 +90,16 @@ class Assistant:
     ) -> "Reply":
         """Return the answer of "base" or "tuned" to a conversation that ends with a user's message, not yet begun.
 
-        The oldest turns are left out until prompt and answer fit the context window, unless the `whole` is wanted.
+        It has a system message or none, then user and assistant in turn. The oldest turns are left out until prompt
+        and answer fit the context window, unless the `whole` is wanted.
         """
-        require_conversation(messages)
+        roles = " ".join(message["role"] for message in messages)
+        if not re.fullmatch(r"(system )?(user assistant )*user", roles):
+            remedy = "a system message or none, then user and assistant in turn, the user last"
+            raise RecipeError.of("messages", f"the roles are {roles or 'none'}", remedy)
+        for place, message in enumerate(messages, start=1):
+            if not message["content"].strip():
+                raise RecipeError.of("messages", f"message {place} is empty", "write something")
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns, longest = messages[len(system) :], decoding.max_new_tokens
         for dropped in range(0, 1 if whole else len(turns), 2):
@@ -235,14 +242,3 @@ def generation_config(config: GenerationConfig, decoding: Decoding) -> Generatio
     elif decoding.temperature is not None:
         config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     return config
-
-
-def require_conversation(messages: list[Message]) -> None:
-    """Raise RecipeError for anything but a system message or none, then user and assistant in turn, the user last."""
-    roles = " ".join(message["role"] for message in messages)
-    if not re.fullmatch(r"(system )?(user assistant )*user", roles):
-        remedy = "a system message or none, then user and assistant in turn, the user last"
-        raise RecipeError.of("messages", f"the roles are {roles or 'none'}", remedy)
-    for place, message in enumerate(messages, start=1):
-        if not message["content"].strip():
-            raise RecipeError.of("messages", f"message {place} is empty", "write something")
