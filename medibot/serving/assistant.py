@@ -6,6 +6,7 @@ for piece in reply:
 """
 
 import copy
+import re
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -83,20 +84,33 @@ class Assistant:
         with self.tokenizing:
             return self.tokenizer.apply_chat_template(safe, **rendering)["input_ids"]
 
-    def reply(self, messages: list[Message], which: str = "tuned", decoding: Decoding = Decoding()) -> "Reply":
+    def reply(
+        self, messages: list[Message], which: str = "tuned", decoding: Decoding = Decoding(), whole: bool = False
+    ) -> "Reply":
         """Return the answer of "base" or "tuned" to a conversation that ends with a user's message, not yet begun.
 
-        The oldest turns are left out until prompt and answer fit the context window.
+        It has a system message or none, then user and assistant in turn. The oldest turns are left out until prompt
+        and answer fit the context window, unless the `whole` is wanted.
         """
-        require_conversation(messages)
+        roles = " ".join(message["role"] for message in messages)
+        if not re.fullmatch(r"(system )?(user assistant )*user", roles):
+            remedy = "a system message or none, then user and assistant in turn, the user last"
+            raise RecipeError.of("messages", f"the roles are {roles or 'none'}", remedy)
+        for place, message in enumerate(messages, start=1):
+            if not message["content"].strip():
+                raise RecipeError.of("messages", f"message {place} is empty", "write something")
         system = [message for message in messages[:1] if message["role"] == "system"]
-        turns, room = messages[len(system) :], self.window - decoding.max_new_tokens
-        for dropped in range(0, len(turns), 2):
+        turns, longest = messages[len(system) :], decoding.max_new_tokens
+        for dropped in range(0, 1 if whole else len(turns), 2):
             ids = self.prompt_ids([*system, *turns[dropped:]])
-            if len(ids) <= room:
+            if len(ids) + longest <= self.window:
                 return Reply(self, ids, which, decoding, dropped)
-        what = f"{len(ids):,} tokens, and {max(room, 0):,} of the model's {self.window:,} are left for them"
-        raise RecipeError.of("message", what, "write less, or ask for a shorter answer")
+        what = f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {self.window:,}"
+        raise TooLong.of("messages", what, "write less, or ask for a shorter answer")
+
+
+class TooLong(RecipeError):
+    """A conversation that does not fit the context window."""
 
 
 class Reply:
@@ -122,30 +136,28 @@ class Reply:
 
     def __iter__(self) -> Generator[str]:
         """Yield pieces of text; a piece that may begin a stop text is held back until it is known not to."""
-        held, ended = "", False
+        text, sent, ends = "", 0, []
         longest = max((len(stop) for stop in self.decoding.stop), default=1) - 1
         self.thread.start()
         try:
             for piece in self.stream:
-                held += piece
-                ends = [held.index(stop) for stop in self.decoding.stop if stop in held]
+                text += piece
+                ends = [text.index(stop) for stop in self.decoding.stop if stop in text]
+                ready = min(ends, default=len(text) - longest)
+                if ready > sent:
+                    yield text[sent:ready]
+                    sent = ready
                 if ends:
-                    held, ended = held[: min(ends)], True
-                    self.cancel()
                     break
-                ready = len(held) - longest
-                if ready > 0:
-                    yield held[:ready]
-                    held = held[ready:]
-            if held:
-                yield held
+            if text[sent:] and not ends:
+                yield text[sent:]
         finally:
             # Also for whoever stops reading: a thread still inside torch when Python ends would abort the process
             self.cancel()
             self.thread.join()
         if self.failure is not None:
             raise RuntimeError("the model failed while it answered") from self.failure
-        if ended:
+        if ends:
             self.finish_reason = "stop"
 
     def generate(self) -> None:
@@ -229,16 +241,3 @@ def generation_config(config: GenerationConfig, decoding: Decoding) -> Generatio
     elif decoding.temperature is not None:
         config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     return config
-
-
-def require_conversation(messages: list[Message]) -> None:
-    """Raise RecipeError for anything but a system message or none, then user and assistant in turn, the user last."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    wanted = [("user", "assistant")[place % 2] for place in range(len(turns))]
-    if turns != wanted or len(turns) % 2 == 0:
-        remedy = "a system message or none, then user and assistant in turn, the user last"
-        raise RecipeError.of("messages", f"the roles are {', '.join(roles) or 'none'}", remedy)
-    for place, message in enumerate(messages, start=1):
-        if not message["content"].strip():
-            raise RecipeError.of("messages", f"message {place} is empty", "write something")

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from medibot.errors import RecipeError
@@ -23,21 +22,14 @@ HELP = """/base, /tuned, /both   who answers from here on: the base model, the t
 /quit                  end the chat (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-@dataclass
-class Turn:
-    """A question and the answers that it got, by model."""
-
-    question: str
-    answers: dict[str, str]
-
-
 class Chat:
-    """One conversation; each model goes on from its own answers."""
+    """One conversation."""
 
     def __init__(self, assistant: Assistant, decoding: Decoding, who: tuple[str, ...] = ("tuned",)) -> None:
         self.assistant, self.decoding, self.who = assistant, decoding, who
         self.evidence = Evidence.of(assistant.run)
-        self.turns: list[Turn] = []
+        # Each model goes on from its own answers; what it did not answer has the other model's answer
+        self.messages: dict[str, list[Message]] = {which: [] for which in MODELS}
         # What Ctrl-C ends: the answers being made, or the line being typed
         self.replies: dict[str, Reply] = {}
         self.prompting = False
@@ -50,14 +42,6 @@ class Chat:
         for reply in self.replies.values():
             reply.cancel()
 
-    def messages(self, which: str, question: str) -> list[Message]:
-        """Return the conversation as `which` had it; a turn that it did not answer has the other model's answer."""
-        found = []
-        for turn in self.turns:
-            answer = turn.answers.get(which) or next(iter(turn.answers.values()))
-            found += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": answer}]
-        return [*found, {"role": "user", "content": question}]
-
     def take(self, line: str) -> bool:
         """Answer a line or do what it commands; return False when the chat is over."""
         line = line.strip()
@@ -65,7 +49,7 @@ class Chat:
             self.who = MODELS if line == "/both" else (line[1:],)
             write(f"from here on: {' and '.join(self.who)}")
         elif line == "/clear":
-            self.turns = []
+            self.messages = {which: [] for which in MODELS}
             write("the conversation is forgotten")
         elif line.startswith("/") and line != "/quit":
             write(HELP if line == "/help" else f"unknown command {line}\n{HELP}")
@@ -78,8 +62,9 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Print the answers as they are made, notices before and evidence below, and keep them."""
+        user = {"role": "user", "content": question}
         self.replies = {
-            which: self.assistant.reply(self.messages(which, question), which, self.decoding) for which in self.who
+            which: self.assistant.reply([*self.messages[which], user], which, self.decoding) for which in self.who
         }
         warning = self.assistant.notice(question)
         if warning:
@@ -88,31 +73,27 @@ class Chat:
         if dropped:
             window = f"the model's {self.assistant.window:,} tokens"
             write(f"[the oldest {dropped} messages no longer fit {window}: left out]")
-        asked, answers = [*(turn.question for turn in self.turns), question], {}
+        said: dict[str, Message] = {}
         for which, reply in self.replies.items():
-            if len(self.who) > 1 or which == "base":
+            if self.who != ("tuned",):
                 write(f"[{which}]")
-            answers[which] = print_stream(reply).strip()
-        kept = {which: text for which, text in answers.items() if text}
-        if kept:
-            self.turns.append(Turn(question, kept))
-        else:
+            text = ""
+            # Closed at once where printing fails: a thread still inside torch when Python ends would abort the process
+            with closing(iter(reply)) as pieces:
+                for piece in pieces:
+                    text += piece
+                    print(printable(piece), end="", flush=True)
+            cut = f" … [cut at {reply.completion_tokens} tokens]"
+            write({"length": cut, "cancelled": " … [stopped]"}.get(reply.finish_reason, ""))
+            if text.strip():
+                said[which] = {"role": "assistant", "content": text.strip()}
+        asked = [message["content"] for message in [*self.messages["tuned"][-2:-1], user]]
+        if not said:
             write("[no answer: this question is not kept in the conversation]")
+        for which, messages in self.messages.items() if said else ():
+            messages += [user, said.get(which) or next(iter(said.values()))]
         if self.evidence:
-            write("\n".join(["", *self.evidence.lines(self.evidence.about(asked))]))
-
-
-def print_stream(reply: Reply) -> str:
-    """Print an answer while it is made, and how it ended if not by itself; return its text."""
-    text = ""
-    # Closed at once where printing fails: a thread still inside torch when Python ends would abort the process
-    with closing(iter(reply)) as pieces:
-        for piece in pieces:
-            text += piece
-            print(printable(piece), end="", flush=True)
-    cut = f" … [cut at {reply.completion_tokens} tokens]"
-    write({"length": cut, "cancelled": " … [stopped]"}.get(reply.finish_reason, ""))
-    return text
+            write("\n".join(["", *self.evidence.lines(asked)]))
 
 
 def chat(run_name: str, decoding: Decoding) -> None:

@@ -97,13 +97,8 @@ def fitted() -> Classifier:
     return Classifier(read_table())
 
 
-def find_danger(message: str) -> str | None:
-    """Return "suicide" or "emergency" for a message that describes somebody in danger now, else None."""
-    danger, suicide = fitted().probabilities(message)
-    kind = "suicide" if suicide >= 0.5 else "emergency"
-    return kind if danger >= THRESHOLD else None
-
-
 def emergency_notice(message: str) -> str | None:
-    """Return what comes before the model's answer to `message`; None where no danger is found."""
-    return {"suicide": CRISIS, "emergency": EMERGENCY, None: None}[find_danger(message)]
+    """Return what comes before the model's answer to somebody who is in danger now; None where no danger is found."""
+    danger, suicide = fitted().probabilities(message)
+    notice = CRISIS if suicide >= 0.5 else EMERGENCY
+    return notice if danger >= THRESHOLD else None

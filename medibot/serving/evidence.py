@@ -73,39 +73,30 @@ class Evidence:
         held.data[:] = 1
         return (held @ topics).toarray()[0]
 
-    def find(self, question: str, count: int = 3) -> dict[str, Any]:
-        """Return whether anything is `close`, what is `said` of it, and `sources`: the close ones, or the nearest."""
-        shares = self.shares(question, self.topics)
-        cosines = (self.vectors([question]) @ self.questions.T).toarray()[0]
+    def find(self, asked: list[str], count: int = 3) -> dict[str, Any]:
+        """Return whether anything is `close`, what is `said` of it, and `sources`: the close ones, or the nearest.
+
+        Of the questions of a conversation the last counts, with the one before it where it points back and alone is
+        not close.
+        """
+        shares = self.shares(asked[-1], self.topics)
+        cosines = (self.vectors(asked[-1:]) @ self.questions.T).toarray()[0]
         # Which of a topic's questions it is, and which of two topics that are both named in full, the whole wording says
         order = numpy.lexsort((-(shares + cosines), shares < self.threshold))[:count]
-        close = [row for row in order if round(float(shares[row]), 3) >= self.threshold]
-        sources = [
-            self.rows[row] | {"similarity": round(float(shares[row]), 3), "row": int(row)} for row in close or order[:1]
-        ]
+        near = shares.round(3)
+        close = [row for row in order if near[row] >= self.threshold]
+        if not close and len(asked) > 1 and POINTS_BACK.search(asked[-1].lower()):
+            return self.find([" ".join(asked[-2:])])
+        sources = [self.rows[row] | {"similarity": float(near[row]), "row": int(row)} for row in close or order[:1]]
         return {"close": bool(close), "said": CLOSE if close else NO_MATCH, "sources": sources}
 
-    def close(self, question: str) -> bool:
-        """Tell whether anything that was trained on is about what `question` names."""
-        return self.find(question)["close"]
-
-    def about(self, questions: list[str]) -> str:
-        """Return a conversation's last question, with the one before it where it points back and alone is not close."""
-        last = questions[-1]
-        return last if self.close(last) or not POINTS_BACK.search(last.lower()) else " ".join(questions[-2:])
-
-    def lines(self, question: str) -> list[str]:
+    def lines(self, asked: list[str]) -> list[str]:
         """Return what is shown under an answer."""
-        found = self.find(question)
+        found = self.find(asked)
         lines = [found["said"]]
         for source in found["sources"]:
-            parts = [
-                source["topic"] and f"topic: {source['topic']}",
-                source["source"],
-                source["document"],
-                source["url"],
-            ]
-            where = "; ".join(filter(None, parts)) or f"row {source['row']}"
+            topic = source["topic"] and f"topic: {source['topic']}"
+            where = "; ".join(filter(None, [topic, *(source[name] for name in COLUMNS[1:])])) or f"row {source['row']}"
             lines.append(f"  {source['similarity']:.2f}  {source['question']}  ({where})")
         return lines
 
@@ -127,8 +118,19 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """Return the content of `evidence.json`: training questions with sources, the threshold, what it was measured on."""
     train, validation = prepared.load("train"), prepared.load("validation")
     rows, groups = read_questions(recipe, train)
-    asked, asked_groups = read_questions(recipe, validation or train)
-    unseen, seen = measure(Evidence(rows), groups, asked[:MOST], asked_groups[:MOST])
+    asked, own = read_questions(recipe, validation or train)
+    asked, own = asked[:MOST], own[:MOST]
+    evidence = Evidence(rows)
+    topics = evidence.topic_weights(asked)
+    # Each question's highest similarity to training rows of other groups, and to others of its own group. Nothing was
+    # trained on for the former, and for the latter something was: what lies between tells them apart
+    highest: tuple[list[float], list[float]] = ([], [])
+    for place, row in enumerate(asked):
+        others = evidence.shares(row["question"], evidence.topics)[groups != own[place]]
+        mates = evidence.shares(row["question"], topics)[(own == own[place]) & (numpy.arange(len(own)) != place)]
+        for side, found in zip(highest, (others, mates), strict=True):
+            side.extend([found.max()] if len(found) else [])
+    unseen, seen = map(numpy.array, highest)
     threshold = choose_threshold(unseen, seen)
     measured = {
         "split": "validation" if validation else "train",
@@ -150,25 +152,6 @@ def read_questions(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]]
         for row in data
     ]
     return rows, numpy.array(data["group"])
-
-
-def measure(
-    evidence: Evidence, groups: numpy.ndarray, asked: list[dict[str, Any]], asked_groups: numpy.ndarray
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return each question's highest similarity to training rows of other groups, and to others of its own group.
-
-    Nothing was trained on for the former, and for the latter something was: what lies between tells them apart.
-    """
-    topics = evidence.topic_weights(asked)
-    unseen, seen = [], []
-    for place, row in enumerate(asked):
-        own = asked_groups[place]
-        others = evidence.shares(row["question"], evidence.topics)[groups != own]
-        mates = numpy.delete(evidence.shares(row["question"], topics), place)
-        mates = mates[numpy.delete(asked_groups, place) == own]
-        unseen += [others.max()] if len(others) else []
-        seen += [mates.max()] if len(mates) else []
-    return numpy.array(unseen), numpy.array(seen)
 
 
 def choose_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:

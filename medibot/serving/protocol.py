@@ -5,7 +5,6 @@ What this server cannot do is refused by name and never ignored: nobody takes an
 
 import json
 import secrets
-import time
 from typing import Annotated, Any, Literal
 
 import jinja2
@@ -14,7 +13,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from medibot.errors import RecipeError
-from medibot.serving.assistant import MODELS, Assistant, Decoding, Message, require_conversation
+from medibot.serving.assistant import MODELS, Assistant, Decoding, Message, Reply, TooLong
 from medibot.serving.emergencies import CRISIS, EMERGENCY
 from medibot.serving.evidence import Evidence
 
@@ -48,20 +47,18 @@ def error_body(error: HTTPException) -> dict[str, Any]:
     """Return an error as OpenAI writes it; Starlette's own (404, 405) name no parameter."""
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     kind = "rate_limit_error" if error.status_code == 429 else kind
-    named = {"param": error.param, "code": error.code} if isinstance(error, ApiError) else {"param": None, "code": None}
-    return {"error": {"message": error.detail, "type": kind} | named}
+    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
+    return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
 
 
 def join_parts(content: Any) -> Any:
     """Return a message's content as text; a list of text parts is joined by line ends."""
     if not isinstance(content, list):
         return content
-    for part in content:
-        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-            raise ValueError("a part that is not text, and the model reads only text")
-        if not isinstance(part["text"], str):
-            raise ValueError("a part whose text is not a string")
-    return "\n".join(part["text"] for part in content)
+    texts = [part.get("text") for part in content if isinstance(part, dict)]
+    if content != [{"type": "text", "text": str(text)} for text in texts]:
+        raise ValueError("a part that is not text, and the model reads only text")
+    return "\n".join(texts)
 
 
 class Strict(BaseModel):
@@ -133,21 +130,18 @@ def read_request(body: bytes) -> ChatRequest:
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object")
-    found = {name: value for name, value in found.items() if name not in LABELS}
-    for name, value in NEUTRAL.items():
-        if found.pop(name, None) not in (None, value):
-            message = f"{name} is not supported here, other than {json.dumps(value)}"
-            raise ApiError(400, message, name, "unsupported_parameter")
+    neutral = NEUTRAL | {name: found.get(name) for name in LABELS}
+    found = {name: value for name, value in found.items() if name not in neutral or value != neutral[name]}
     try:
         request = ChatRequest.model_validate(found)
     except ValidationError as error:
         # The first of pydantic's complaints, with the parameter's place
         first = error.errors(include_url=False, include_input=False)[0]
         place = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:100]}" for step in first["loc"])[1:]
-        unknown = first["type"] == "extra_forbidden"
-        what = {"extra_forbidden": " is not supported here", "missing": " is missing"}.get(first["type"])
-        what = what or f": {first['msg'].removeprefix('Value error, ')}"
-        raise ApiError(400, place + what, place, "unsupported_parameter" if unknown else None) from error
+        if first["type"] == "extra_forbidden":
+            other = f", other than {json.dumps(NEUTRAL[place])}" if place in NEUTRAL else ""
+            raise ApiError(400, f"{place} is not supported here{other}", place, "unsupported_parameter") from error
+        raise ApiError(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", place) from error
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise ApiError(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")
@@ -161,35 +155,19 @@ def require_model(name: str) -> None:
         raise ApiError(404, f"no such model; there are: {', '.join(MODELS)}", "model", "model_not_found")
 
 
-def read_conversation(
-    request: ChatRequest, assistant: Assistant, evidence: Evidence | None
-) -> tuple[list[int], dict[str, Any]]:
-    """Return (prompt ids, notes beside the answer); raise ApiError for messages that cannot be answered."""
-    messages, longest = [message.as_message() for message in request.messages], request.decoding().max_new_tokens
+def begin_reply(request: ChatRequest, assistant: Assistant, evidence: Evidence | None) -> tuple[Reply, dict[str, Any]]:
+    """Return (reply, notes beside it); raise ApiError for messages that cannot be answered."""
+    messages = [message.as_message() for message in request.messages]
     try:
-        require_conversation(messages)
-        ids = assistant.prompt_ids(messages)
+        reply = assistant.reply(messages, request.model, request.decoding(), whole=True)
     except RecipeError as error:
-        raise ApiError(400, str(error), "messages") from error
+        code = "context_length_exceeded" if isinstance(error, TooLong) else None
+        raise ApiError(400, str(error), "messages", code) from error
     except (jinja2.TemplateError, ValueError) as error:
         raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
-    if len(ids) + longest > assistant.window:
-        what = f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {assistant.window:,}"
-        raise ApiError(400, what, "messages", "context_length_exceeded")
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    found = evidence and evidence.find(evidence.about(asked))
-    return ids, {"notice": assistant.about, "emergency": assistant.notice(asked[-1]), "evidence": found}
-
-
-def start_response(request: ChatRequest, fingerprint: str) -> dict[str, Any]:
-    """Return what the whole response, or each event of a stream, begins with."""
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": "chat.completion.chunk" if request.stream else "chat.completion",
-        "created": int(time.time()),
-        "model": request.model,
-        "system_fingerprint": fingerprint,
-    }
+    found = evidence and evidence.find(asked)
+    return reply, {"notice": assistant.about, "emergency": assistant.notice(asked[-1]), "evidence": found}
 
 
 def choices(finish_reason: str | None = None, **content: dict[str, str]) -> dict[str, Any]:

@@ -4,12 +4,12 @@ Nothing that is asked or answered is written anywhere.
 """
 
 import asyncio
-import base64
-import hashlib
 import logging
 import re
+import secrets
 import signal
 import socket
+import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,12 +18,12 @@ import jinja2
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medibot.errors import RecipeError
 from medibot.serving.assistant import Assistant, Reply
@@ -31,13 +31,12 @@ from medibot.serving.evidence import Evidence
 from medibot.serving.protocol import (
     ApiError,
     ChatRequest,
+    begin_reply,
     choices,
     error_body,
     event,
-    read_conversation,
     read_request,
     require_model,
-    start_response,
 )
 
 # Answers made at once, and requests that may wait behind them
@@ -48,12 +47,17 @@ SHUTDOWN_SECONDS = 5
 log = logging.getLogger(__name__)
 # Names under which a browser on this machine knows the server; any other is a page that rebound its own name
 OUR_HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::\d{1,5})?", re.IGNORECASE)
-HEADERS = {
-    "x-content-type-options": "nosniff",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
+# What keeps answers in
+HEADERS = [
+    ("x-content-type-options", "nosniff"),
+    ("cross-origin-resource-policy", "same-origin"),
+    ("referrer-policy", "no-referrer"),
+    ("cache-control", "no-store"),
+]
+POLICY = (
+    "default-src 'none'; style-src 'nonce-{0}'; script-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def serve(name: str, port: int) -> None:
@@ -92,14 +96,15 @@ class Server(uvicorn.Server):
         self.fingerprint: str = assistant.run.record()["fingerprint"]
         self.answers: set[Answer] = set()
         self.workers = ThreadPoolExecutor(RUNNING)
-        self.stopping = False
         config = uvicorn.Config(
             make_application(self),
             http="h11",
             loop="asyncio",
             ws="none",
+            lifespan="off",
             log_config=None,
             access_log=False,
+            headers=HEADERS,
             server_header=False,
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
@@ -108,7 +113,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the answers at their next token, then the connections; uvicorn alone would wait for whole answers."""
-        self.stopping = True
         for answer in list(self.answers):
             answer.leave()
         await super().shutdown(sockets)
@@ -117,19 +121,24 @@ class Server(uvicorn.Server):
 class Answer:
     """One answer: a worker makes it when its turn comes, however slowly the client reads."""
 
-    def __init__(self, server: Server, request: ChatRequest, ids: list[int], notes: dict[str, Any]) -> None:
-        if server.stopping:
+    def __init__(self, server: Server, request: ChatRequest, reply: Reply, notes: dict[str, Any]) -> None:
+        if server.should_exit:
             raise ApiError(503, "the server is stopping", None, "stopping")
         if len(server.answers) >= RUNNING + WAITING:
-            message = f"{RUNNING} answers are being made and {WAITING} wait; try again"
-            raise ApiError(429, message, None, "busy")
-        self.server, self.request, self.notes = server, request, notes
+            raise ApiError(429, f"{RUNNING} answers are being made and {WAITING} wait; try again", None, "busy")
+        self.server, self.request, self.reply, self.notes = server, request, reply, notes
         # The emergency notice also begins the content, for clients that do not know `medibot`
         self.before = f"{notes['emergency']}\n\n" if notes["emergency"] else ""
-        self.head = start_response(request, server.fingerprint)
+        # What the whole response, or each event of a stream, begins with
+        self.head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion.chunk" if request.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": request.model,
+            "system_fingerprint": server.fingerprint,
+        }
         self.pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
-        self.reply = Reply(server.assistant, ids, request.model, request.decoding())
         # Kept here, for asyncio itself holds a task only weakly
         self.watcher: asyncio.Task[None] | None = None
         server.answers.add(self)
@@ -165,7 +174,7 @@ class Answer:
         """Yield pieces as soon as they are made; raise ApiError (500, 503) where the model fails or the server stops."""
         while (piece := await self.pieces.get()) is not None:
             yield piece
-        if self.server.stopping:
+        if self.server.should_exit:
             raise ApiError(503, "the server is stopping", None, "stopping")
         if self.reply.failure is not None:
             log.error("an answer failed", exc_info=self.reply.failure)
@@ -202,7 +211,8 @@ def make_application(server: Server) -> ASGIApp:
     """Return the web application: page, health, models, chat completions."""
     assistant = server.assistant
     run, base = assistant.run.name, assistant.recipe.model["pretrained_model_name_or_path"]
-    markup, policy = render_page(run, base, assistant.about, assistant.recipe.evaluation.questions)
+    page = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True).get_template("chat.html.j2")
+    shown = {"run": run, "base": base, "notice": assistant.about, "questions": assistant.recipe.evaluation.questions}
     shared = {"object": "model", "created": int(assistant.run.weights.stat().st_mtime), "owned_by": "medibot"}
     cards = {
         "base": {"id": "base", "root": base} | shared,
@@ -210,7 +220,9 @@ def make_application(server: Server) -> ASGIApp:
     }
 
     async def home(_: Request) -> Response:
-        return HTMLResponse(markup, headers={"content-security-policy": policy})
+        # The page loads nothing and runs no script but its own
+        nonce = secrets.token_urlsafe(16)
+        return HTMLResponse(page.render(shown, nonce=nonce), headers={"content-security-policy": POLICY.format(nonce)})
 
     async def health(_: Request) -> Response:
         running = min(len(server.answers), RUNNING)
@@ -226,16 +238,11 @@ def make_application(server: Server) -> ASGIApp:
 
     async def completions(request: Request) -> Response:
         asked = read_request(await read_body(request))
-        prompt = await run_in_threadpool(read_conversation, asked, assistant, server.evidence)
-        answer = Answer(server, asked, *prompt)
+        answer = Answer(server, asked, *await run_in_threadpool(begin_reply, asked, assistant, server.evidence))
         answer.watcher = asyncio.create_task(answer.leave_with_client(request))
         if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
         return JSONResponse(await answer.whole())
-
-    async def refuse(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return JSONResponse(error_body(error), error.status_code, error.headers)
 
     routes = [
         Route("/", home),
@@ -244,7 +251,25 @@ def make_application(server: Server) -> ASGIApp:
         Route("/v1/models/{name}", model),
         Route("/v1/chat/completions", completions, methods=["POST"]),
     ]
-    return guard(Starlette(routes=routes, exception_handlers={HTTPException: refuse}))
+    application = Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse what a page from elsewhere could send through a browser here."""
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if OUR_HOST.fullmatch(host) and origin in (None, f"http://{host}"):
+            return await application(scope, receive, send)
+        what = "this server answers to 127.0.0.1 and localhost, and to its own page"
+        refusal = await refuse(Request(scope), ApiError(403, what, None, "forbidden"))
+        return await refusal(scope, receive, send)
+
+    return guarded
+
+
+async def refuse(_: Request, error: Exception) -> Response:
+    """Return an error as OpenAI writes it; called by Starlette."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse(error_body(error), error.status_code, error.headers)
 
 
 async def read_body(request: Request) -> bytes:
@@ -262,38 +287,3 @@ async def read_body(request: Request) -> bytes:
     except (TimeoutError, ClientDisconnect) as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from error
     return bytes(body)
-
-
-def guard(application: ASGIApp) -> ASGIApp:
-    """Refuse what a page from elsewhere could send through a browser here, and add headers that keep answers in."""
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await application(scope, receive, send)
-
-        async def send_private(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if OUR_HOST.fullmatch(host) and origin in (None, f"http://{host}"):
-            return await application(scope, receive, send_private)
-        what = "this server answers to 127.0.0.1 and localhost, and to its own page"
-        refusal = JSONResponse(error_body(ApiError(403, what, None, "forbidden")), 403)
-        return await refusal(scope, receive, send_private)
-
-    return guarded
-
-
-def render_page(run: str, base: str, notice: str, questions: list[str]) -> tuple[str, str]:
-    """Return (page, content security policy): the page loads nothing and runs no script but its own."""
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True)
-    page = templates.get_template("chat.html.j2").render(run=run, base=base, notice=notice, questions=questions)
-    style, script = (
-        base64.b64encode(hashlib.sha256(found.encode()).digest()).decode()
-        for found in re.findall(r"<(?:style|script)>(.*?)</", page, re.DOTALL)
-    )
-    allowed = f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; img-src data:"
-    return page, f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

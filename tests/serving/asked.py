@@ -21,7 +21,7 @@ def main(data: str) -> None:
     text = (Path(__file__).parent / "asked.txt").read_text(encoding="utf-8")
     for part in re.split(r"^## ", text, flags=re.M)[1:]:
         name, *questions = part.splitlines()
-        close = [question for question in questions if found.close(question)]
+        close = [question for question in questions if found.find([question])["close"]]
         wrong = set(questions) - set(close) if name == "trained" else close
         print(f"{name}: {len(close)} of {len(questions)} close", *wrong, sep="\n  ")
 

@@ -13,7 +13,6 @@ from medibot.serving.emergencies import (
     THRESHOLD,
     Classifier,
     emergency_notice,
-    find_danger,
     read_table,
 )
 
@@ -76,18 +75,18 @@ def test_the_held_out_table_reaches_its_goals():
     ],
 )  # fmt: skip
 def test_names_history_study_and_jokes_do_not_trigger(message):
-    assert find_danger(message) is None
+    assert emergency_notice(message) is None
 
 
 @pytest.mark.parametrize("change", [str.upper, lambda m: m.replace("'", "\u2019"), lambda m: f"  {m}\n\n"])
 def test_case_quotes_and_space_change_nothing(change):
     sample = [message.text for message in MESSAGES[::9]]
-    assert [text for text in sample if find_danger(text) != find_danger(change(text))] == []
+    assert [text for text in sample if emergency_notice(text) != emergency_notice(change(text))] == []
 
 
 def test_a_greeting_before_hides_next_to_nothing():
-    urgent = [message.text for message in MESSAGES if message.urgent and find_danger(message.text)][::5]
-    hidden = [text for text in urgent if find_danger(f"Hello. {text}") is None]
+    urgent = [message.text for message in MESSAGES if message.urgent and emergency_notice(message.text)][::5]
+    hidden = [text for text in urgent if emergency_notice(f"Hello. {text}") is None]
     assert len(hidden) <= 0.05 * len(urgent), hidden
 
 

@@ -191,7 +191,7 @@ def test_curl_asks_and_streams(server):
         ({"seed": 10**30}, "seed", "less than or equal"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop[0]", "at least 1"),
-        ({"model": None}, "model", "missing"),
+        ({"model": None}, "model", "required"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name", "not supported"),
@@ -257,6 +257,10 @@ def test_other_sites_pages_are_refused(server, headers, status):
 def test_own_names_and_own_page_are_answered(server):
     for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}", "LOCALHOST"):
         assert server.request("GET", "/health", headers={"Host": host, "Origin": f"http://{host}"})[0] == 200
+    status, headers, page = server.request("GET", "/")
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    nonce = re.search(r"default-src 'none'; .*script-src 'nonce-([\w-]+)'", headers["Content-Security-Policy"])[1]
+    assert page.decode().count(f'nonce="{nonce}"') == 2 and nonce not in server.request("GET", "/")[2].decode()
     status, headers, _ = server.request("OPTIONS", "/v1/chat/completions")
     assert status == 405 and not [name for name in headers if name.lower().startswith("access-control")]
 
@@ -333,8 +337,8 @@ class Scripted:
 
     begun, failure = [], None
 
-    def __init__(self, assistant, ids, which, decoding):
-        self.number, self.told = ids[0], threading.Event()
+    def __init__(self, number):
+        self.number, self.told = number, threading.Event()
 
     def cancel(self):
         self.told.set()
@@ -354,9 +358,9 @@ def test_the_line_is_first_come_first_served(server, monkeypatch):
     async def stand() -> None:
         asked = read_request(json.dumps(body()).encode())
         notes = {"emergency": None}
-        places = [Answer(waiting, asked, [number], notes) for number in range(RUNNING + WAITING)]
+        places = [Answer(waiting, asked, Scripted(number), notes) for number in range(RUNNING + WAITING)]
         with pytest.raises(ApiError, match="answers are being made"):
-            Answer(waiting, asked, [99], notes)
+            Answer(waiting, asked, Scripted(99), notes)
         # Who waits and leaves lets nobody in
         places[RUNNING + 1].leave()
         assert len(waiting.answers) == RUNNING + WAITING - 1
@@ -372,7 +376,6 @@ def test_the_line_is_first_come_first_served(server, monkeypatch):
                 await asyncio.sleep(0.001)
 
     waiting = Server(server.speaker)
-    monkeypatch.setattr(serving, "Reply", Scripted)
     monkeypatch.setattr(Scripted, "begun", [])
     asyncio.run(stand())
     waiting.workers.shutdown()
