@@ -251,10 +251,13 @@ def make_application(server: Server) -> ASGIApp:
         Route("/v1/models/{name}", model),
         Route("/v1/chat/completions", completions, methods=["POST"]),
     ]
-    application = Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+    return guard(Starlette(routes=routes, exception_handlers={HTTPException: refuse}))
+
+
+def guard(application: ASGIApp) -> ASGIApp:
+    """Refuse, before the application, what a page from elsewhere could send through a browser here."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse what a page from elsewhere could send through a browser here."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         if OUR_HOST.fullmatch(host) and origin in (None, f"http://{host}"):
