@@ -91,7 +91,10 @@ def rule_problem(item: Any) -> str | None:
         given = signature.bind(None, **(settings or {})).arguments
     except TypeError as error:
         has = ", ".join(map(str, list(signature.parameters.values())[1:]))
-        return f"{name}: {error} (it has {has or 'no settings'})"
+        unknown = [str(key) for key in settings or {} if key not in signature.parameters]
+        near = difflib.get_close_matches(unknown[0], list(signature.parameters)[1:], n=1) if unknown else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{name}: {error} ({hint}it has {has or 'no settings'})"
     for key, value in list(given.items())[1:]:
         wanted = signature.parameters[key].annotation
         # `true` is an int to Python, but no author means a count by it; a whole number is a fine float

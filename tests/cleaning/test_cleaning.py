@@ -156,7 +156,7 @@ def test_examples_are_at_most_three_and_spread_over_the_rows():
         ("medquad.cut_summary", "did you mean medquad.cut_summary_prefix?"),
         (
             {"drop_short": {"min_word": 5}},
-            "drop_short: got an unexpected keyword argument 'min_word' (it has min_words: int = 5)",
+            "drop_short: got an unexpected keyword argument 'min_word' (did you mean min_words? it has min_words: int = 5)",
         ),
         ({"drop_short": {"min_words": "5"}}, "drop_short: min_words must be int, not '5'"),
         ({"drop_short": {"min_words": True}}, "drop_short: min_words must be int, not True"),
