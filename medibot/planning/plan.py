@@ -149,7 +149,7 @@ class Plan:
             raise self.recipe.error("training.per_device_train_batch_size", what, f"{self.advice()}; or ANYWAY=1")
 
     def planned_peak(self) -> int:
-        """Return what `training.record.peak_memory` measures: on a GPU what is allocated, without the context."""
+        """Return what `training.trainer.peak_memory` measures: on a GPU what is allocated, without the context."""
         return self.memory()["peak"] - (self.overhead if self.device.gpu else 0)
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How many questions in people's own words the evidence of MedQuAD calls close; minutes, on a local copy of the data:
 
-.venv/bin/python tests/asked.py medquad.parquet
+.venv/bin/python tests/serving/asked.py medquad.parquet
 """
 
 import re
