@@ -1,5 +1,6 @@
 """The verbs: arguments in, one call, exit code out. An author's mistake is one line and exit code 2."""
 
+import json
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import typer
 
 import medibot
 from medibot.errors import RecipeError, Stopped
-from medibot.recipe import diff_recipes, list_recipes, load_recipe
+from medibot.recipe import find_differences, list_recipes, load_recipe
 
 # A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
 STOPPED = 75
@@ -24,12 +25,10 @@ app = typer.Typer(
 )
 
 
-def require_folder(file: Path | None) -> Path | None:
+def require_folder(file: Path | None) -> Any:
     """Raise RecipeError, before any work, for a file that could not be written afterwards."""
-    if file and file.is_dir():
-        raise RecipeError.of("--html", f"{file} is a folder", "name a file")
-    if file and not file.parent.is_dir():
-        raise RecipeError.of("--html", f"folder {file.parent} not found", "make it, or go to where it is")
+    if file and (file.is_dir() or not file.parent.is_dir()):
+        raise RecipeError.of(str(file), "cannot be written here", "name a file in a folder that is there")
     return file
 
 
@@ -50,9 +49,7 @@ Longest = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens
 Temperature = Annotated[float | None, typer.Option(min=0, help="0: greedy; default: as the run was evaluated.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0 is any free one.")]
 Rows = Annotated[int | None, typer.Option(min=1, help="Evaluate only so many rows: a quick look.")]
-HeldOut = Annotated[
-    Path | None, typer.Option(help="A file in the schema of the recipe's data; default: the test split.")
-]
+HeldOut = Annotated[Path | None, typer.Option(help="A file like the recipe's data; default: the test split.")]
 Runs = Annotated[list[str], typer.Argument(help="Evaluated runs of outputs/.")]
 Baseline = Annotated[str, typer.Option(help="What each is compared with: base, or one of them.")]
 Tasks = Annotated[list[str] | None, typer.Argument(help="Of benchmarks/tasks, or lm-eval's own; default: medical.")]
@@ -99,7 +96,7 @@ def diff(a: str, b: str) -> None:
     from rich.table import Table
 
     table = Table("key", a, b)
-    for row in diff_recipes(load_recipe(a), load_recipe(b)):
+    for row in find_differences(load_recipe(a).as_dict(), load_recipe(b).as_dict()):
         table.add_row(*map(str, row))
     show(table if table.row_count else f"{a} and {b} say the same")
 
@@ -268,11 +265,10 @@ def push(
 @app.command()
 def schema() -> None:
     """Write recipes/recipe.schema.json, which editors check recipes with."""
-    from medibot.recipe.schema import write_schema
+    from medibot.recipe.schema import json_schema
 
-    if not Path("recipes").is_dir():
-        raise RecipeError.of("schema", "folder recipes not found", "go to where it is")
-    write_schema(Path("recipes/recipe.schema.json"))
+    file = require_folder(Path("recipes/recipe.schema.json"))
+    file.write_text(json.dumps(json_schema(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @app.command("convert-gguf")

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from medibot.errors import RecipeError, one_line
-from medibot.recipe import ABSENT, Recipe, flattened
+from medibot.recipe import ABSENT, Recipe, find_differences
 
 # Whose versions decide what is learned
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
@@ -195,14 +195,11 @@ def run_fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: 
 def refuse_changed(run: Run, parts: dict[str, Any]) -> None:
     """Raise RecipeError, which names what is different, where a run would go on as something else."""
     parts = json.loads(json.dumps(parts))
-    before, after = (dict(flattened(each)) for each in (run.record().get("parts", parts), parts))
-    changed = [key for key in before | after if before.get(key, ABSENT) != after.get(key, ABSENT)]
-    if not changed:
-        return
-    was, now = (repr(leaves[changed[0]]) if changed[0] in leaves else "absent" for leaves in (before, after))
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    what = f"made from something else ({changed[0]}: was {was}, is {now}{more})"
-    raise RecipeError.of(f"outputs/{run.name}", what, "choose another RUN=name")
+    if changed := find_differences(run.record().get("parts", parts), parts):
+        was, now = (value if value is ABSENT else repr(value) for value in changed[0][1:])
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        what = f"made from something else ({changed[0][0]}: was {was}, is {now}{more})"
+        raise RecipeError.of(f"outputs/{run.name}", what, "choose another RUN=name")
 
 
 def read_json(file: Path) -> Any:

@@ -162,12 +162,16 @@ RECIPES = [
     case("override typo", "train mine.yaml training.lr=1", "training.lr=1: training.lr", "did you mean learning_rate?"),
     case("override of a wrong type", "inspect mine.yaml lora.r=big", "lora.r=big: lora.r", "must be a whole number"),
     case("override takes away nothing", "train mine.yaml data.name=null", "data.name=null", "nothing to take away"),
-    case("unknown recipe", "train quickstrat", "quickstrat: no such recipe", "did you mean quickstart?"),
+    case("unknown recipe", "train quickstrat", "RECIPE: quickstrat not found", "did you mean quickstart?"),
     case(
-        "no recipe file", "inspect recipes/none.yaml", "recipes/none.yaml: no such recipe", "there are: ", "quickstart"
+        "no recipe file",
+        "inspect recipes/none.yaml",
+        "RECIPE: recipes/none.yaml not found",
+        "there are: ",
+        "quickstart",
     ),
-    case("unknown recipe to compare", "diff mine.yaml none", "none: no such recipe"),
-    case("unknown recipe to check", "validate none", "none: no such recipe"),
+    case("unknown recipe to compare", "diff mine.yaml none", "RECIPE: none not found"),
+    case("unknown recipe to check", "validate none", "RECIPE: none not found"),
 ]
 PATH = "path: rows.jsonl"
 FILES = [
@@ -471,8 +475,13 @@ RUNS = [
     case("empty question", "ask --run mine -q ' '", "Q: the question is empty", 'write Q="What is anemia?"'),
     case("row beyond the end", "inspect mine.yaml --row 12", "--row: no row 12", "rows 0 to "),
     case("row below zero", "inspect mine.yaml --row -1", "--row: no row -1", "rows 0 to "),
-    case("page in no folder", "inspect mine.yaml --html none/page.html", "--html: folder none not found", "make it"),
-    case("page that is a folder", "inspect mine.yaml --html model", "--html: model is a folder"),
+    case(
+        "page in no folder",
+        "inspect mine.yaml --html none/page.html",
+        "none/page.html: cannot be written here",
+        "in a folder that is there",
+    ),
+    case("page that is a folder", "inspect mine.yaml --html model", "model: cannot be written here", "name a file"),
     case("no GGUF file", "convert-gguf none.gguf there", "GGUF file none.gguf not found", "make model"),
     case("schema elsewhere", "schema", "recipes"),
 ]

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from medibot import tracking
 from medibot.errors import RecipeError, one_line
-from medibot.evaluation.metrics import ACCURACY
+from medibot.evaluation.metrics import Metric
 from medibot.evaluation.report import Report, difference_table, write_report
 from medibot.evaluation.scores import Rows, batch_size, model_loader
 from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
@@ -19,6 +19,7 @@ from medibot.recipe.files import find_file
 from medibot.run import Run, find_finished_run, locked
 
 TASKS = "benchmarks/tasks"
+ACCURACY = Metric("accuracy", "accuracy", "right", "higher", "Share of questions answered rightly.")
 SUBJECTS = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics")
 MEDICAL = ("medqa", "medmcqa", "pubmedqa", *(f"mmlu_{name}" for name in (*SUBJECTS, "professional_medicine")))
 
@@ -74,28 +75,28 @@ def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str,
 
     load, tokenizer = model_loader(recipe, run, precision.dtype), AutoTokenizer.from_pretrained(run.weights)
     settings = {"batch_size": batch_size(recipe), "chat_template_args": recipe.data.chat_template_kwargs}
+    asked = {"num_fewshot": 0, "limit": limit, "bootstrap_iters": 0, "verbosity": "ERROR"}
+    asked |= {"apply_chat_template": True, "system_instruction": recipe.data.system}
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for which in ("base", "tuned"):
         with load(which) as model:
             asker = HFLM(pretrained=model, tokenizer=tokenizer, **settings)
             for task, manager in managers.items():
                 print(f"{which}: {task}", flush=True)
-                for sample in ask(asker, task, manager, recipe.data.system, limit):
+                for sample in ask(asker, task, {"task_manager": manager} | asked):
                     row = rows.setdefault((task, sample["doc_id"]), {"task": task, "doc": sample["doc_id"]})
                     row |= {which: int(sample["acc"]), "prompt": sample["arguments"][0][0]}
     return list(rows.values())
 
 
-def ask(asker: Any, task: str, manager: Any, system: str | None, limit: int | None) -> Rows:
+def ask(asker: Any, task: str, settings: dict[str, Any]) -> Rows:
     """Return lm-eval's sample of each question, in order."""
     from lm_eval import simple_evaluate
 
-    asked = {"tasks": [task], "task_manager": manager, "num_fewshot": 0, "limit": limit, "bootstrap_iters": 0}
-    asked |= {"apply_chat_template": True, "system_instruction": system, "verbosity": "ERROR"}
     try:
         # Task files name their rows as seen from the folder that holds benchmarks/
         with contextlib.chdir(find_file(TASKS).resolve().parents[1]):
-            found = simple_evaluate(asker, **asked)
+            found = simple_evaluate(asker, tasks=[task], **settings)
     except (OSError, ValueError, ImportError) as error:
         what = f"{task} cannot be loaded: {one_line(error) or type(error).__name__}"
         raise RecipeError.of("TASKS", what, "check that the hub is reachable; offline there is TASKS=sample") from error

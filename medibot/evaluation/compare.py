@@ -9,7 +9,7 @@ from medibot.evaluation.page import comparison_page
 from medibot.evaluation.report import Report, make_table, quick_look, write_report
 from medibot.evaluation.scores import Rows
 from medibot.evaluation.statistics import compare_scores, interval_text
-from medibot.recipe import ABSENT, flattened, load_recipe
+from medibot.recipe import find_differences, load_recipe
 from medibot.run import Run, find_finished_run, outputs_folder, read_json, read_lines
 
 # What a training took: (label, key, unit, format)
@@ -42,7 +42,7 @@ def compare(names: list[str], baseline: str = "base") -> Report:
         "sentence": verdict(rows, compared, baseline, asked),
         **{key: first[key] for key in ("fingerprint", "rows", "of", "groups")},
         "left_out": [metric.name for metric in METRICS if metric not in asked],
-        "differences": recipe_differences(runs),
+        "differences": recipe_differences(list(runs.values())),
         "metrics": {name: metrics for name, metrics in compared.items() if name != baseline},
         "curves": {name: read_curves(run) for name, run in runs.items()},
         "cost": {name: run.record()["summary"]["cost"] for name, run in runs.items()},
@@ -90,22 +90,15 @@ def verdict(rows: dict[str, Rows], compared: dict[str, Any], baseline: str, aske
     if found["verdict"] == "better":
         text = f"{best} predicts the reference answers best, {by} against {second}"
     if best != baseline:
-        text += (
-            f"; {against['difference']:+.4f} (95 %: {interval_text(against)}) against {baseline}, {against['verdict']}"
-        )
+        text += f"; {against['difference']:+.4f} (95 %: {interval_text(against)}) against {baseline}"
+        text += f", {against['verdict']}"
     return text + f". {len(rows[best])} questions."
 
 
-def recipe_differences(runs: dict[str, Run]) -> list[list[str]]:
+def recipe_differences(runs: list[Run]) -> list[list[str]]:
     """Return [key, value in each run…] of the recipe keys that differ, without those that only name a run in W&B."""
-    leaves = [dict(flattened(load_recipe(str(run.recipe)).as_dict())) for run in runs.values()]
-    table = []
-    for key in dict.fromkeys(key for found in leaves for key in found if not key.startswith("tracking")):
-        values = [found.get(key, ABSENT) for found in leaves]
-        cells = [str(v) if v is ABSENT or isinstance(v, str) else json.dumps(v) for v in values]
-        if len(set(cells)) > 1:
-            table.append([key, *cells])
-    return table
+    said = [load_recipe(str(run.recipe)).as_dict() | {"tracking": None} for run in runs]
+    return [[v if isinstance(v, str) else json.dumps(v) for v in row] for row in find_differences(*said)]
 
 
 def read_curves(run: Run) -> dict[str, list[list[float]]]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF as ChrF
 
+from medibot.recipe.files import read_data
+
 UNITS = {
     "milligrams?|mgs?": "mg",
     "micrograms?|mcg|µg|μg|ug": "mcg",
@@ -41,40 +43,16 @@ class Metric:
     name: str
     label: str
     numerator: str
-    denominator: str | None
     better: Literal["lower", "higher"]
     definition: str
+    denominator: str | None = None
     scale: Literal["ratio", "exp", "log_distance"] = "ratio"
 
 
-# fmt: off
-METRICS = (
-    Metric("nll", "negative log-likelihood (nats a token)", "nll", "tokens", "lower",
-           "Of the reference answer and its stop token, summed over all rows and divided by their tokens."),
-    Metric("perplexity", "perplexity", "nll", "tokens", "lower", "The exponential of the line above.", "exp"),
-    Metric("bits_per_byte", "bits per byte", "bits", "bytes", "lower",
-           "The same likelihood in bits, divided by the UTF-8 bytes of the references: independent of the tokenizer."),
-    Metric("token_accuracy", "token accuracy", "correct", "tokens", "higher",
-           "Share of the reference's tokens that were the most likely ones."),
-    Metric("rouge_l", "ROUGE-L", "rouge_l", None, "higher",
-           "F1 of the longest common subsequence of answer and reference over lower-cased [a-z0-9]+ words, no stemming; "
-           "mean over rows (Lin 2004)."),
-    Metric("chrf", "chrF++", "chrf", None, "higher",
-           f"Sentence-level chrF++, mean over rows (Popović 2017) [{CHRF.get_signature()}]."),
-    Metric("length_ratio", "length ratio (best at 1)", "answer_words", "reference_words", "lower",
-           "Words of all answers by words of all references; compared by |log ratio|, the distance from 1.",
-           "log_distance"),
-    Metric("stop_rate", "stop rate", "stopped", None, "higher",
-           "Share of answers that ended by themselves within the limit."),
-    Metric("repetition", "repetition", "repetition", None, "lower",
-           "Share of an answer's word 4-grams that were in it before, mean over rows (seq-rep-4, Welleck et al. 2020)."),
-    Metric("foreign_numbers", "numbers not in the reference", "foreign_numbers", None, "lower",
-           "Different numbers of an answer that its reference lacks, mean over rows; list markers do not count."),
-    Metric("foreign_doses", "doses not in the reference", "foreign_doses", None, "lower",
-           "Different quantities with a unit (5 mg, 20 %) of an answer that its reference lacks, mean over rows."),
+METRICS = tuple(
+    Metric(name, **said | {"definition": said["definition"].format(chrf=CHRF.get_signature())})
+    for name, said in read_data(__file__, "metrics.yaml").items()
 )
-ACCURACY = Metric("accuracy", "accuracy", "right", None, "higher", "Share of questions answered rightly.")
-# fmt: on
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:

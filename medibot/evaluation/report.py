@@ -48,13 +48,9 @@ def make_table(header: list[str], rows: list[list[str]], title: str | None = Non
 
 def difference_table(header: list[str], rows: list[tuple[list[str], dict[str, Any]]], digits: int = 4) -> Table:
     """Return a table of base against tuned: the first cells of each row, and its figures."""
-    cells = []
+    cells, signs = [], {"baseline": "", "value": "", "difference": "+"}
     for first, found in rows:
-        figures = [
-            f"{found['baseline']:.{digits}f}",
-            f"{found['value']:.{digits}f}",
-            f"{found['difference']:+.{digits}f}",
-        ]
+        figures = [f"{found[key]:{sign}.{digits}f}" for key, sign in signs.items()]
         cells.append([*first, *figures, interval_text(found, digits), found["verdict"]])
     return make_table([*header, "base", "tuned", "difference", "95 % interval", "verdict"], cells)
 

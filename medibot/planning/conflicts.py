@@ -1,7 +1,7 @@
 """Refuse, before a launch, what a fine-tuning method and an accelerate config cannot do together.
 
-Each reason was read in the source it names, or seen: `tests/training/sharded.py` trains with real FSDP2 on CPU
-processes. `accelerate_configs/README.md` shows them all in one table.
+The reasons stand in `conflicts.yaml`; `tests/training/sharded.py` trains with real FSDP2 on CPU processes.
+`accelerate_configs/README.md` shows them all in one table.
 """
 
 import importlib.util
@@ -11,68 +11,39 @@ from typing import Any
 from medibot.errors import RecipeError
 from medibot.planning.hardware import Hardware
 from medibot.recipe import Recipe
+from medibot.recipe.files import read_data
 from medibot.recipe.schema import Finding
 
 Section = Mapping[str, Any]
-REENTRANT = "training.activation_checkpointing_kwargs"
-# Key, reason and remedy of what `find_conflicts` finds.
-CONFLICTS = {
-    # transformers/trainer.py, create_accelerator_and_postprocess
-    "best": ("training.save_only_model", "leaves no best model that shards could be loaded from", "leave out"),
-    "twice": ("training.activation_checkpointing", "cannot be true beside fsdp_activation_checkpointing", "write one of them"),
-    "size": ("training.auto_find_batch_size", "does not work with ZeRO-3", "leave it out"),
-    # transformers/trainer.py, save_model
-    "state": ("training", "the Trainer would save no model", "write fsdp_state_dict_type: FULL_STATE_DICT"),
-    "16-bit": ("training", "the Trainer would save shards only", "write zero3_save_16bit_model: true"),
-    # torch's DDP marks a parameter ready once; a reentrant backward pass comes to it twice
-    "ddp": (REENTRANT, "DDP needs use_reentrant: false", "write false"),
-    # trl/trainer/sft_trainer.py, SFTTrainer.__init__
-    "reentrant": (REENTRANT, "LoRA under ZeRO-3 needs use_reentrant: true", "leave out"),
-    # peft/tuners/tuners_utils.py, _get_adapter_state_dict: it looks for names without torch's wrapper in them
-    "empty": ("lora", "fsdp_activation_checkpointing renames the layers, and peft would save an empty adapter",
-              "write fsdp_activation_checkpointing: false; the recipe's own takes its place"),
-    # Seen: two processes get another gradient than one
-    "whole": ("lora.modules_to_save",
-              "the gradient of a whole module beside LoRA is not summed over the processes under FSDP2",
-              "leave it out, or ACCELERATE=multi-gpu"),
-    # torch/nn/parameter.py: Int8Params.detach returns a plain tensor
-    "8-bit": ("quantization.load_in_8bit", "8-bit weights cannot be made shards: torch refuses bitsandbytes' Int8Params",
-              "load_in_4bit, or ACCELERATE=multi-gpu"),
-    # accelerate/utils/fsdp_utils.py, fsdp2_prepare_model
-    "4-bit": ("quantization.bnb_4bit_quant_storage",
-              "4-bit weights stored as {storage} are left out of the shards: every GPU would hold all of them",
-              "write {float}, or ACCELERATE=multi-gpu"),
-}  # fmt: skip
+CONFLICTS: dict[str, tuple[str, str, str]] = read_data(__file__, "conflicts.yaml")
 
 
 def refuse_conflicts(recipe: Recipe, hardware: Hardware, gpus: int, machines: int = 1) -> None:
     """Raise RecipeError with all that this recipe cannot do on this hardware, or this machine cannot do at all."""
-    name, deepspeed = f"ACCELERATE={hardware.name}", hardware.kind.startswith("ZeRO")
-    errors = []
+    name, deepspeed, found = f"ACCELERATE={hardware.name}", hardware.kind.startswith("ZeRO"), []
     if hardware.sharded and not gpus:
         # accelerate/state.py, AcceleratorState: only accelerators are promoted to FSDP or DeepSpeed
         what = f"{hardware.kind} needs GPUs: without them accelerate trains plain data parallel in silence"
-        errors.append(RecipeError.of(name, what, "take cpu or cpu-2"))
+        found.append(RecipeError.of(name, what, "take cpu or cpu-2"))
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         remedy = "run: .venv/bin/python -m pip install deepspeed"
-        errors.append(RecipeError.of(name, "DeepSpeed is not installed", remedy))
+        found.append(RecipeError.of(name, "DeepSpeed is not installed", remedy))
     if deepspeed and machines > 1 and hardware.settings.get("deepspeed_multinode_launcher") != "standard":
         # accelerate/utils/launch.py, prepare_deepspeed_cmd_env
         remedy = "write deepspeed_multinode_launcher: standard, and start it on each machine"
-        errors.append(RecipeError.of(name, "accelerate would start the other machines itself, by pdsh", remedy))
-    found = find_conflicts(hardware, recipe.training, recipe.quantization, recipe.lora, recipe.model)
-    errors += [recipe.error(key, f"{what} ({name})", remedy) for key, what, remedy in found]
-    if errors:
-        raise RecipeError([problem for error in errors for problem in error.problems])
+        found.append(RecipeError.of(name, "accelerate would start the other machines itself, by pdsh", remedy))
+    for key, what, remedy in find_conflicts(hardware, recipe.training, recipe.quantization, recipe.lora, recipe.model):
+        found.append(recipe.error(key, f"{what} ({name})", remedy))
+    if found:
+        raise RecipeError([problem for error in found for problem in error.problems])
 
 
 def find_conflicts(
     hardware: Hardware, training: Section, quantization: Section | None, lora: Section | None, model: Section
 ) -> list[Finding]:
     """Return what a method cannot do on this hardware, whatever the machine."""
-    sharded, settings, bits = hardware.sharded, hardware.settings, quantization or {}
-    fsdp, zero3, adapted = hardware.kind == "FSDP2", hardware.kind == "ZeRO-3", lora is not None
-    full = settings.get("fsdp_state_dict_type") == "FULL_STATE_DICT"
+    sharded, settings, bits, adapted = hardware.sharded, hardware.settings, quantization or {}, lora is not None
+    fsdp, zero3 = hardware.kind == "FSDP2", hardware.kind == "ZeRO-3"
     again, own = training.get("activation_checkpointing", True), fsdp and settings.get("fsdp_activation_checkpointing")
     reentrant = (training.get("activation_checkpointing_kwargs") or {}).get("use_reentrant")
     storage, dtype = bits.get("bnb_4bit_quant_storage") or "uint8", model.get("dtype", "auto")
@@ -82,7 +53,7 @@ def find_conflicts(
         "ddp": hardware.kind == "DDP" and reentrant,
         "empty": own and adapted,
         "twice": own and again,
-        "state": fsdp and not full,
+        "state": fsdp and settings.get("fsdp_state_dict_type") != "FULL_STATE_DICT",
         "whole": fsdp and adapted and (lora or {}).get("modules_to_save"),
         "8-bit": fsdp and bits.get("load_in_8bit"),
         "4-bit": fsdp and bits.get("load_in_4bit") and storage not in floats,
@@ -91,8 +62,7 @@ def find_conflicts(
         "reentrant": zero3 and adapted and reentrant is False and again,
     }
     words = {"storage": storage, "float": floats[0]}
-    found = [CONFLICTS[name] for name, value in applies.items() if value]
-    return [Finding(key, what.format_map(words), remedy.format_map(words)) for key, what, remedy in found]
+    return [Finding(*(text.format_map(words) for text in CONFLICTS[name])) for name, value in applies.items() if value]
 
 
 def share_batch(recipe: Recipe, processes: int) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Describe what a training runs on: accelerate configs, GPUs by their data sheets, this machine."""
 
+import dataclasses
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import psutil
 import yaml
 
 from medibot.errors import RecipeError, one_line
-from medibot.recipe.files import search_folders
+from medibot.recipe.files import read_data
 
 if TYPE_CHECKING:
     import torch
@@ -24,21 +25,7 @@ REMEDIES = {
     "FSDP": "FSDP1 is deprecated upstream: write fsdp_version: 2",
     "DEEPSPEED": "only ZeRO-2 and ZeRO-3 are supported",
 }
-# Memory in GB and dense bfloat16 (T4: float16) tensor TFLOPs with float32 accumulation, from NVIDIA's data sheets (H100
-# and H200: the SXM modules)
-GPUS = {
-    "T4": (16, 65.0),
-    "L4": (24, 121.0),
-    "A10": (24, 125.0),
-    "RTX 3090": (24, 71.0),
-    "RTX 4090": (24, 165.2),
-    "L40S": (48, 362.0),
-    "A100 40GB": (40, 312.0),
-    "A100 80GB": (80, 312.0),
-    "H100 PCIe": (80, 756.0),
-    "H100": (80, 989.0),
-    "H200": (141, 989.0),
-}
+GPUS: dict[str, tuple[float, float]] = read_data(__file__, "gpus.yaml")
 # Assumed, not measured: CUDA context and library workspaces of a process, and NCCL's buffers where there are several
 CONTEXT, NCCL = 600_000_000, 300_000_000
 
@@ -55,47 +42,26 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How many processes train, and what each holds.
+class Hardware:
+    """How `processes` share the work (a value of KINDS), and the name and settings of the accelerate config.
 
-    ddp holds everything, zero2 a share of optimizer and gradients, fsdp2 and zero3 a share of the weights, too.
-    `checkpointing` is FSDP's own, in the place of the recipe's.
+    DDP holds everything in each process, ZeRO-2 a share of optimizer and gradients, FSDP2 and ZeRO-3 of the weights, too.
     """
 
-    strategy: str = "one process"
+    kind: str = "one process"
     processes: int = 1
-    checkpointing: bool = False
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What an accelerate config says: its name, how it shares the work (a value of KINDS), and the settings of that."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def sharded(self) -> bool:
         """Tell whether a process holds only a share of something."""
         return self.kind not in ("one process", "DDP")
 
-    def layout(self, processes: int) -> Layout:
-        """Return what each of `processes` would hold."""
-        plain = "ddp" if processes > 1 else "one process"
-        strategy = self.kind.lower().replace("-", "") if self.sharded else plain
-        return Layout(strategy, processes, bool(self.settings.get("fsdp_activation_checkpointing")))
-
-
-def find_config(name: str) -> Path:
-    """Return the accelerate config of that name or path; raise RecipeError if there is none."""
-    folders = search_folders("accelerate_configs")
-    candidates = [Path(name)] if name.endswith((".yaml", ".yml")) else [folder / f"{name}.yaml" for folder in folders]
-    for path in candidates:
-        if path.is_file():
-            return path
-    found = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise RecipeError.of("ACCELERATE", f"{name} not found", f"there are: {', '.join(found)}")
+    def spread_over(self, processes: int) -> "Hardware":
+        """Return the same for another number of processes."""
+        kind = self.kind if self.sharded else "DDP" if processes > 1 else "one process"
+        return dataclasses.replace(self, kind=kind, processes=processes)
 
 
 def read_hardware(file: Path) -> Hardware:
@@ -115,7 +81,7 @@ def read_hardware(file: Path) -> Hardware:
     if kind is None:
         what = f"{file}: distributed_type {spread} is not supported"
         raise RecipeError.of("ACCELERATE", what, REMEDIES.get(spread, remedy))
-    return Hardware(file.stem, kind, settings)
+    return Hardware(kind, settings=settings, name=file.stem)
 
 
 def find_device(written: str, dtype: str | None) -> Device:
@@ -123,17 +89,13 @@ def find_device(written: str, dtype: str | None) -> Device:
     import torch
 
     plain = re.sub(r"\W", "", written).upper()
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|G)?", written.strip(), re.I)
+    size: Any = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB|G)?", written.strip(), re.I)
     name = next((name for name in GPUS if re.sub(r"\W", "", name).upper() == plain), None)
-    if name is not None:
-        capacity, tflops = GPUS[name]
-    elif size is not None:
-        capacity, tflops = float(size[1]), None
-    else:
+    if name is None and size is None:
         raise RecipeError.of("GPU", f"{written!r} is not known", f"write a size such as 24GB, or: {', '.join(GPUS)}")
-    compute = torch.float16 if name == "T4" else torch.bfloat16
-    if dtype not in (None, "auto"):
-        compute = getattr(torch, dtype)
+    capacity, tflops = GPUS[name] if name else (float(size[1]), None)
+    half = torch.float16 if name == "T4" else torch.bfloat16
+    compute = half if dtype in (None, "auto") else getattr(torch, dtype)
     return Device(name or f"{capacity:g} GB GPU", capacity * GB, tflops, True, compute)
 
 
@@ -154,15 +116,16 @@ def detect_device(compute: "torch.dtype") -> Device:
     return Device("this machine's CPU", psutil.Process().memory_info().rss + free / processes, None, False, compute)
 
 
-def detect_layout(processes: int) -> Layout:
+def detect_hardware(processes: int = 1) -> Hardware:
     """Return what accelerate's launcher told this process."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return Layout("fsdp2", processes, os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true")
+        own = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+        return Hardware("FSDP2", processes, {"fsdp_activation_checkpointing": own})
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return Layout(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", processes)
-    return Layout("ddp" if processes > 1 else "one process", processes)
+        return Hardware(f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", processes)
+    return Hardware().spread_over(processes)
 
 
 def is_zero3() -> bool:
     """Tell whether accelerate launched this process for DeepSpeed's ZeRO-3."""
-    return detect_layout(1).strategy == "zero3"
+    return detect_hardware().kind == "ZeRO-3"

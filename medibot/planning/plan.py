@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from medibot.data.prepared import Prepared, prepare
 from medibot.model.loading import weights_dtype
 from medibot.planning.conflicts import share_batch
-from medibot.planning.hardware import CONTEXT, GB, NCCL, Device, Hardware, Layout, detect_device, find_device
+from medibot.planning.hardware import CONTEXT, GB, NCCL, Device, Hardware, detect_device, find_device
 from medibot.planning.memory import CPU_TILE, Kept, Parameters, count_bytes, load_config, trace
 from medibot.planning.schedule import UTILIZATION, is_flat, make_schedule, setting
 from medibot.recipe import Recipe
@@ -42,7 +42,7 @@ class Plan:
 
     recipe: Recipe
     device: Device
-    layout: Layout
+    hardware: Hardware
     config: PretrainedConfig
     parameters: Parameters
     traced: Kept
@@ -59,7 +59,7 @@ class Plan:
         passing, gradients = parts["activations"] + parts["logits"], parts["gradients"]
         always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
-        together = setting(self.recipe, "gradient_accumulation_steps") > 1 or self.layout.strategy == "ddp"
+        together = setting(self.recipe, "gradient_accumulation_steps") > 1 or self.hardware.kind == "DDP"
         return parts | {"peak": always + (passing + gradients if together else max(passing, gradients))}
 
     def fixed(self) -> dict[str, int]:
@@ -68,14 +68,14 @@ class Plan:
         ZeRO-2 shards gradients and optimizer, ZeRO-3 and FSDP2 the weights, too.
         """
         own, bits, compute = self.parameters, self.recipe.quantization, self.device.compute
-        strategy, processes = self.layout.strategy, self.layout.processes
-        shares = 1 if strategy == "ddp" else processes
-        weight_shares = processes if strategy in {"fsdp2", "zero3"} else 1
+        kind, processes = self.hardware.kind, self.hardware.processes
+        shares = processes if self.hardware.sharded else 1
+        weight_shares = processes if kind in {"FSDP2", "ZeRO-3"} else 1
         # 4-bit weights stored as bytes are not sharded (accelerate/utils/fsdp_utils.py), and ZeRO-3 loads them whole
-        whole = bits is not None and not (strategy == "fsdp2" and "bnb_4bit_quant_storage" in bits)
+        whole = bits is not None and not (kind == "FSDP2" and "bnb_4bit_quant_storage" in bits)
         base_shares = 1 if whole else weight_shares
         base, optimizer, gradients = own.base, own.optimizer, own.trained
-        if strategy in {"zero2", "zero3"} and own.casts and self.recipe.lora is None:
+        if kind in {"ZeRO-2", "ZeRO-3"} and own.casts and self.recipe.lora is None:
             # DeepSpeed computes with half-precision weights, and keeps the float32 ones with the optimizer's state
             base = {str(compute).removeprefix("torch."): compute.itemsize * own.total}
             optimizer, gradients = own.optimizer + own.trained, compute.itemsize * own.trainable
@@ -84,9 +84,9 @@ class Plan:
             **{f"weights, {name}": math.ceil(size / base_shares) for name, size in base.items()},
             "adapters": math.ceil(own.adapters / weight_shares),
             "layers gathered": 2 * layer * compute.itemsize if base_shares > 1 else 0,
-            "copies by autocast": own.casts if strategy in {"one process", "ddp"} else 0,
+            "copies by autocast": 0 if self.hardware.sharded else own.casts,
             "optimizer": math.ceil(optimizer / shares),
-            "gradients": 2 * gradients if strategy == "ddp" else math.ceil(gradients / shares),
+            "gradients": 2 * gradients if kind == "DDP" else math.ceil(gradients / shares),
             "overhead": self.overhead,
         }
 
@@ -131,14 +131,13 @@ class Plan:
     def advice(self) -> str:
         """Return what to lower, in the plan's own figures."""
         most, remedies = min(self.most_rows(), self.rows - 1), []
+        again = min(self.rows, dataclasses.replace(self, checkpointing=True).most_rows())
         if most:
             fit = f"per_device_train_batch_size={most} would fit"
             remedies.append(f"{fit}: raise gradient_accumulation_steps by as much")
-        again = min(self.rows, dataclasses.replace(self, checkpointing=True).most_rows())
-        if not self.checkpointing and again > most:
+        if again > most and not self.checkpointing:
             remedies.append(f"with activation_checkpointing=true {again} rows would fit")
-        fixed = sum(self.fixed().values()) / GB
-        least = f"{fixed:.1f} GB are needed before the first row"
+        least = f"{sum(self.fixed().values()) / GB:.1f} GB are needed before the first row"
         return ", or ".join(remedies) or f"{least}: shorten max_length, quantize, or take a smaller model"
 
     def require_fit(self) -> None:
@@ -159,8 +158,8 @@ class Plan:
             "device": self.device.name,
             "capacity_bytes": int(self.device.capacity),
             "computes_in": str(self.device.compute).removeprefix("torch."),
-            "strategy": self.layout.strategy,
-            "processes": self.layout.processes,
+            "strategy": self.hardware.kind,
+            "processes": self.hardware.processes,
             "micro_batch": self.rows,
             "activation_checkpointing": self.checkpointing,
             "activations_traced": self.traced.traced,
@@ -173,12 +172,11 @@ class Plan:
 
     def __rich__(self) -> Group:
         """Return the verdict, a table of memory by part, and the other figures."""
-        found, own = self.as_dict(), self.parameters
-        other = dataclasses.replace(self, checkpointing=not self.checkpointing)
+        found, other = self.as_dict(), dataclasses.replace(self, checkpointing=not self.checkpointing)
         parts, hours = found["memory_bytes"], found["hours_estimated"]
         again = {f"peak {'with' if other.checkpointing else 'without'} checkpointing": other.memory()["peak"]}
-        title = f"GB on one device of {self.layout.processes}, {self.rows} rows of {self.longest} tokens"
-        table = Table("", Column(self.layout.strategy, justify="right"), title=title, title_justify="left")
+        title = f"GB on one device of {self.hardware.processes}, {self.rows} rows of {self.longest} tokens"
+        table = Table("", Column(self.hardware.kind, justify="right"), title=title, title_justify="left")
         for part, size in (parts | again).items():
             if size:
                 table.add_row(part, f"{size / GB:.3f}")
@@ -189,12 +187,11 @@ class Plan:
         traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
         figures = {
             "computes in": found["computes_in"],
-            "parameters": f"{own.trainable:,} of {own.total:,} trained",
+            "parameters": f"{self.parameters.trainable:,} of {self.parameters.total:,} trained",
             "activations": f"{traced}; checkpointing {'on' if self.checkpointing else 'off'}",
             "micro-batch": f"at most {found['largest_micro_batch']} rows; checkpointing the other way {other.most_rows()}",
             "row lengths": ", ".join(f"{name} {value:.0f}" for name, value in found["lengths"].items()) + " tokens",
             "steps": f"{found['steps']:,}; {found['tokens']:,} tokens, padding included",
-            "compute": f"{found['flops']:.2e} FLOPs",
             "time": time,
             "disk": f"{found['disk_bytes'] / GB:.2f} GB for checkpoints and model",
         }
@@ -204,9 +201,9 @@ class Plan:
         return Group(f"{self.recipe.name} {fit} ({device})", table, *lines)
 
 
-def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
+def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
     """Return the plan of a training on `device`, with the weights and rows that each process would hold."""
-    training = prepared.recipe.training | share_batch(prepared.recipe, layout.processes)
+    training = prepared.recipe.training | share_batch(prepared.recipe, hardware.processes)
     recipe = dataclasses.replace(prepared.recipe, training=training)
     weights = weights_dtype(recipe, device.compute)
     rows: Any = prepared.load("train")
@@ -216,21 +213,21 @@ def make_plan(prepared: Prepared, device: Device, layout: Layout) -> Plan:
     if setting(recipe, "packing"):
         whole = setting(recipe, "max_length")
         lengths = np.full(math.ceil(lengths.sum() / whole), whole)
-    longest = int(lengths.max())
-    overhead = CONTEXT + NCCL * (layout.processes > 1) if device.gpu else psutil.Process().memory_info().rss + LATER
-    config, parameters = load_config(recipe).get_text_config(), count_bytes(recipe, weights, device.compute)
-    checkpointing = bool(layout.checkpointing or training.get("activation_checkpointing", True))
+    longest, several = int(lengths.max()), hardware.processes > 1
+    # Before anything is traced
+    overhead = CONTEXT + NCCL * several if device.gpu else psutil.Process().memory_info().rss + LATER
+    own = hardware.settings.get("fsdp_activation_checkpointing")
     return Plan(
         recipe=recipe,
         device=device,
-        layout=layout,
-        config=config,
-        parameters=parameters,
+        hardware=hardware,
+        config=load_config(recipe).get_text_config(),
+        parameters=count_bytes(recipe, weights, device.compute),
         traced=trace(recipe, weights, device.compute, device.gpu, 2, longest),
         lengths=lengths,
         rows=min(setting(recipe, "per_device_train_batch_size"), len(lengths)),
         longest=longest,
-        checkpointing=checkpointing,
+        checkpointing=bool(own or training.get("activation_checkpointing", True)),
         supervised_share=share,
         overhead=overhead,
     )
@@ -240,7 +237,8 @@ def plan_recipe(recipe: Recipe, gpu: str | None, hardware: Hardware, processes: 
     """Return what the training needs on `gpu` (this machine if None), and write it to outputs/plans/ as JSON."""
     device = find_device(gpu, recipe.model.get("dtype")) if gpu else None
     prepared = prepare(recipe)
-    plan = make_plan(prepared, device or detect_device(prepared.precision.dtype), hardware.layout(processes))
+    device = device or detect_device(prepared.precision.dtype)
+    plan = make_plan(prepared, device, hardware.spread_over(processes))
     file = outputs_folder() / "plans" / f"{recipe.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")

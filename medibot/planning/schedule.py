@@ -1,4 +1,4 @@
-"""Say how long a training is: steps, tokens, floating-point operations, hours by a GPU's data sheet, disk."""
+"""Say how long a training is: steps, tokens, hours by a GPU's data sheet, disk."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,6 @@ import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig
 
-from medibot.planning.memory import Parameters
 from medibot.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -29,33 +28,24 @@ def is_flat(recipe: Recipe) -> bool:
 
 
 def make_schedule(plan: "Plan") -> dict[str, Any]:
-    """Return a plan's steps; tokens, padding included, on all devices; operations; hours, None at unknown speed; disk.
+    """Return a plan's steps; tokens, padding included, on all devices; hours, None at unknown speed; bytes on disk.
 
     A token takes two operations a weight forward; as many for the gradient of the inputs, for that of trained weights,
     and for what checkpointing computes twice (Kaplan et al., 2020, arXiv 2001.08361). Attention is over all pairs of a
-    row.
+    row, so that its mean is over tokens, not over rows.
     """
-    recipe, lengths, config, processes = plan.recipe, plan.lengths, plan.config, plan.layout.processes
+    recipe, lengths, config, processes = plan.recipe, plan.lengths, plan.config, plan.hardware.processes
     accumulated, most = setting(recipe, "gradient_accumulation_steps"), setting(recipe, "max_steps")
     batches = math.ceil(len(lengths) / (setting(recipe, "per_device_train_batch_size") * processes))
-    epochs = math.ceil(batches / accumulated) * setting(recipe, "num_train_epochs")
-    steps = most if most > 0 else math.ceil(epochs)
+    steps = most if most > 0 else math.ceil(math.ceil(batches / accumulated) * setting(recipe, "num_train_epochs"))
     tokens = round(steps * accumulated * processes * padded_tokens(recipe, lengths))
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    linear = 2 * (plan.parameters.total - embedding)
-    # A token of a long row meets more others: the mean over tokens, not over rows
+    linear, again = 2 * (plan.parameters.total - embedding), 2 if plan.checkpointing else 1
     attention = 4 * config.num_hidden_layers * config.hidden_size * float(np.average(lengths, weights=lengths))
-    forward = (linear + attention) * (2 if plan.checkpointing else 1)
-    flops = tokens * (forward + linear + 2 * attention + 2 * plan.parameters.trainable)
+    flops = tokens * ((again + 1) * linear + (again + 2) * attention + 2 * plan.parameters.trainable)
     speed = plan.device.tflops
-    return {
-        "steps": steps,
-        "tokens": tokens,
-        "flops": flops,
-        "hours_estimated": flops / (speed * 1e12 * UTILIZATION * processes) / 3600 if speed else None,
-        "utilization_assumed": UTILIZATION if speed else None,
-        "disk_bytes": disk_bytes(recipe, plan.parameters, steps),
-    }
+    hours = flops / (speed * 1e12 * UTILIZATION * processes) / 3600 if speed else None
+    return {"steps": steps, "tokens": tokens, "hours_estimated": hours, "disk_bytes": disk_bytes(plan, steps)}
 
 
 def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
@@ -68,8 +58,9 @@ def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
     return float(np.mean([batch.sum() if is_flat(recipe) else len(batch) * batch.max() for batch in batches]))
 
 
-def disk_bytes(recipe: Recipe, parameters: Parameters, steps: int) -> int:
+def disk_bytes(plan: "Plan", steps: int) -> int:
     """Return the bytes of the checkpoints that exist at once, and of the model."""
+    recipe, model = plan.recipe, plan.parameters.trained
     every, limit = setting(recipe, "save_steps"), setting(recipe, "save_total_limit")
     by_steps = steps // max(1, math.ceil(steps * every if every < 1 else every))
     by_strategy = {"no": 0, "epoch": math.ceil(setting(recipe, "num_train_epochs")), "steps": by_steps}
@@ -77,4 +68,4 @@ def disk_bytes(recipe: Recipe, parameters: Parameters, steps: int) -> int:
     if limit:
         # The best one is kept beside the last one, and one is written before another goes
         saves = min(saves, max(limit, 2 if setting(recipe, "load_best_model_at_end") else 1) + 1)
-    return saves * (parameters.trained + parameters.optimizer) + parameters.trained
+    return saves * (model + plan.parameters.optimizer) + model

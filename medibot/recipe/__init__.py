@@ -8,7 +8,6 @@ setting that nobody wrote.
 """
 
 import copy
-import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from typing import Any
 
 from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.document import ABSENT, apply_override, place_of, read_document
-from medibot.recipe.files import search_folders
+from medibot.recipe.files import find_by_name, search_folders
 from medibot.recipe.refusals import check
 from medibot.recipe.schema import DataSection, EvaluationSection, section_models
 from medibot.recipe.suggestions import describe
 
-__all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe", "diff_recipes", "list_recipes", "load_recipe"]
+__all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe", "find_differences", "list_recipes", "load_recipe"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
 
     Raises RecipeError with all mistakes at once.
     """
-    path = find_recipe(name, root)
+    path = find_by_name("RECIPE", name, recipe_folders(root))
     document = read_document(path)
     if not isinstance(document.value, dict):
         what = "holds nothing" if document.value is None else f"must be a mapping, not {describe(document.value)}"
@@ -85,20 +84,6 @@ def recipe_folders(root: Path | None) -> list[Path]:
     return search_folders("recipes") if root is None else [root / "recipes"]
 
 
-def find_recipe(name: str, root: Path | None) -> Path:
-    """Return the file of a recipe's name or path."""
-    paths = [Path(name)]
-    if not name.endswith((".yaml", ".yml")):
-        paths = [folder / f"{name}{end}" for folder in recipe_folders(root) for end in (".yaml", ".yml")]
-    for path in paths:
-        if path.is_file():
-            return path
-    known = [known for known, _ in list_recipes(root)]
-    close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise RecipeError.of(name, "no such recipe", f"{hint}there are: {', '.join(known) or 'none'}")
-
-
 def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
     """Return name and purpose (the first comment that is not for an editor) of every recipe, sorted by name."""
     recipes = []
@@ -111,12 +96,11 @@ def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
     return recipes
 
 
-def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, value in a, value in b) of all that they say differently; ABSENT where one says nothing."""
-    left, right = dict(flattened(a.as_dict())), dict(flattened(b.as_dict()))
-    keys = list(left) + [key for key in right if key not in left]
-    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys)
-    return [(key, x, y) for key, x, y in pairs if type(x) is not type(y) or x != y]
+def find_differences(*sides: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Return (dotted key, value in each side…) of all that they say differently; ABSENT where one says nothing."""
+    leaves = [dict(flattened(side)) for side in sides]
+    rows = [(key, *(side.get(key, ABSENT) for side in leaves)) for key in dict.fromkeys(itertools.chain(*leaves))]
+    return [(key, first, *others) for key, first, *others in rows if any(repr(first) != repr(x) for x in others)]
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,12 @@
-"""Files that MediBot ships (recipes, their data, accelerate configs): the current folder's own come first."""
+"""Find files that MediBot ships (recipes, their data, accelerate configs): the current folder's own come first."""
 
+import difflib
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medibot.errors import RecipeError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -21,3 +27,21 @@ def find_file(path: str) -> Path:
     folder, *rest = written.parts
     shipped = search_folders(folder)[1].joinpath(*rest)
     return shipped if shipped.exists() else written
+
+
+def find_by_name(subject: str, name: str, folders: list[Path]) -> Path:
+    """Return the YAML file of that name in `folders`, or of that path; raise RecipeError, which says what there is."""
+    ends = (".yaml", ".yml")
+    paths = [Path(name)] if name.endswith(ends) else [folder / f"{name}{end}" for folder in folders for end in ends]
+    for path in paths:
+        if path.is_file():
+            return path
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.y*ml")})
+    close = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise RecipeError.of(subject, f"{name} not found", f"{hint}there are: {', '.join(known) or 'none'}")
+
+
+def read_data(module: str, name: str) -> Any:
+    """Return what the YAML file `name` beside the `module`'s file holds."""
+    return yaml.safe_load(Path(module).with_name(name).read_text(encoding="utf-8"))

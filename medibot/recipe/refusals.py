@@ -43,23 +43,18 @@ def find_wrong_values(values: dict[str, Any]) -> Iterator[Finding]:
         section_models()[""].model_validate(values)
     except ValidationError as error:
         for item in error.errors():
-            key, value = locate(values, item)
+            key, value = "", values
+            # The location also names steps into a union's members
+            for step in item["loc"]:
+                if isinstance(value, list) and isinstance(step, int):
+                    key, value = f"{key}[{step}]", value[step]
+                elif isinstance(value, dict) and (step in value or item["type"] == "missing"):
+                    key, value = f"{key}.{step}".lstrip("."), value.get(step)
             grouped.setdefault(key, (value, []))[1].append(item)
     for key, (value, errors) in grouped.items():
         # The mistake inside is the one to show, not that the whole is of another type
         if not any(other.startswith((f"{key}.", f"{key}[")) for other in grouped):
             yield explain(key, value, errors)
-
-
-def locate(value: Any, error: Any) -> tuple[str, Any]:
-    """Return the dotted key and the value of an error, whose location also names steps into a union's members."""
-    key = ""
-    for step in error["loc"]:
-        if isinstance(value, list) and isinstance(step, int):
-            key, value = f"{key}[{step}]", value[step]
-        elif isinstance(value, dict) and (step in value or error["type"] == "missing"):
-            key, value = f"{key}.{step}" if key else step, value.get(step)
-    return key, value
 
 
 def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
@@ -88,16 +83,13 @@ def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
     if start == "orthogonal" and s.get("lora.r", 8) % 2:
         yield Finding("lora.r", "must be even for the orthogonal initialisation")
     if s.get("quantization.load_in_4bit") and str(start).startswith(("pissa", "mica", "orthogonal", "loftq")):
-        yield Finding(
-            "lora.init_lora_weights", f"{start} cannot be computed from 4-bit weights", "leave one of them out"
-        )
+        what = f"{start} cannot be computed from 4-bit weights"
+        yield Finding("lora.init_lora_weights", what, "leave one of them out")
     validation = s.get("data.validation", 0.05)
     if validation == 0 and s.get("training.eval_strategy", "no") != "no":
         yield Finding("training.eval_strategy", "evaluates, but data.validation is 0", "change one of them")
     if validation + s.get("data.test", 0.05) >= 1:
-        yield Finding(
-            "data.test", "leaves no row to train on", "data.validation and data.test must be below 1 together"
-        )
+        yield Finding("data.test", "leaves no row to train on", "it must be below 1 together with data.validation")
 
 
 def find_gaps(s: dict[str, Any]) -> Iterator[Finding]:

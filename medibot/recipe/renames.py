@@ -1,17 +1,8 @@
 """Read names.yaml: names that do not stand in a recipe, by where an author may know them from."""
 
-from pathlib import Path
-from typing import Any
+from medibot.recipe.files import read_data
 
-import yaml
-
-
-def each(names: str, value: Any) -> dict[str, Any]:
-    """Return the same value under several names."""
-    return dict.fromkeys(names.split(), value)
-
-
-NAMES = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+NAMES = read_data(__file__, "names.yaml")
 REFUSED: dict[str, str] = {
     f"{section}.{name}": why
     for section, reasons in NAMES["refused"].items()

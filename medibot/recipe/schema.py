@@ -5,17 +5,15 @@ What upstream leaves unchecked (choices that are any string, sizes below zero) i
 """
 
 import inspect
-import json
 import types
 from enum import Enum
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from medibot.cleaning import rule_problem
-from medibot.recipe.renames import REFUSED, RENAMED, each
+from medibot.recipe.renames import REFUSED, RENAMED
 
 SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
 REQUIRED = ("model", "data", "training")
@@ -169,6 +167,11 @@ class TrackingSection(Section):
     mode: Literal["online", "offline", "disabled", "shared"] | None = None
 
 
+def each(names: str, value: Any) -> dict[str, Any]:
+    """Return the same value under several names."""
+    return dict.fromkeys(names.split(), value)
+
+
 TRAINING_TYPES: dict[str, Any] = {
     **each("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout", Count),
     **each("max_length save_total_limit dataset_num_proc eval_accumulation_steps", Count | None),
@@ -288,8 +291,3 @@ def section_models() -> dict[str, type[Section]]:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe for editors, made from the same models that check it."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **section_models()[""].model_json_schema()}
-
-
-def write_schema(path: Path) -> None:
-    """Write the JSON Schema that the first line of every recipe names."""
-    path.write_text(json.dumps(json_schema(), indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -78,29 +78,27 @@ def describe(value: Any) -> str:
     return json.dumps(value)
 
 
-def unknown_name(key: str, name: str) -> Finding:
-    """Return the finding for a name that the section does not have: never wanted, or not known."""
-    section, plain = key.removesuffix(name).rstrip("."), name.lower().replace("-", "_")
-    if f"{section}.{plain}" in REFUSED:
-        return Finding(key, "does not stand in a recipe", REFUSED[f"{section}.{plain}"])
+def unknown_name(key: str, written: str) -> Finding:
+    """Return the finding for a name that the section does not have, and what the author may have meant."""
+    section, name = key.removesuffix(written).rstrip("."), written.lower().replace("-", "_")
+    if f"{section}.{name}" in REFUSED:
+        return Finding(key, "does not stand in a recipe", REFUSED[f"{section}.{name}"])
     if name == "<<":
         return Finding(key, "merge keys are not read", "write the settings out")
-    return Finding(key, f"no such {'setting' if section else 'section'}", suggest(section, plain))
-
-
-def suggest(section: str, name: str) -> str:
-    """Return what the author may have meant: new name, another tool's name, another section, nearest spelling."""
     models = section_models()
     names = list(models[section].model_fields)
     known = ALIASES | ({} if section else SECTION_ALIASES) | {ours: ours for ours in names}
+    homes = [home for home, model in models.items() if home and name in model.model_fields]
+    remedy = ""
     if name in RENAMED:
-        return f"renamed: {RENAMED[name].removeprefix(section + '.')}"
-    if name in known:
-        return f"did you mean {known[name].removeprefix(section + '.')}?"
-    if homes := [home for home, model in models.items() if home and name in model.model_fields]:
-        return f"it stands in section {homes[0]}"
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    return f"did you mean {close[0]}?" if close else ""
+        remedy = f"renamed: {RENAMED[name].removeprefix(section + '.')}"
+    elif name in known:
+        remedy = f"did you mean {known[name].removeprefix(section + '.')}?"
+    elif homes:
+        remedy = f"it stands in section {homes[0]}"
+    elif close := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
+        remedy = f"did you mean {close[0]}?"
+    return Finding(key, f"no such {'setting' if section else 'section'}", remedy)
 
 
 def is_secret(text: str) -> bool:

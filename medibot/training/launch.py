@@ -3,7 +3,6 @@
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,12 +15,11 @@ import psutil
 
 from medibot.errors import RecipeError
 from medibot.planning.conflicts import refuse_conflicts, share_batch
-from medibot.planning.hardware import Hardware, find_config, read_hardware
+from medibot.planning.hardware import Hardware, read_hardware
 from medibot.recipe import load_recipe
+from medibot.recipe.files import find_by_name, search_folders
 from medibot.training.signals import Signals
 
-# Seconds that a training has to come to the end of its step after a signal
-DEADLINE = 300
 # The accelerate config that asks for nothing but one process on the CPU, and what accelerate's launcher then sets
 ONE_CPU_PROCESS = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_machines": 1}
 ONE_CPU_PROCESS |= {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
@@ -86,18 +84,14 @@ def stop(launcher: psutil.Popen) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    if not processes:
+    if processes:
+        print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
+    else:
         end(launcher)
-        return
-    print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGALRM, partial(end, launcher))
-    signal.alarm(DEADLINE)
 
 
-def end(launcher: psutil.Popen, number: int = signal.SIGKILL, *_: Any) -> None:
+def end(launcher: psutil.Popen, *_: Any) -> None:
     """Kill everything."""
-    if number == signal.SIGALRM:
-        print(f"no step ended within {DEADLINE} s: ended; the last whole checkpoint is kept", file=sys.stderr)
     for process in [*launcher.children(recursive=True), launcher]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -116,7 +110,8 @@ def leave_exit_code(code: int) -> bool:
 
 def hardware_config(name: str | None) -> Path:
     """Return the accelerate config called `name`, or the one for what this machine has."""
-    return find_config(name or {0: "cpu", 1: "single-gpu"}.get(visible_gpus(), "multi-gpu"))
+    here = {0: "cpu", 1: "single-gpu"}.get(visible_gpus(), "multi-gpu")
+    return find_by_name("ACCELERATE", name or here, search_folders("accelerate_configs"))
 
 
 def split_launch(launch: str) -> list[str]:

@@ -16,7 +16,7 @@ from medibot import tracking
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import identify_base, method_name, weights_dtype
-from medibot.planning.hardware import GB, detect_device, detect_layout
+from medibot.planning.hardware import GB, detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
@@ -49,7 +49,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
             print(f"outputs/{name} is finished, made from exactly this; to train again: another RUN=name, or delete it")
         return run
     with runs.locked(run, main):
-        plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_layout(state.num_processes))
+        plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_hardware(state.num_processes))
         if main and not anyway:
             plan.require_fit()
         trainer = build_trainer(prepared, run)

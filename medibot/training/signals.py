@@ -1,21 +1,15 @@
 """Take a signal as a request to come to a good end."""
 
-import os
 import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 
-def end_process(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
 class Signals:
-    """Call `first` at SIGTERM, SIGINT or SIGHUP, and `again` at another one a second later."""
+    """Call `first` at SIGTERM, SIGINT or SIGHUP; from a second later on, another calls `again`, or ends the process."""
 
-    def __init__(self, first: Callable[[], None] = lambda: None, again: Callable[[int], None] = end_process) -> None:
+    def __init__(self, first: Callable[[], None] = lambda: None, again: Callable[[], None] | None = None) -> None:
         self.first, self.again, self.received, self.since = first, again, 0, 0.0
 
     def __enter__(self) -> "Signals":
@@ -34,5 +28,8 @@ class Signals:
             self.received, self.since = number, time.monotonic()
             self.first()
         # Whoever signals a process group often reaches a process twice
+        elif time.monotonic() - self.since > 1 and self.again:
+            self.again()
         elif time.monotonic() - self.since > 1:
-            self.again(number)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

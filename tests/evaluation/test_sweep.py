@@ -8,7 +8,7 @@ from conftest import OVERRIDES, ROOT
 
 from medibot import cli
 from medibot.errors import RecipeError
-from medibot.evaluation.sweep import RECIPE, cell_arguments, cell_name, grid_cells, in_command, read_sweep, sweep
+from medibot.evaluation.sweep import RECIPE, grid_cells, read_sweep, sweep
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json
 
@@ -42,12 +42,13 @@ def test_every_sweep_on_disk_is_a_grid_of_recipes_that_load(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     spec = read_sweep(file)
     grid = grid_cells(file, spec)
-    assert len(grid) == 4 == len({cell_name(cell) for cell in grid})
-    for cell in grid:
-        recipe = load_recipe(in_command(spec, RECIPE), cell_arguments(cell))
-        for key, value in cell.items():
+    assert len(grid) == 4
+    for arguments in grid.values():
+        recipe = load_recipe(RECIPE.search(" ".join(spec["command"]))[1], arguments)
+        for argument in arguments:
+            key, _, value = argument.partition("=")
             section, _, setting = key.partition(".")
-            assert recipe.as_dict()[section][setting] == value
+            assert str(recipe.as_dict()[section][setting]) == value
     assert spec["metric"] == {"name": "eval/loss", "goal": "minimize"}
 
 
@@ -55,9 +56,10 @@ def test_the_command_is_the_one_that_wandbs_agent_makes():
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     spec = read_sweep(ROOT / "recipes" / "sweeps" / "rank-and-rate.yaml")
-    for cell in grid_cells(ROOT, spec):
-        theirs = create_sweep_command_args({"args": {key: {"value": value} for key, value in cell.items()}})
-        assert theirs["args_no_hyphens"] == cell_arguments(cell)
+    for arguments in grid_cells(ROOT, spec).values():
+        settings = dict(argument.split("=") for argument in arguments)
+        theirs = create_sweep_command_args({"args": {key: {"value": value} for key, value in settings.items()}})
+        assert theirs["args_no_hyphens"] == arguments
         assert "${args_no_hyphens}" in create_sweep_command(spec["command"])
 
 
@@ -99,7 +101,7 @@ def test_a_training_that_fails_does_not_stop_the_others(write, tmp_path, capfd):
         ({"parameters": None}, "needs parameters"),
         (
             {"command": ["make", "train", "RECIPE=quickstart"]},
-            "needs RECIPE=, RUN=…$WANDB_RUN_ID and ${args_no_hyphens} in its command",
+            "needs command, with RECIPE=, RUN=…$WANDB_RUN_ID and ${args_no_hyphens} in the command",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """How a training is spread over processes: the batch stays, what cannot work is refused, and real shards train."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from medibot.errors import RecipeError
 from medibot.planning import conflicts
 from medibot.planning.conflicts import refuse_conflicts, share_batch
-from medibot.planning.hardware import Hardware, read_hardware
+from medibot.planning.hardware import read_hardware
 from medibot.recipe import load_recipe
 from medibot.run import has_whole_weights, open_run
 from medibot.training.launch import launch
@@ -49,7 +50,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_numbers():
 
 def hardware(name, **settings):
     read = read_hardware(CONFIGS / f"{name}.yaml")
-    return Hardware(read.name, read.kind, read.settings | settings)
+    return dataclasses.replace(read, settings=read.settings | settings)
 
 
 NF4 = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_type=nf4"]

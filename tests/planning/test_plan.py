@@ -17,7 +17,7 @@ from medibot.errors import RecipeError
 from medibot.model.loading import load_base
 from medibot.model.precision import make_lora_config
 from medibot.planning import memory
-from medibot.planning.hardware import Device, Layout, find_device
+from medibot.planning.hardware import Device, Hardware, find_device
 from medibot.planning.memory import count_bytes, trace
 from medibot.planning.plan import make_plan
 from medibot.recipe import load_recipe
@@ -53,9 +53,9 @@ def recipe(make_model, workplace):
 def plan(recipe):
     """plan(*overrides): its plan on a GPU, or on another device."""
 
-    def make(*overrides: str, device: Device | None = None, layout: Layout = Layout()):  # noqa: B008
+    def make(*overrides: str, device: Device | None = None, hardware: Hardware = Hardware()):  # noqa: B008
         prepared = prepare(recipe(*overrides))
-        return make_plan(prepared, device or find_device("24GB", None), layout)
+        return make_plan(prepared, device or find_device("24GB", None), hardware)
 
     return make
 
@@ -149,33 +149,33 @@ def test_largest_micro_batch_fits_and_one_more_does_not(plan):
     assert planned.most_rows() == 0 and "before the first row" in planned.advice()
 
 
-def held(planned, layout):
-    """What one process holds under another layout, whatever the batch."""
-    return replace(planned, layout=layout).fixed()
+def held(planned, hardware):
+    """What one process holds on other hardware, whatever the batch."""
+    return replace(planned, hardware=hardware).fixed()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_sharding_divides_what_the_strategy_shards(method, plan):
     planned = plan(*METHODS[method])
-    one = held(planned, Layout())
+    one = held(planned, Hardware())
     weights = [name for name in one if name.startswith("weights")]
-    for strategy in ("zero3", "fsdp2"):
-        four = held(planned, Layout(strategy, 4))
+    for strategy in ("ZeRO-3", "FSDP2"):
+        four = held(planned, Hardware(strategy, 4))
         weighing = sum(size for name, size in four.items() if name.startswith("weights"))
-        halved = 2 if strategy == "zero3" and method == "full" else 1
+        halved = 2 if strategy == "ZeRO-3" and method == "full" else 1
         assert weighing == pytest.approx(sum(one[name] for name in weights) / 4 / halved, abs=4)
         assert four["adapters"] == pytest.approx(one["adapters"] / 4, abs=1)
         assert four["optimizer"] < one["optimizer"]
-    ddp, two = held(planned, Layout("ddp", 4)), held(planned, Layout("zero2", 4))
+    ddp, two = held(planned, Hardware("DDP", 4)), held(planned, Hardware("ZeRO-2", 4))
     assert [ddp[name] for name in weights] == [one[name] for name in weights]
     assert ddp["optimizer"] == one["optimizer"] and ddp["gradients"] == 2 * one["gradients"]
     assert two["gradients"] == pytest.approx(one["gradients"] / 4 / (2 if method == "full" else 1), abs=1)
 
 
 def test_bytes_of_4_bit_weights_are_not_sharded_unless_stored_as_floats(plan):
-    whole, ours = held(plan(), Layout("fsdp2", 4)), plan().parameters
+    whole, ours = held(plan(), Hardware("FSDP2", 4)), plan().parameters
     assert whole["weights, 4-bit blocks"] == ours.base["4-bit blocks"]
-    floats = held(plan("quantization.bnb_4bit_quant_storage=bfloat16"), Layout("fsdp2", 4))
+    floats = held(plan("quantization.bnb_4bit_quant_storage=bfloat16"), Hardware("FSDP2", 4))
     assert floats["weights, 4-bit blocks"] == pytest.approx(ours.base["4-bit blocks"] / 4, abs=1)
 
 
@@ -261,12 +261,12 @@ def test_after_a_run_planned_stands_beside_measured(recipe):
 def test_the_verb_prints_tables_and_writes_json(recipe, make_model, workplace):
     words = ["plan", "quickstart", f"model.pretrained_model_name_or_path={make_model('llama3')}", f"data.path={SAMPLE}"]
     (workplace / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
-    for config in ("zero3", "fsdp2"):
+    for config in ("ZeRO-3", "FSDP2"):
         more = ["--gpu", "L4", "--accelerate", config, "--launch", "--num_processes 4"]
         done = CliRunner().invoke(cli.app, [*words, *more])
         assert done.exit_code == 0, done.output
         for said in (config, "4-bit blocks", "at most", "estimate", "data-sheet"):
             assert said in done.output, said
     written = read_json(workplace / "outputs" / "plans" / "quickstart.json")
-    assert written["strategy"] == "fsdp2" and written["processes"] == 4 and written["hours_estimated"] > 0
+    assert written["strategy"] == "FSDP2" and written["processes"] == 4 and written["hours_estimated"] > 0
     assert not written["activation_checkpointing"] and written["fits"] and written["largest_micro_batch"] > 4
