@@ -155,12 +155,11 @@ def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, r
 
     A model that cannot be traced is estimated.
     """
+    shape = (rows, length)
     try:
-        (first, _), (both, state) = (
-            trace_layers(recipe, dtype, compute, gpu, layers, rows, length) for layers in (1, 2)
-        )
+        (first, _), (both, state) = (trace_layers(recipe, dtype, compute, gpu, layers, shape) for layers in (1, 2))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        state = rows * length * load_config(recipe).get_text_config().hidden_size * compute.itemsize
+        state = math.prod(shape) * load_config(recipe).get_text_config().hidden_size * compute.itemsize
         return Kept(state * UNTRACED // 2, state, state, traced=False)
     return Kept(both - first, max(0, 2 * first - both), state)
 
@@ -173,7 +172,7 @@ class GPUDropout(torch.nn.Dropout):
 
 
 def trace_layers(
-    recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, rows: int, length: int
+    recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, shape: tuple[int, int]
 ) -> tuple[int, int]:
     """Run the backbone's first `layers` on fake tensors; return the bytes that they keep, and of one hidden state."""
     model = build_skeleton(recipe, dtype, layers)
@@ -195,9 +194,8 @@ def trace_layers(
         backbone.to_empty(device="cpu")
         held = [*backbone.parameters(), *backbone.buffers()]
         parameters = {tensor.untyped_storage()._cdata for tensor in held}
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        ids = torch.zeros(shape, dtype=torch.long)
         with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            made = backbone(**batch)
+            made = backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         kept = sum(storage.nbytes() for storage in saved.values()) - cast_bytes(backbone, compute)
         return kept, made.last_hidden_state.nbytes

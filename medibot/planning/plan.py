@@ -147,10 +147,6 @@ class Plan:
             what = f"{needed}, {self.device.name} has {self.device.capacity / GB:.1f}"
             raise self.recipe.error("training.per_device_train_batch_size", what, f"{self.advice()}; or ANYWAY=1")
 
-    def planned_peak(self) -> int:
-        """Return what `training.trainer.peak_memory` measures: on a GPU what is allocated, without the context."""
-        return self.memory()["peak"] - (self.overhead if self.device.gpu else 0)
-
     def as_dict(self) -> dict[str, Any]:
         """Return all figures: bytes, tokens, hours."""
         quantiles = np.percentile(self.lengths, (5, 50, 95)).tolist()

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -51,9 +52,7 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 def git_output(*arguments: str) -> str | None:
     """Return what git says of MediBot's own clone; None where there is none."""
-    try:
-        return subprocess.check_output(
-            ["git", *arguments], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
+    if shutil.which("git") is None:
         return None
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()

@@ -96,7 +96,9 @@ class Record(TrainerCallback):
 
 def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
     """Return what a finished training came to: steps, losses, cost, and planned beside measured memory."""
-    last, planned = read_lines(run.metrics)[-1], plan.planned_peak()
+    last = read_lines(run.metrics)[-1]
+    # On a GPU what is allocated is measured, without the context
+    planned = plan.memory()["peak"] - (plan.overhead if plan.device.gpu else 0)
     measured, tokens = last["peak_memory_bytes"], trainer.num_supervised_tokens_seen
     summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
     if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:

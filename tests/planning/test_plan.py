@@ -261,11 +261,11 @@ def test_after_a_run_planned_stands_beside_measured(recipe):
 def test_the_verb_prints_tables_and_writes_json(recipe, make_model, workplace):
     words = ["plan", "quickstart", f"model.pretrained_model_name_or_path={make_model('llama3')}", f"data.path={SAMPLE}"]
     (workplace / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
-    for config in ("ZeRO-3", "FSDP2"):
+    for config, kind in (("zero3", "ZeRO-3"), ("fsdp2", "FSDP2")):
         more = ["--gpu", "L4", "--accelerate", config, "--launch", "--num_processes 4"]
         done = CliRunner().invoke(cli.app, [*words, *more])
         assert done.exit_code == 0, done.output
-        for said in (config, "4-bit blocks", "at most", "estimate", "data-sheet"):
+        for said in (kind, "4-bit blocks", "at most", "estimate", "data-sheet"):
             assert said in done.output, said
     written = read_json(workplace / "outputs" / "plans" / "quickstart.json")
     assert written["strategy"] == "FSDP2" and written["processes"] == 4 and written["hours_estimated"] > 0
