@@ -9,7 +9,7 @@ Use `clean`, `rule_problem` and `describe_rules`; `data.clean` in a recipe names
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,16 @@ RULES: dict[str, Callable[..., Any]] = {
 NAMED_LISTS: dict[str, list[RuleItem]] = yaml.safe_load(Path(__file__).with_name("lists.yaml").read_bytes())
 
 
-def expand(items: list[RuleItem]) -> list[RuleItem]:
-    """Return the rules with each name of a list replaced by what it stands for."""
-    return [rule for item in items for rule in (NAMED_LISTS.get(item, [item]) if isinstance(item, str) else [item])]
+def expand(items: Iterable[RuleItem]) -> Iterator[RuleItem]:
+    """Yield the rules with each name of a list replaced by what it stands for."""
+    for item in items:
+        yield from NAMED_LISTS.get(item, [item]) if isinstance(item, str) else [item]
 
 
-def clean(
-    rows: list[Row], items: list[RuleItem], progress: Callable[[LedgerLine], None] | None = None
-) -> tuple[list[Row], list[LedgerLine]]:
+def clean(rows: list[Row], items: Iterable[RuleItem]) -> tuple[list[Row], list[LedgerLine]]:
     """Apply rules in order and return the rows left with one ledger line a rule.
 
-    A rule is a name in RULES or NAMED_LISTS, or {name: {keyword arguments}}. `progress` is called with each line.
+    A rule is a name in RULES or NAMED_LISTS, or {name: {keyword arguments}}.
     """
     ledger = []
     for item in expand(items):
@@ -51,8 +50,6 @@ def clean(
         cleaned = apply_rule(name, rows, **(settings or {}))
         ledger.append(compare_rows(name, rows, cleaned))
         rows = cleaned
-        if progress:
-            progress(ledger[-1])
     return rows, ledger
 
 
@@ -97,9 +94,8 @@ def rule_problem(item: Any) -> str | None:
 
 def describe_rules(name: str | None = None) -> list[tuple[str, str]]:
     """Return (rule, what it does) of every rule, or of those that `name` stands for."""
-    items = expand([name]) if name else [*RULES]
+    purposes = {one: (inspect.getdoc(rule) or "").splitlines()[0] for one, rule in RULES.items()}
+    purposes |= dict.fromkeys(NAMED_LISTS, "a list")
+    items = expand([name]) if name else purposes
     names = [item if isinstance(item, str) else next(iter(item)) for item in items]
-    docs = [(one, inspect.getdoc(RULES[one]) if one in RULES else rule_problem(one)) for one in names]
-    return [(one, (doc or "").splitlines()[0]) for one, doc in docs] + [
-        (one, "a list") for one in NAMED_LISTS if not name
-    ]
+    return [(one, purposes.get(one) or rule_problem(one) or "") for one in names]

@@ -38,21 +38,8 @@ SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))(?<!U\.S\.)(?<!Dr\.)(
 # An address often ends its sentence without a stop
 URL_END = re.compile(r"((?:https?://|\bwww\.)\S*[^\s.?!])\s+(?=[A-Z])")
 ASIDE = r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)"
-REFERENCE = re.compile(
-    r"[(*]*(?:(?:Please |Also )?[Ss]ee (?:the|also|our|Drugs Approved|Pronunciation)\b.*"
-    r"(?:PDQ|summar|section|information|Pronunciation|article|page|[Ww]eb ?site|link).*"
-    r"|For (?:more|additional|further) (?:\w+ )?(?:information|details)\b.*"
-    r"|(?:You can )?(?:[Rr]ead|[Ll]earn) more (?:about|at|in|on) .*"
-    r"|(?:Get more information|More on:|Top of [Pp]age|Click ).*"
-    r"|(?:General |More |Additional |Further )?(?:detailed |general )?[Ii]nformation\b.*"
-    r"(?:is provided|is available|are available|can be found|can be viewed) (?:in|on|at|from|by)\b.*"
-    r"|These have been retrieved from NCI's .*|For more specific results, refine the search .*"
-    r"|(?:Also )?[Cc]heck (?:the list of NCI-supported|for U\.S\. clinical trials|NCI's list) .*"
-    r"|Watch the videos? .*|To (?:enlarge|reduce) the videos?.*|.*\bclick(?:ing)? (?:here|on|the link).*"
-    r"|.*\bfollowing (?:[Ww]eb |online )?(?:links?|resources?|[Ww]eb ?sites?)\b.*"
-    r"|Visit (?:our|the link|the following) .*|On this page, you'll find links .*|.*(?:https?://|\bwww\.).*)",
-    re.S,
-)
+REFERENCES = Path(__file__).with_name("references.txt").read_text(encoding="utf-8")
+REFERENCE = re.compile(rf"[(*]*(?:{'|'.join(re.findall('(?m)^[^#].*', REFERENCES))})", re.S)
 
 # A closed list of words that cannot be anything else: {damaged word: word}, each small one with a capital, too
 LOST_LETTERS = {"a persons": "a person's", "caf au lait": "café au lait"}

@@ -113,12 +113,9 @@ class Audit:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts."""
-        measures = ("split", "rows_in", "rows_out", "tokens", "supervised", "longest")
-        return {
-            **{key: vars(self)[key] for key in measures},
-            "violations": {key: len(self.violations.get(key, [])) for key in NAMES},
-            "supervised_share": round(self.supervised / max(1, self.tokens), 4),
-        }
+        counts = {key: vars(self)[key] for key in ("split", "rows_in", "rows_out", "tokens", "supervised", "longest")}
+        violations = {key: len(self.violations.get(key, [])) for key in NAMES}
+        return counts | {"violations": violations, "supervised_share": round(self.supervised / max(1, self.tokens), 4)}
 
     def refuse_faults(self) -> None:
         """Raise RecipeError for what would teach the wrong thing; each kind of fault with its count and an example."""

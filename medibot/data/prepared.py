@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
-from rich.progress import Progress
+from rich.progress import track
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medibot.cleaning import clean, expand
@@ -20,7 +20,6 @@ from medibot.cleaning.rules import Row
 from medibot.data import splitting
 from medibot.data.conversations import fit_length, map_columns, render
 from medibot.data.sources import open_source
-from medibot.data.splitting import sha256
 from medibot.model.generation import load_generation_config
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
@@ -73,7 +72,7 @@ def prepare(
     section = {key: value for key, value in recipe.as_dict()["data"].items() if key not in said}
     length = recipe.training.get("max_length", 1024)
     decisive = [PREPARED, source_hash, section, tokenizer_fingerprint(tokenizer), length]
-    fingerprint = sha256(json.dumps(decisive, sort_keys=True))
+    fingerprint = splitting.sha256(json.dumps(decisive, sort_keys=True))
     folder = cache_folder() / fingerprint[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A file lock, not a process-group barrier: it also holds between two trainings, and long cleaning cannot time out
@@ -104,12 +103,10 @@ def prepare_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row], progress: Callable[[str], None]
 ) -> tuple[splitting.Splits, dict[str, Any]]:
     """Clean and split `rows`; return the splits, and (ledger, leaks, split), the record of how they came about."""
-    data, rules = recipe.data, expand(recipe.data.clean)
+    data, rules = recipe.data, list(expand(recipe.data.clean))
     progress(f"preparing {data.path}: {len(rows):,} rows, {len(rules)} rules")
     rows = map_columns(recipe, rows)
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("cleaning", total=len(rules))
-        rows, ledger = clean(rows, rules, progress=lambda _: bar.advance(task))
+    rows, ledger = clean(rows, track(rules, "cleaning", transient=True, disable=not sys.stdout.isatty()))
     if not rows:
         last = next((line.rule for line in reversed(ledger) if line.dropped), "the rules")
         raise recipe.error("data.clean", f"no row is left after {last}", "see the ledger with: medibot inspect")
@@ -145,8 +142,8 @@ def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[splitting.Spli
     data, chosen, lines = recipe.data, dict(splits), []
     limits = data.limit if isinstance(data.limit, dict) else {"train": data.limit} if data.limit else {}
     for name, most in limits.items():
-        first = sorted(splits[name], key=lambda row: sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))[:most]
-        chosen[name] = sorted(first, key=row_key)
+        ordered = sorted(splits[name], key=lambda row: splitting.sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))
+        chosen[name] = sorted(ordered[:most], key=row_key)
         lines.append(compare_rows(f"limit {name} to {most:,}", splits[name], chosen[name]))
     for name, share in (("train", 1.0), ("validation", data.validation), ("test", data.test)):
         if share and not chosen[name]:

@@ -87,10 +87,8 @@ def drop_leaks(splits: Splits, threshold: float = NEAR) -> tuple[Splits, list[Le
         known += [text for text in texts if text not in near]
     single = {name: rows if name == "train" else drop_repeated_questions(rows) for name, rows in distinct.items()}
     whole, left, last = (list(itertools.chain(*parts.values())) for parts in (splits, distinct, single))
-    return single, [
-        compare_rows("splitting.near_answers", whole, left),
-        compare_rows("splitting.second_answers", left, last),
-    ]
+    lines = [compare_rows("splitting.near_answers", whole, left), compare_rows("splitting.second_answers", left, last)]
+    return single, lines
 
 
 def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold: float = NEAR) -> set[str]:
