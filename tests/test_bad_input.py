@@ -204,7 +204,7 @@ FILES = [
     in_rows("JSON lines not UTF-8", ".jsonl", LATIN, "rows.jsonl:2: not UTF-8", "save it as UTF-8"),
     in_rows("CSV not UTF-8", ".csv", LATIN, "rows.csv:2: not UTF-8", "save it as UTF-8"),
     in_rows("UTF-16", ".csv", "question,answer\na,b\n".encode("utf-16"), "rows.csv:1: not UTF-8"),
-    in_rows("NUL in JSON lines", ".jsonl", '{"a": "\0"}\n', "rows.jsonl:1: holds a NUL"),
+    in_rows("NUL in JSON lines", ".jsonl", '{"a": "\0"}\n', "rows.jsonl:1: ", "NUL"),
     in_rows("NUL in CSV", ".csv", "question,answer\na,b\0\n", "rows.csv:2: ", "NUL"),
     in_rows(
         "truncated parquet",

@@ -9,9 +9,8 @@ Use `clean`, `rule_problem` and `describe_rules`; `data.clean` in a recipe names
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -21,34 +20,27 @@ from medibot.cleaning.ledger import LedgerLine, compare_rows
 from medibot.cleaning.rules import Row
 
 RuleItem = str | dict[str, dict[str, Any]]
-
-
-def rules_of(module: ModuleType) -> dict[str, Callable[..., Any]]:
-    """Return the module's own functions that are a rule: whose first parameter is `row` or `rows`."""
-    own = [
-        found for found in vars(module).values() if inspect.isfunction(found) and found.__module__ == module.__name__
-    ]
-    return {rule.__name__: rule for rule in own if next(iter(inspect.signature(rule).parameters)) in ("row", "rows")}
-
-
-RULES = {**rules_of(rules), **{f"medquad.{name}": rule for name, rule in rules_of(medquad).items()}}
+# A function is a rule when its first parameter is `row` or `rows`
+RULES: dict[str, Callable[..., Any]] = {
+    prefix + name: found
+    for prefix, module in (("", rules), ("medquad.", medquad))
+    for name, found in vars(module).items()
+    if inspect.isfunction(found) and next(iter(inspect.signature(found).parameters)) in ("row", "rows")
+}
 # One name for a list that several recipes share
-NAMED_LISTS: dict[str, list[RuleItem]] = yaml.safe_load(
-    Path(__file__).with_name("lists.yaml").read_text(encoding="utf-8")
-)
+NAMED_LISTS: dict[str, list[RuleItem]] = yaml.safe_load(Path(__file__).with_name("lists.yaml").read_bytes())
 
 
-def expand(items: list[RuleItem]) -> list[RuleItem]:
-    """Return the rules with each name of a list replaced by what it stands for."""
-    return [rule for item in items for rule in (NAMED_LISTS.get(item, [item]) if isinstance(item, str) else [item])]
+def expand(items: Iterable[RuleItem]) -> Iterator[RuleItem]:
+    """Yield the rules with each name of a list replaced by what it stands for."""
+    for item in items:
+        yield from NAMED_LISTS.get(item, [item]) if isinstance(item, str) else [item]
 
 
-def clean(
-    rows: list[Row], items: list[RuleItem], progress: Callable[[LedgerLine], None] | None = None
-) -> tuple[list[Row], list[LedgerLine]]:
+def clean(rows: list[Row], items: Iterable[RuleItem]) -> tuple[list[Row], list[LedgerLine]]:
     """Apply rules in order and return the rows left with one ledger line a rule.
 
-    A rule is a name in RULES or NAMED_LISTS, or {name: {keyword arguments}}. `progress` is called with each line.
+    A rule is a name in RULES or NAMED_LISTS, or {name: {keyword arguments}}.
     """
     ledger = []
     for item in expand(items):
@@ -58,8 +50,6 @@ def clean(
         cleaned = apply_rule(name, rows, **(settings or {}))
         ledger.append(compare_rows(name, rows, cleaned))
         rows = cleaned
-        if progress:
-            progress(ledger[-1])
     return rows, ledger
 
 
@@ -86,17 +76,16 @@ def rule_problem(item: Any) -> str | None:
         return f"no such rule: {name}" + (f" (did you mean {near[0]}?)" if near else f"; there are {', '.join(known)}")
     if not isinstance(settings, dict | None):
         return f"{name}: settings are written {{setting: value}}, not {settings!r}"
-    signature = inspect.signature(RULES[name])
+    signature, settings = inspect.signature(RULES[name]), settings or {}
+    known = dict(list(signature.parameters.items())[1:])
     try:
-        given = signature.bind(None, **(settings or {})).arguments
+        signature.bind(None, **settings)
     except TypeError as error:
-        has = ", ".join(map(str, list(signature.parameters.values())[1:]))
-        unknown = [str(key) for key in settings or {} if key not in signature.parameters]
-        near = difflib.get_close_matches(unknown[0], list(signature.parameters)[1:], n=1) if unknown else []
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{name}: {error} ({hint}it has {has or 'no settings'})"
-    for key, value in list(given.items())[1:]:
-        wanted = signature.parameters[key].annotation
+        has = ", ".join(map(str, known.values())) or "no settings"
+        near = [close for key in settings if key not in known for close in difflib.get_close_matches(str(key), known)]
+        return f"{name}: {error} ({f'did you mean {near[0]}? ' if near else ''}it has {has})"
+    for key, value in settings.items():
+        wanted = known[key].annotation
         # `true` is an int to Python, but no author means a count by it; a whole number is a fine float
         if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
             return f"{name}: {key} must be {inspect.formatannotation(wanted)}, not {value!r}"
@@ -105,9 +94,8 @@ def rule_problem(item: Any) -> str | None:
 
 def describe_rules(name: str | None = None) -> list[tuple[str, str]]:
     """Return (rule, what it does) of every rule, or of those that `name` stands for."""
-    if name and name not in {*NAMED_LISTS, *RULES}:
-        return [(name, rule_problem(name) or "")]
-    items = expand([name]) if name else list(RULES)
+    purposes = {one: (inspect.getdoc(rule) or "").splitlines()[0] for one, rule in RULES.items()}
+    purposes |= dict.fromkeys(NAMED_LISTS, "a list")
+    items = expand([name]) if name else purposes
     names = [item if isinstance(item, str) else next(iter(item)) for item in items]
-    described = [(one, (inspect.getdoc(RULES[one]) or "").splitlines()[0]) for one in names]
-    return described + ([] if name else [(one, "a list") for one in NAMED_LISTS])
+    return [(one, purposes.get(one) or rule_problem(one) or "") for one in names]

@@ -1,6 +1,7 @@
 """Count what a rule dropped, changed and added, and show three examples."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from medibot.cleaning.rules import Row
@@ -34,32 +35,24 @@ def compare_rows(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
     affected = [*changed, *((row, None) for row in dropped)]
     # First, middle and last: the neighbours of a row often share its source and its defect
     places = sorted({0, len(affected) // 2, len(affected) - 1}) if affected else []
-    return LedgerLine(
-        rule=rule,
-        rows_in=len(before),
-        dropped=len(dropped),
-        changed=len(changed),
-        added=len(after) - (len(before) - len(dropped)),
-        rows_out=len(after),
-        examples=[make_example(*affected[place]) for place in places],
-    )
+    examples = [make_example(*affected[place]) for place in places]
+    added = len(after) - len(before) + len(dropped)
+    return LedgerLine(rule, len(before), len(dropped), len(changed), added, len(after), examples)
 
 
 def make_example(before: Row, after: Row | None) -> dict[str, Any]:
     """Return {"row": index, column: {"before", "after"}} of question, answer and what else changed."""
     shown: dict[str, Any] = {"row": before["row"]}
-    others = [column for column, new in (after or {}).items() if column not in before or new != before[column]]
-    for column in dict.fromkeys(["prompt", "completion", *others]):
-        old = str(before.get(column) or "")
-        new = str(after.get(column) or "") if after else None
-        shown[column] = {"before": excerpt(old, new), "after": None if new is None else excerpt(new, old)}
+    changed = [column for column, new in (after or {}).items() if new != before.get(column)]
+    for column in dict.fromkeys(["prompt", "completion", *changed]):
+        old, new = (str((row or {}).get(column) or "") for row in (before, after))
+        shown[column] = {"before": excerpt(old, new), "after": excerpt(new, old) if after else None}
     return shown
 
 
-def excerpt(text: str, other: str | None, width: int = 400) -> str:
+def excerpt(text: str, other: str, width: int = 400) -> str:
     """Return at most `width` characters of `text`, placed where it begins to differ from `other`."""
     # A cut at the end of a long answer would be invisible in an excerpt of its start
-    pairs = enumerate(zip(text, other or text, strict=False))
-    shared = next((place for place, (one, two) in pairs if one != two), min(len(text), len(other or text)))
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))))
     start = max(0, shared - width // 4) if text != other else 0
     return ("…" if start else "") + text[start : start + width] + ("…" if start + width < len(text) else "")

@@ -24,40 +24,22 @@ MISSING_TOPIC = re.compile(
     r"(?:What is \(are\)|What causes|How to (?:diagnose|prevent)|What to do for|Who is at risk for|Is\s+inherited"
     r"|What is the outlook for|What are the [\w ]+ (?:of|for|to)|How many people are affected by)[\s?]*"
 )
-KEY_POINTS = re.compile(r"(?:\A|\n)\s*Key Points[ \t]*\n[^\n]+\n(?=\s*\S)")
-SUMMARY_PREFIX = re.compile(r"\A\s*Summary\s*:\s*")
 AGENCY = re.compile(
     r"(?:^|\s{2,})(?:NIH: [^\n.]+|Genetics Home Reference"
     r"|(?:Dept\. of|Department of|United States|National|Centers? for|Agency for|Bureau of|Administration on)"
     r" [^\n.]+|(?:Food and Drug|Occupational Safety and Health|Health Resources and Services) Administration"
     r"|(?:Environmental Protection|Federal Emergency Management) Agency)\s*\Z"
 )
-SPACED_BULLET = re.compile(r"\s{2,}- +(?=\S)")
-SPACED_PARAGRAPH = re.compile(r"(?<=\S)[ \t\xa0]{4,}(?=[^\s-])")
 DAMAGED_QUANTITY = re.compile(
     r"\b1 (?:ounces|cups|pints|quarts|pounds|teaspoons|tablespoons|liters|inches)\b"  # "1 1/2" lost its half
     r"|\b(?:3[5-9]|4[0-2]|9\d|10\d)\.\d0 [CF]\b"  # the degree sign became a zero
 )
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))(?<!U\.S\.)(?<!Dr\.)(?<!vs\.)\s+")
-URL_END = re.compile(
-    r"((?:https?://|\bwww\.)\S*[^\s.?!])\s+(?=[A-Z])"
-)  # an address often ends its sentence without a stop
-REFERENCE_ASIDE = re.compile(r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)")
-REFERENCE = re.compile(
-    r"[(*]*(?:(?:Please |Also )?[Ss]ee (?:the|also|our|Drugs Approved|Pronunciation)\b.*"
-    r"(?:PDQ|summar|section|information|Pronunciation|article|page|[Ww]eb ?site|link).*"
-    r"|For (?:more|additional|further) (?:\w+ )?(?:information|details)\b.*"
-    r"|(?:You can )?(?:[Rr]ead|[Ll]earn) more (?:about|at|in|on) .*"
-    r"|(?:Get more information|More on:|Top of [Pp]age|Click ).*"
-    r"|(?:General |More |Additional |Further )?(?:detailed |general )?[Ii]nformation\b.*"
-    r"(?:is provided|is available|are available|can be found|can be viewed) (?:in|on|at|from|by)\b.*"
-    r"|These have been retrieved from NCI's .*|For more specific results, refine the search .*"
-    r"|(?:Also )?[Cc]heck (?:the list of NCI-supported|for U\.S\. clinical trials|NCI's list) .*"
-    r"|Watch the videos? .*|To (?:enlarge|reduce) the videos?.*|.*\bclick(?:ing)? (?:here|on|the link).*"
-    r"|.*\bfollowing (?:[Ww]eb |online )?(?:links?|resources?|[Ww]eb ?sites?)\b.*"
-    r"|Visit (?:our|the link|the following) .*|On this page, you'll find links .*|.*(?:https?://|\bwww\.).*)",
-    re.S,
-)
+# An address often ends its sentence without a stop
+URL_END = re.compile(r"((?:https?://|\bwww\.)\S*[^\s.?!])\s+(?=[A-Z])")
+ASIDE = r"\s*\((?:See|Watch the video|For (?:more )?information)\b(?:[^()]|\([^()]*\))*\)(\.?)"
+REFERENCES = Path(__file__).with_name("references.txt").read_text(encoding="utf-8")
+REFERENCE = re.compile(rf"[(*]*(?:{'|'.join(re.findall('(?m)^[^#].*', REFERENCES))})", re.S)
 
 # A closed list of words that cannot be anything else: {damaged word: word}, each small one with a capital, too
 LOST_LETTERS = {"a persons": "a person's", "caf au lait": "café au lait"}
@@ -125,21 +107,21 @@ def cut_symptom_table(row: Row) -> Row | None:
 
 def cut_summary_prefix(row: Row) -> Row:
     """Cut "Summary :" at the start (MedlinePlus health topics)."""
-    return with_text(row, "completion", SUMMARY_PREFIX.sub("", row["completion"] or ""))
+    return with_text(row, "completion", re.sub(r"\A\s*Summary\s*:\s*", "", row["completion"] or ""))
 
 
 def cut_key_points(row: Row) -> Row:
     """Cut the "Key Points" list, whose entries stand again as the headings below it (CancerGov)."""
-    return with_text(row, "completion", KEY_POINTS.sub("\n", row["completion"] or "").lstrip())
+    cut = re.sub(r"(?:\A|\n)\s*Key Points[ \t]*\n[^\n]+\n(?=\s*\S)", "\n", row["completion"] or "")
+    return with_text(row, "completion", cut.lstrip())
 
 
 def split_squashed_bullets(row: Row) -> Row:
     """Put each bullet and each paragraph that only wide spaces set apart on a line of its own."""
-    answer = row["completion"] or ""
-    answer = SPACED_BULLET.sub("\n- ", answer)
+    answer = re.sub(r"\s{2,}- +(?=\S)", "\n- ", row["completion"] or "")
     if row.get("document_source") == "NIHSeniorHealth":  # its dashes are written "--", so that this is a bullet
         answer = re.sub(r"(?<!\d)[^\S\n]+-[^\S\n]+(?=\S)", "\n- ", answer)
-    return with_text(row, "completion", SPACED_PARAGRAPH.sub("\n\n", answer))
+    return with_text(row, "completion", re.sub(r"(?<=\S)[ \t\xa0]{4,}(?=[^\s-])", "\n\n", answer))
 
 
 def cut_agency_credit(row: Row) -> Row:
@@ -151,27 +133,24 @@ def cut_agency_credit(row: Row) -> Row:
 
 def cut_list_copies(row: Row) -> Row:
     """Cut the run of text that repeats the bullets above it without their marks (NIHSeniorHealth)."""
-    lines, items = [], []
+    lines: list[str] = []
+    items: list[str] = []
     for line in (row["completion"] or "").split("\n"):
+        lines.append(line)
         if not line.startswith("- "):
             items = []
-            lines.append(line)
             continue
-        last, rest = end_of_list(items, line[2:])
-        lines += [f"- {last}", "", rest] if rest else [f"- {last}"]
-        items = [] if last != line[2:] else [*items, last]
+        items.append(line[2:])
+        twice = re.fullmatch(r"(.{20,}?) \1(?: (.*))?", items[-1])
+        copies = [(twice[1], twice[2] or "")] if twice else []
+        for start in range(len(items) - 1):
+            item, copied, rest = items[-1].partition(f" {' '.join(items[start:-1])} ")
+            if copied and rest.startswith(item):
+                copies.append((item, rest[len(item) :].strip()))
+        if copies:
+            (item, rest), items = copies[0], []
+            lines[-1:] = [f"- {item}", "", rest] if rest else [f"- {item}"]
     return with_text(row, "completion", "\n".join(lines).rstrip())
-
-
-def end_of_list(items: list[str], line: str) -> tuple[str, str]:
-    """Return (item, text behind the copy) of a bullet that goes on with a copy of its list; (line, "") of any other."""
-    if twice := re.fullmatch(r"(.{20,}?) \1(?: (.*))?", line):
-        return twice[1], twice[2] or ""
-    for start in range(len(items)):
-        item, copied, rest = line.partition(" " + " ".join(items[start:]) + " ")
-        if copied and rest.startswith(item):
-            return item, rest[len(item) :].strip()
-    return line, ""
 
 
 def cut_link_sentences(row: Row) -> Row:
@@ -180,29 +159,16 @@ def cut_link_sentences(row: Row) -> Row:
     for line in (row["completion"] or "").split("\n"):
         if in_link_list and (line.startswith("- ") or not line.strip()):
             continue
-        kept, in_link_list = without_references(line)
-        lines += [kept] if kept or not line else []
+        # The full stop behind an aside stays, unless its sentence has one before it
+        whole = re.sub(ASIDE, r"\1", re.sub(r"(?<=[.!?:])" + ASIDE, "", line))
+        sentences = SENTENCE_END.split(URL_END.sub(r"\1. ", whole))
+        # A longer one is a flattened list without full stops, and most of it says something
+        kept = [one for one in sentences if len(one.split()) > 50 or not REFERENCE.fullmatch(one.removeprefix("- "))]
+        in_link_list = sentences[-1] not in kept and sentences[-1].endswith(":")
+        left = line if kept == sentences and whole == line else " ".join(kept).strip()
+        lines += [left] if left or not line else []
     text = "\n".join(lines)
     return row if text == row["completion"] else with_text(row, "completion", re.sub(r"\n{3,}", "\n\n", text).strip())
-
-
-def without_references(line: str) -> tuple[str, bool]:
-    """Return (the line without its cross-references, whether it ended by announcing a list of links)."""
-
-    def full_stop(aside: re.Match[str]) -> str:
-        return "" if line[: aside.start()].rstrip().endswith((".", "!", "?", ":")) else aside[1]
-
-    sentences = SENTENCE_END.split(URL_END.sub(r"\1. ", REFERENCE_ASIDE.sub(full_stop, line)))
-    kept = [sentence for sentence in sentences if not is_reference(sentence)]
-    if len(kept) == len(sentences) and not REFERENCE_ASIDE.search(line):
-        return line, False
-    return " ".join(kept).strip(), sentences[-1] not in kept and sentences[-1].endswith(":")
-
-
-def is_reference(sentence: str) -> bool:
-    """Tell whether a sentence only sends the reader elsewhere."""
-    # A longer one is a flattened list without full stops, and most of it says something.
-    return len(sentence.split()) <= 50 and REFERENCE.fullmatch(sentence.removeprefix("- ")) is not None
 
 
 def restore_letters(row: Row) -> Row:

@@ -1,5 +1,6 @@
 """Map columns and render conversations as TRL takes them."""
 
+import itertools
 import json
 
 import jinja2
@@ -8,53 +9,36 @@ from transformers import PreTrainedTokenizerBase
 
 from medibot.cleaning.ledger import LedgerLine, compare_rows
 from medibot.cleaning.rules import Row
-from medibot.model.tokenizer import escape_markers, make_prompt, template_kwargs
+from medibot.model.tokenizer import make_prompt, template_kwargs
 from medibot.recipe import Recipe
 
 # What the trainer gets to see of a prepared row
 COLUMNS = ["prompt", "completion", "chat_template_kwargs"]
 # Columns that the prepared data set has of its own
-RESERVED = {"prompt", "completion", "row", "group", "part", "tokens", "chat_template_kwargs"}
+RESERVED = {*COLUMNS, "row", "group", "part", "tokens"}
 
 
 def map_columns(recipe: Recipe, rows: list[Row]) -> list[Row]:
     """Return rows with the mapped columns under `prompt` and `completion`, and `row`, their index in the source."""
     data, columns = recipe.data, rows[0].keys()
-    grouped = [("data.group_by", column) for column in data.group_by if column not in ("prompt", "completion")]
-    for key, column in [("data.prompt", data.prompt), ("data.completion", data.completion), *grouped]:
+    texts = {"prompt": data.prompt, "completion": data.completion}
+    named = [(f"data.{key}", column) for key, column in texts.items()]
+    for key, column in [*named, *(("data.group_by", column) for column in data.group_by if column not in texts)]:
         if column not in columns:
             raise recipe.error(key, f"{data.path} has no column {column!r}", f"it has {', '.join(columns)}")
     if data.prompt == data.completion:
         raise recipe.error("data.completion", "the same column as data.prompt", "name the answers' column")
-    kept = [column for column in columns if column not in (data.prompt, data.completion)]
-    if clash := RESERVED & set(kept):
-        raise recipe.error("data.path", f"column {sorted(clash)[0]!r} has a name that MediBot gives", "rename it")
+    kept = {column: column for column in columns if column not in texts.values()}
+    if clash := sorted(RESERVED & kept.keys()):
+        raise recipe.error("data.path", f"column {clash[0]!r} has a name that MediBot gives", "rename it")
     for index, row in enumerate(rows):
-        for column in (data.prompt, data.completion):
+        for column in texts.values():
             if not isinstance(row[column], str | None):
                 what = f"row {index} holds {type(row[column]).__name__}, not text, in column {column!r}"
                 raise recipe.error("data.path", what, "convert the column to text")
-    taken = {"prompt": data.prompt, "completion": data.completion, **{column: column for column in kept}}
-    return [{"row": index, **{key: row[column] for key, column in taken.items()}} for index, row in enumerate(rows)]
-
-
-def require_text(recipe: Recipe, rows: list[Row], ledger: list[LedgerLine]) -> None:
-    """Raise RecipeError where the rules left no row, or rows without question or answer."""
-    if not rows:
-        last = next((line.rule for line in reversed(ledger) if line.dropped), "the rules")
-        raise recipe.error("data.clean", f"no row is left after {last}", "see the ledger with: medibot inspect")
-    for column, rule in (("prompt", "drop_unasked"), ("completion", "drop_unanswered")):
-        empty = sum(1 for row in rows if not (row[column] or "").strip())
-        if empty:
-            raise recipe.error(
-                "data.clean", f"{empty:,} of {len(rows):,} rows have no {column}", f"add the rule {rule}"
-            )
-
-
-def escape_rows(rows: list[Row], markers: tuple[str, ...]) -> tuple[list[Row], LedgerLine]:
-    """Return rows whose text cannot forge a turn of this model's template, and the ledger line that counts them."""
-    after = [row | {key: escape_markers(row[key], markers) for key in ("prompt", "completion")} for row in rows]
-    return after, compare_rows("role markers made text", rows, after)
+    return [
+        {"row": index} | {key: row[column] for key, column in (texts | kept).items()} for index, row in enumerate(rows)
+    ]
 
 
 def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[Row], LedgerLine]:
@@ -67,8 +51,7 @@ def fit_length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Ro
     try:
         for start in range(0, len(rows), 1000):
             chunk = rows[start : start + 1000]
-            turns = [messages(recipe, row) for row in chunk]
-            chats = [turn["prompt"] + turn["completion"] for turn in turns]
+            chats = [list(itertools.chain(*messages(recipe, row).values())) for row in chunk]
             ids = tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **kwargs)["input_ids"]
             counted += [row | {"tokens": len(found)} for row, found in zip(chunk, ids, strict=True)]
     except (jinja2.TemplateError, ValueError) as error:

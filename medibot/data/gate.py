@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from medibot.errors import RecipeError
-from medibot.model.tokenizer import SAMPLE_CHAT
 
 IGNORED = -100
 NAMES = {
@@ -48,8 +47,10 @@ class Audit:
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special or (token.content.strip() and token.content in tokenizer.chat_template)
         }
-        self.starts_with_bos = self.template_ids(SAMPLE_CHAT)[0] == tokenizer.bos_token_id
-        self.skeletons: dict[tuple[str, ...], Counter[int]] = {}
+        # What the template writes around the texts: the rows of a recipe have one sequence of roles
+        first = conversations[0]
+        roles = [{"role": message["role"], "content": "x"} for message in first["prompt"] + first["completion"]]
+        self.skeleton = self.template_ids(roles, **first["chat_template_kwargs"])
         self.rows_in, self.rows_out = len(conversations), 0
         self.tokens = self.supervised = self.longest = 0
         self.violations: dict[str, list[int]] = {}
@@ -74,67 +75,47 @@ class Audit:
         """Return the token ids of a rendered conversation."""
         return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
 
-    def count_controls(self, ids: list[int]) -> Counter[int]:
-        """Return how often each control token is there."""
-        return Counter(token for token in ids if token in self.controls)
-
-    def is_blank(self, token: int) -> bool:
-        """Tell whether a token is white space."""
-        return not self.tokenizer.decode([token]).strip()
-
     def faults(self, ids: list[int], labels: list[int], row: dict[str, Any] | None) -> Iterator[str]:
         """Yield the keys of NAMES under which a row of the trainer's is at fault; `row` is its conversation."""
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
         if not trained:
             yield "nothing"
             return
+        start, decode = trained[0], self.tokenizer.decode
         # Templates end a turn with a newline behind the stop token
-        last = next((ids[place] for place in reversed(trained) if not self.is_blank(ids[place])), ids[trained[-1]])
-        if last not in self.stops:
+        if next((ids[place] for place in reversed(trained) if decode([ids[place]]).strip()), None) not in self.stops:
             if self.limit is not None and len(ids) >= self.limit:
                 yield "cut"
                 return
             yield "stop"
-        if labels[trained[0] :] != ids[trained[0] :]:
+        if labels[start:] != ids[start:] or row is None:
             yield "outside"
         bos = self.tokenizer.bos_token_id
-        if bos is not None and ((ids[:1] == [bos]) != self.starts_with_bos or ids[:2] == [bos, bos]):
+        if bos is not None and ((ids[:1] == [bos]) != (self.skeleton[:1] == [bos]) or ids[:2] == [bos, bos]):
             yield "bos"
         if row is None:
-            yield "outside"
-        else:
-            yield from self.compare(ids, trained[0], row)
-
-    def compare(self, ids: list[int], start: int, row: dict[str, Any]) -> Iterator[str]:
-        """Yield the faults of a row, whose loss begins at `start`, that its conversation shows."""
-        kwargs = row["chat_template_kwargs"]
-        prompt = self.template_ids(row["prompt"], add_generation_prompt=True, **kwargs)
+            return
+        prompt = self.template_ids(row["prompt"], add_generation_prompt=True, **row["chat_template_kwargs"])
         prefixed = ids[: len(prompt)] == prompt
         if not prefixed:
             yield "prefix"
         end = len(ids)
-        while end > start and (ids[end - 1] in self.controls or self.is_blank(ids[end - 1])):
+        while end > start and (ids[end - 1] in self.controls or not decode([ids[end - 1]]).strip()):
             end -= 1
         # Up to what tokenizers fold: white space, and characters that are compositions of others
-        texts = (self.tokenizer.decode(ids[start:end]), row["completion"][0]["content"])
-        trained, answer = ("".join(unicodedata.normalize("NFKC", text).split()) for text in texts)
-        if trained != answer or (prefixed and start != len(prompt)):
+        texts = (decode(ids[start:end]), row["completion"][0]["content"])
+        said, answer = ("".join(unicodedata.normalize("NFKC", text).split()) for text in texts)
+        if said != answer or (prefixed and start != len(prompt)):
             yield "outside"
-        roles = tuple(message["role"] for message in row["prompt"])
-        if roles not in self.skeletons:
-            plain = [{"role": role, "content": "x"} for role in (*roles, "assistant")]
-            self.skeletons[roles] = self.count_controls(self.template_ids(plain, **kwargs))
-        if self.count_controls(ids) != self.skeletons[roles]:
+        found, usual = (Counter(token for token in part if token in self.controls) for part in (ids, self.skeleton))
+        if found != usual:
             yield "control"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts."""
-        measures = ("split", "rows_in", "rows_out", "tokens", "supervised", "longest")
-        return {
-            **{key: vars(self)[key] for key in measures},
-            "violations": {key: len(self.violations.get(key, [])) for key in NAMES},
-            "supervised_share": round(self.supervised / max(1, self.tokens), 4),
-        }
+        counts = {key: vars(self)[key] for key in ("split", "rows_in", "rows_out", "tokens", "supervised", "longest")}
+        violations = {key: len(self.violations.get(key, [])) for key in NAMES}
+        return counts | {"violations": violations, "supervised_share": round(self.supervised / max(1, self.tokens), 4)}
 
     def refuse_faults(self) -> None:
         """Raise RecipeError for what would teach the wrong thing; each kind of fault with its count and an example."""

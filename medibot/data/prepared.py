@@ -11,27 +11,24 @@ from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
-from rich.progress import Progress
+from rich.progress import track
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medibot.cleaning import clean, expand
 from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
 from medibot.cleaning.rules import Row
 from medibot.data import splitting
-from medibot.data.conversations import escape_rows, fit_length, map_columns, render, require_text
+from medibot.data.conversations import fit_length, map_columns, render
 from medibot.data.sources import open_source
-from medibot.data.splitting import sha256
 from medibot.model.generation import load_generation_config
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
-from medibot.model.tokenizer import load_tokenizer, role_markers, tokenizer_fingerprint
+from medibot.model.tokenizer import escape_markers, load_tokenizer, role_markers, tokenizer_fingerprint
 from medibot.recipe import Recipe
 
 # The version of what cleaning, splitting and rendering do. Raise it by hand when prepared rows change: it makes cached
 # sets and unfinished runs foreign, which a mere edit of our source must not. A test with golden rows says when.
 PREPARED = 1
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,23 @@ def prepare(
     section = {key: value for key, value in recipe.as_dict()["data"].items() if key not in said}
     length = recipe.training.get("max_length", 1024)
     decisive = [PREPARED, source_hash, section, tokenizer_fingerprint(tokenizer), length]
-    fingerprint = sha256(json.dumps(decisive, sort_keys=True))
+    fingerprint = splitting.sha256(json.dumps(decisive, sort_keys=True))
     folder = cache_folder() / fingerprint[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A file lock, not a process-group barrier: it also holds between two trainings, and long cleaning cannot time out
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "prepared.json").is_file():
             progress(f"preparing {recipe.data.path}: reading rows")
-            prepare_rows(recipe, tokenizer, rows(), folder, progress)
+            splits, record = prepare_rows(recipe, tokenizer, rows(), progress)
+            # Everything lands at once, by rename
+            partial = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            for name, found in splits.items():
+                if found:
+                    Dataset(render(recipe, found)).save_to_disk(str(partial / name))
+            (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
     record = json.loads((folder / "prepared.json").read_text())
     precision = choose_precision(recipe.model.get("dtype"))
     return Prepared(recipe, tokenizer, generation, precision, folder, fingerprint, **record)
@@ -94,19 +100,26 @@ def cache_folder() -> Path:
 
 
 def prepare_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row], folder: Path, progress: Callable[[str], None]
-) -> None:
-    """Clean, split and render `rows`; everything lands in `folder` at once, by rename."""
-    data, rules = recipe.data, expand(recipe.data.clean)
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: list[Row], progress: Callable[[str], None]
+) -> tuple[splitting.Splits, dict[str, Any]]:
+    """Clean and split `rows`; return the splits, and (ledger, leaks, split), the record of how they came about."""
+    data, rules = recipe.data, list(expand(recipe.data.clean))
     progress(f"preparing {data.path}: {len(rows):,} rows, {len(rules)} rules")
     rows = map_columns(recipe, rows)
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("cleaning", total=len(rules))
-        rows, ledger = clean(rows, rules, progress=lambda _: bar.advance(task))
-    require_text(recipe, rows, ledger)
-    rows, escaped = escape_rows(rows, role_markers(tokenizer))
-    progress(f"preparing {data.path}: {len(rows):,} conversations, counting tokens")
-    rows, fitted = fit_length(recipe, tokenizer, rows)
+    rows, ledger = clean(rows, track(rules, "cleaning", transient=True, disable=not sys.stdout.isatty()))
+    if not rows:
+        last = next((line.rule for line in reversed(ledger) if line.dropped), "the rules")
+        raise recipe.error("data.clean", f"no row is left after {last}", "see the ledger with: medibot inspect")
+    for column, rule in (("prompt", "drop_unasked"), ("completion", "drop_unanswered")):
+        if empty := sum(not (row[column] or "").strip() for row in rows):
+            what = f"{empty:,} of {len(rows):,} rows have no {column}"
+            raise recipe.error("data.clean", what, f"add the rule {rule}")
+    # Text must not forge a turn of this model's template
+    markers = role_markers(tokenizer)
+    plain = [row | {key: escape_markers(row[key], markers) for key in ("prompt", "completion")} for row in rows]
+    escaped = compare_rows("role markers made text", rows, plain)
+    progress(f"preparing {data.path}: {len(plain):,} conversations, counting tokens")
+    rows, fitted = fit_length(recipe, tokenizer, plain)
     group_by = [{data.prompt: "prompt", data.completion: "completion"}.get(column, column) for column in data.group_by]
     splits = splitting.split_rows(rows, group_by, data.validation, data.test, data.seed)
     splits, leaking = splitting.drop_leaks(splits)
@@ -114,19 +127,11 @@ def prepare_rows(
     leaks["random_split"] = splitting.random_split_leaks(rows, group_by, data.validation + data.test, data.seed)
     chosen, limits = limit_rows(recipe, splits)
     sizes = {name: len(rows) for name, rows in chosen.items()}
-    record = {
+    return chosen, {
         "ledger": [asdict(line) for line in [*ledger, escaped, fitted, *leaking, *limits]],
         "leaks": leaks,
         "split": {"fingerprint": splitting.split_fingerprint(splits), "rows": sizes},
     }
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, rows in chosen.items():
-        if rows:
-            Dataset(render(recipe, rows)).save_to_disk(str(partial / name))
-    (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[splitting.Splits, list[LedgerLine]]:
@@ -137,8 +142,8 @@ def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[splitting.Spli
     data, chosen, lines = recipe.data, dict(splits), []
     limits = data.limit if isinstance(data.limit, dict) else {"train": data.limit} if data.limit else {}
     for name, most in limits.items():
-        first = sorted(splits[name], key=lambda row: sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))[:most]
-        chosen[name] = sorted(first, key=row_key)
+        ordered = sorted(splits[name], key=lambda row: splitting.sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))
+        chosen[name] = sorted(ordered[:most], key=row_key)
         lines.append(compare_rows(f"limit {name} to {most:,}", splits[name], chosen[name]))
     for name, share in (("train", 1.0), ("validation", data.validation), ("test", data.test)):
         if share and not chosen[name]:

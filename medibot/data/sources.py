@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 
 from medibot.cleaning import Row
 from medibot.errors import RecipeError
@@ -19,36 +21,26 @@ SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
     """Return (hash of the data's bytes, a function that reads its rows): nothing is parsed if the cache has it."""
-    written, path = recipe.data.path, find_file(recipe.data.path)
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files:
-        raise recipe.error("data.path", f"folder {path} holds no {', '.join(SUFFIXES)} file", "name another folder")
-    if path.is_file() and path.suffix not in SUFFIXES:
-        what = f"cannot read {path.suffix or 'a file without suffix'}"
-        raise recipe.error("data.path", what, "use " + ", ".join(SUFFIXES))
+    data, path = recipe.data, find_file(recipe.data.path)
     if not path.exists():
-        if path.suffix in SUFFIXES or written.startswith((".", "/", "~")) or written.count("/") != 1:
-            raise recipe.error("data.path", f"no file or folder {written!r}", "check the path, seen from here")
-        rows = hub_rows(recipe)
+        if path.suffix in SUFFIXES or data.path.startswith((".", "/", "~")) or data.path.count("/") != 1:
+            raise recipe.error("data.path", f"no file or folder {data.path!r}", "check the path, seen from here")
+        try:
+            rows = load_dataset(data.path, data.name, revision=data.revision, split=data.split).to_list()
+        except (OSError, ValueError, DatasetsError) as error:
+            what = f"cannot load {data.path!r} from the hub: {str(error).strip().splitlines()[0]}"
+            remedy = "check name, revision and network; or point data.path to a local file"
+            raise recipe.error("data.path", what, remedy) from error
         return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(), lambda: rows
+    files = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if file.suffix in SUFFIXES)
+    if not files:
+        kinds, suffix = ", ".join(SUFFIXES), path.suffix or "a file without suffix"
+        what = f"folder {path} holds no {kinds} file" if path.is_dir() else f"cannot read {suffix}"
+        raise recipe.error("data.path", what, f"use {kinds}")
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest(), lambda: read_files(recipe, files)
-
-
-def hub_rows(recipe: Recipe) -> list[Row]:
-    """Return the rows of a hub data set (`path`, `name`, `revision`, `split` as `datasets.load_dataset` takes them)."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    data = recipe.data
-    try:
-        return load_dataset(data.path, data.name, revision=data.revision, split=data.split).to_list()
-    except (OSError, ValueError, DatasetsError) as error:
-        first = str(error).strip().splitlines()[0]
-        remedy = "check name, revision and network; or point data.path to a local file"
-        raise recipe.error("data.path", f"cannot load {data.path!r} from the hub: {first}", remedy) from error
 
 
 def read_files(recipe: Recipe, files: list[Path]) -> list[Row]:
@@ -71,7 +63,7 @@ def read_files(recipe: Recipe, files: list[Path]) -> list[Row]:
 def read_jsonl(file: Path) -> list[Row]:
     """Return the rows of a file of one JSON object a line."""
     rows = []
-    for number, line in enumerate(io.StringIO(read_text(file)), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -91,34 +83,31 @@ def read_csv(file: Path) -> list[Row]:
     csv.field_size_limit(1 << 27)
     records = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     header: list[str] = []
-    rows = []
-    start = 1
+    rows, start = [], 1
     try:
         for cells in records:
-            if header and cells and len(cells) != len(header):
-                what = f"{len(cells)} cells under {len(header)} columns"
-                raise RecipeError.of(f"{file}:{start}", what, "quote cells that hold commas or line breaks")
-            if header and cells:
-                rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
             header = header or cells
             if len(set(header)) != len(header):
                 raise RecipeError.of(f"{file}:{start}", "a column name stands twice in the header", "rename one")
+            if cells and len(cells) != len(header):
+                what = f"{len(cells)} cells under {len(header)} columns"
+                raise RecipeError.of(f"{file}:{start}", what, "quote cells that hold commas or line breaks")
+            if cells:
+                rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
             start = records.line_num + 1
     except csv.Error as error:
         remedy = "close each quote, and double those inside a cell"
         raise RecipeError.of(f"{file}:{start}", f"not CSV: {error}", remedy) from error
-    return rows
+    return rows[1:]  # the header is the first of them
 
 
 def read_text(file: Path) -> str:
     """Return the file as UTF-8 text; raise RecipeError at the line of what is none."""
-    content = file.read_bytes()
-    what, place = "holds a NUL character, which no text has", content.find(b"\0")
     try:
-        text = content.decode("utf-8-sig")
+        return (
+            file.read_bytes().replace(b"\0", b"\xff").decode("utf-8-sig")
+        )  # no text has a NUL, UTF-16 is full of them
     except UnicodeDecodeError as error:
-        what, place = "not UTF-8 text", error.start
-    if place >= 0:
-        line = content.count(b"\n", 0, place) + 1
-        raise RecipeError.of(f"{file}:{line}", what, "save it as UTF-8, not compressed")
-    return text
+        line = error.object.count(b"\n", 0, error.start) + 1
+        remedy = "save it as UTF-8, not compressed"
+        raise RecipeError.of(f"{file}:{line}", "not UTF-8 text, or with a NUL character", remedy) from error

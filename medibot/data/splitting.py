@@ -79,23 +79,16 @@ def drop_leaks(splits: Splits, threshold: float = NEAR) -> tuple[Splits, list[Le
 
     These are answers equal or near to one of an earlier split, and second answers to a question of the same split.
     """
-    distinct = {"train": splits["train"]}
+    distinct, known = {"train": splits["train"]}, [fold(row["completion"]) for row in splits["train"]]
     for name in ("validation", "test"):
-        near = find_near_texts(
-            answers(splits[name]), [text for rows in distinct.values() for text in answers(rows)], threshold
-        )
-        distinct[name] = [row for row in splits[name] if fold(row["completion"]) not in near]
+        texts = [fold(row["completion"]) for row in splits[name]]
+        near = find_near_texts(texts, known, threshold)
+        distinct[name] = [row for row, text in zip(splits[name], texts, strict=True) if text not in near]
+        known += [text for text in texts if text not in near]
     single = {name: rows if name == "train" else drop_repeated_questions(rows) for name, rows in distinct.items()}
     whole, left, last = (list(itertools.chain(*parts.values())) for parts in (splits, distinct, single))
-    return single, [
-        compare_rows("splitting.near_answers", whole, left),
-        compare_rows("splitting.second_answers", left, last),
-    ]
-
-
-def answers(rows: list[Row]) -> list[str]:
-    """Return the answers, folded: what is equal here is an exact copy."""
-    return [fold(row["completion"]) for row in rows]
+    lines = [compare_rows("splitting.near_answers", whole, left), compare_rows("splitting.second_answers", left, last)]
+    return single, lines
 
 
 def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold: float = NEAR) -> set[str]:
@@ -142,7 +135,7 @@ def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str]) -> dic
     for column in dict.fromkeys([*group_by, "prompt"]):
         known = {value for row in earlier for value in row_values(row, [column])}
         counts[column] = sum(not known.isdisjoint(row_values(row, [column])) for row in rows)
-    own, others = answers(rows), answers(earlier)
+    own, others = ([fold(row["completion"]) for row in part] for part in (rows, earlier))
     for key, known in (("exact_answer", set(others)), ("near_answer", find_near_texts(own, others))):
         counts[key] = sum(answer in known for answer in own)
     return counts
@@ -150,16 +143,12 @@ def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str]) -> dic
 
 def random_split_leaks(rows: list[Row], group_by: list[str], share: float, seed: int) -> dict[str, int]:
     """Return `leak_counts` of a test split of `share` of the rows drawn one by one: what grouping prevents."""
-    ordered = sorted(rows, key=row_key)
-    drawn = set(random.Random(seed).sample(range(len(ordered)), round(share * len(ordered))))
-    parts: tuple[list[Row], list[Row]] = ([], [])
-    for place, row in enumerate(ordered):
-        parts[place in drawn].append(row)
-    return leak_counts(parts[1], parts[0], group_by)
+    drawn = random.Random(seed).sample(sorted(rows, key=row_key), round(share * len(rows)))
+    keys = {row_key(row) for row in drawn}
+    return leak_counts(drawn, [row for row in rows if row_key(row) not in keys], group_by)
 
 
 def split_fingerprint(splits: Splits) -> str:
     """Return a sha256 over which text is in which split; any moved, edited, added or dropped row changes it."""
-    texts = ((name, row) for name, rows in splits.items() for row in rows)
-    lines = sorted(json.dumps([name, *row_key(row), row["prompt"], row["completion"]]) for name, row in texts)
-    return sha256("\n".join(lines))
+    texts = [[name, *row_key(row), row["prompt"], row["completion"]] for name, rows in splits.items() for row in rows]
+    return sha256("\n".join(sorted(map(json.dumps, texts))))

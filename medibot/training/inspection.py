@@ -8,15 +8,18 @@ import jinja2
 from rich.console import Group
 from rich.rule import Rule
 from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
-from medibot.data.gate import NAMES, Audit
-from medibot.data.painting import choose_examples, paint, paint_html, paint_text
+from medibot.data.gate import IGNORED, NAMES, Audit
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import method_name
 from medibot.recipe import Recipe
 from medibot.run import Run
 from medibot.training.trainer import audit_splits, build_trainer
+
+STYLES = {"masked": "dim", "trained": "bold green", "stop": "bold white on red"}
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ class Inspection:
     def html(self) -> str:
         """Return the same as a page."""
         templates = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True)
-        rows = [(name, paint_html(pieces)) for name, pieces in self.painted.items()]
         page = templates.get_template("inspect.html.j2")
-        return page.render(recipe=self.prepared.recipe, prepared=self.prepared, tables=self.tables, rows=rows)
+        return page.render(
+            recipe=self.prepared.recipe, prepared=self.prepared, tables=self.tables, painted=self.painted
+        )
 
     def __rich__(self) -> Group:
         prepared, recipe, precision = self.prepared, self.prepared.recipe, self.prepared.precision
@@ -75,19 +79,44 @@ class Inspection:
                 table.add_row(*map(str, cells))
             parts.append(table)
         for name, pieces in self.painted.items():
-            parts += [Rule(name), paint_text(pieces)]
+            parts += [Rule(name), Text.assemble(*((text, STYLES[kind]) for text, kind in pieces))]
         return Group(*parts)
 
 
+def paint(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> list[tuple[str, str]]:
+    """Return (text, masked | trained | stop) pieces of one trainer row, whole characters only: joined, they are its text."""
+    ids = row["input_ids"]
+    kinds = [
+        "masked" if label == IGNORED else "stop" if token in stops else "trained"
+        for token, label in zip(ids, row["labels"], strict=True)
+    ]
+    pieces: list[tuple[str, str]] = []
+    # Each piece is decoded behind the one before it: SentencePiece drops a space at the start of what it decodes
+    start = read = 0
+    for end in range(1, len(ids) + 1):
+        before, text = (tokenizer.decode(ids[start:e], clean_up_tokenization_spaces=False) for e in (read, end))
+        # An unfinished character waits for the tokens that spell its rest, but not beyond its own kind
+        if text.endswith("�") and kinds[end : end + 1] == [kinds[end - 1]]:
+            continue
+        pieces.append((text[len(before) :], kinds[end - 1]))
+        start, read = read, end
+    return pieces
+
+
 def inspect_recipe(recipe: Recipe, row: int | None = None) -> Inspection:
-    """Prepare a recipe's rows as training would, and read back what the loss covers; `row` is painted, too."""
+    """Prepare a recipe's rows as training would, and read back what the loss covers.
+
+    Painted are the shortest row, the median, the longest, and `row` (an index in the training split).
+    """
     prepared = prepare(recipe)
     trainer = build_trainer(prepared, Run(Path("inspect")), tiny=True)
     rows, audits = trainer.train_dataset, audit_splits(trainer, prepared)
     if row is not None and not 0 <= row < len(rows):
         raise RecipeError.of("--row", f"no row {row}", f"the training split has rows 0 to {len(rows) - 1}")
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    chosen = {"shortest": order[0], "median": order[len(order) // 2], "longest": order[-1]}
     painted = {}
-    for name, index in choose_examples(rows, row).items():
+    for name, index in (chosen if row is None else chosen | {f"row {row}": row}).items():
         title = f"{name} (row {index}, {len(rows[index]['input_ids'])} tokens)"
         painted[title] = paint(rows[index], prepared.tokenizer, prepared.generation.eos_token_id)
     return Inspection(prepared, audits, painted)

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from medibot.cleaning import NAMED_LISTS
-from medibot.data.prepared import PREPARED, SPLITS, Prepared, prepare
+from medibot.data.prepared import PREPARED, Prepared, prepare
 from medibot.data.sources import open_source
 from medibot.errors import RecipeError
 from medibot.recipe import Recipe, load_recipe
@@ -36,6 +36,7 @@ data:
 training:
   max_length: 512
 """
+SPLITS = ("train", "validation", "test")
 COUNTS = ("dropped", "changed", "added")
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from medibot.data.gate import IGNORED, Audit, spans
-from medibot.data.painting import choose_examples, paint, paint_html, paint_text
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
+from medibot.training.inspection import paint
 from medibot.training.trainer import build_trainer
 
 pytestmark = pytest.mark.slow
@@ -568,23 +567,3 @@ def test_a_row_that_ends_inside_a_character_is_painted_whole(make_tokenizer: Cal
     ids = tokenizer.encode("well 🩺")[:-1]
     pieces = paint({"input_ids": ids, "labels": ids}, tokenizer, [tokenizer.eos_token_id])
     assert "".join(text for text, _ in pieces) == tokenizer.decode(ids)
-
-
-def test_painted_html_is_escaped_and_says_each_kind() -> None:
-    pieces = [('<b>&"', "masked"), ("fine", "trained"), ("</s>", "stop")]
-    assert paint_html(pieces) == (
-        '<span class="masked">&lt;b&gt;&amp;&quot;</span><span class="trained">fine</span>'
-        '<span class="stop">&lt;/s&gt;</span>'
-    )
-
-
-def test_painted_text_is_not_read_as_markup() -> None:
-    text = paint_text([("[INST] [bold]", "masked"), ("fine", "trained"), ("</s>", "stop")])
-    assert text.plain == "[INST] [bold]fine</s>"
-    assert len({str(span.style) for span in text.spans}) == 3
-
-
-def test_examples_are_the_shortest_the_median_and_the_longest_row() -> None:
-    dataset = Dataset.from_dict({"input_ids": [[1] * length for length in (5, 1, 9, 3, 7)]})
-    assert choose_examples(dataset) == {"shortest": 1, "median": 0, "longest": 2}
-    assert list(islice(choose_examples(dataset, row=4).items(), 3, None)) == [("row 4", 4)]

@@ -2,10 +2,12 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, SAMPLE
 from rich.console import Console
+from rich.text import Text
 
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
@@ -36,6 +38,27 @@ def test_page_is_self_contained_and_paints_every_token(make_model, workplace):
     for kind in ("masked", "trained", "stop"):
         assert f'<span class="{kind}">' in text
     assert text.count('<span class="stop">&lt;|im_end|&gt;</span>') >= 3
+
+
+def test_painted_rows_are_escaped_and_say_each_kind(make_model, workplace):
+    found = inspect_recipe(recipe(make_model(), "training.max_length=1024"))
+    found = replace(found, painted={"mine": [('[b] <b>&"', "masked"), ("fine", "trained"), ("</s>", "stop")]})
+    assert (
+        '<pre><span class="masked">[b] &lt;b&gt;&amp;&#34;</span><span class="trained">fine</span>'
+        '<span class="stop">&lt;/s&gt;</span></pre>'
+    ) in found.html()
+    text = found.__rich__().renderables[-1]
+    assert isinstance(text, Text) and text.plain == '[b] <b>&"fine</s>'
+    assert len({str(span.style) for span in text.spans}) == 3
+
+
+def test_examples_are_the_shortest_the_median_and_the_longest_row(make_model, workplace):
+    found = inspect_recipe(recipe(make_model(), "training.max_length=1024"), row=3)
+    lengths = sorted(found.prepared.load("train")["tokens"])
+    titles = [re.fullmatch(r"(.+) \(row (\d+), (\d+) tokens\)", title) for title in found.painted]
+    assert [title[1] for title in titles] == ["shortest", "median", "longest", "row 3"]
+    assert [int(title[3]) for title in titles[:3]] == [lengths[0], lengths[len(lengths) // 2], lengths[-1]]
+    assert titles[3][2] == "3"
 
 
 def test_row_that_is_not_there_is_refused(make_model, workplace):
