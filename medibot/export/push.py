@@ -23,34 +23,40 @@ def push(name: str, repo: str, what: str = "", public: bool = False, yes: bool =
     """
     run = find_finished_run(name)
     recipe = load_recipe(str(run.recipe))
-    owner, _, rest = repo.partition("/")
     try:
         # The hub also takes names without an owner
-        validate_repo_id(f"{owner}/{rest}")
+        validate_repo_id(repo if "/" in repo else "")
     except HFValidationError as error:
         raise RecipeError.of("REPO", f"{repo!r} is not a repository name of the hub", "write owner/name") from error
-    folder = choose_folder(run, what)
-    obstacles = list(find_obstacles(run, recipe, folder))
-    if obstacles:
-        raise RecipeError([Problem("", 0, 0, "push", *obstacle) for obstacle in obstacles])
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != KEPT_BACK)
-    lines = [f"{folder} -> {repo} ({'PUBLIC' if public else 'private'})", *describe(run, recipe, folder, files)]
-    if not yes:
-        return "\n".join([*lines, "nothing was sent; to send it, the same again with --yes (make push … YES=1)"])
-    url = send(folder, files, repo, public, f"{name}, {folder.name}, by MediBot")
-    return "\n".join([*lines, f"sent: {url}"])
-
-
-def choose_folder(run: Run, what: str) -> Path:
-    """Return the folder called `what`, or merged/ if it is there and model/ if not."""
     folders = {"merged": run.merged, "model": run.weights, "gguf": run.gguf}
-    if what and what not in folders:
+    folder = folders.get(what or ("merged" if run.merged.is_dir() else "model"))
+    if folder is None:
         raise RecipeError.of("FOLDER", f"{what!r} cannot be shared", f"there are: {', '.join(folders)}")
-    folder = folders[what or ("merged" if run.merged.is_dir() else "model")]
     if not folder.is_dir():
         verb = {"merged": "merge", "gguf": "export-gguf"}[folder.name]
-        raise RecipeError.of("push", f"{folder} not found", f"run: make {verb} RUN={run.name}")
-    return folder
+        raise RecipeError.of("push", f"{folder} not found", f"run: make {verb} RUN={name}")
+    if obstacles := [Problem("", 0, 0, "push", *obstacle) for obstacle in find_obstacles(run, recipe, folder)]:
+        raise RecipeError(obstacles)
+    sizes = {file.name: file.stat().st_size / 1e6 for file in sorted(folder.iterdir()) if file.is_file()}
+    kept_back = [f"kept back: {KEPT_BACK}"] if sizes.pop(KEPT_BACK, None) else []
+    lines = [f"{folder} -> {repo} ({'PUBLIC' if public else 'private'})"]
+    lines += [f"  {size:10.2f} MB  {file}" for file, size in (sizes | {"in all": sum(sizes.values())}).items()]
+    lines += [*kept_back, f"licence of the weights: {ModelCard.load(folder / 'README.md').data.license}"]
+    lines.append(f"data: {recipe.data.path}, {recipe.data.license}; {recipe.data.attribution or 'no attribution'}")
+    if not (run.folder / "eval" / "results.json").is_file():
+        lines.append(f"warning: not evaluated, so the card holds no metrics (make eval RUN={name})")
+    if not yes:
+        return "\n".join([*lines, "nothing was sent; to send it, the same again with --yes (make push … YES=1)"])
+    api, message = HfApi(), f"{name}, {folder.name}, by MediBot"
+    try:
+        api.create_repo(repo, private=not public, exist_ok=True)
+        # One that was there before may be public, whatever was asked for
+        if not public and not api.model_info(repo).private:
+            raise RecipeError.of("push", f"{repo} is public", "name another repository, or say --public (PUBLIC=1)")
+        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*sizes], commit_message=message)
+    except (HTTPError, OSError) as error:
+        raise RecipeError.of("push", f"the hub refused: {one_line(error)}", "log in: hf auth login") from error
+    return "\n".join([*lines, f"sent: {done.commit_url}"])
 
 
 def find_obstacles(run: Run, recipe: Recipe, folder: Path) -> Iterator[tuple[str, str]]:
@@ -71,30 +77,3 @@ def find_obstacles(run: Run, recipe: Recipe, folder: Path) -> Iterator[tuple[str
     if folder == run.weights and recipe.lora and "hub" not in run.record()["parts"]["base"]:
         remedy = f"push whole weights: make merge RUN={run.name}, make card RUN={run.name}"
         yield "the adapter names a base model of this machine, which nobody else can load", remedy
-
-
-def describe(run: Run, recipe: Recipe, folder: Path, files: list[Path]) -> Iterator[str]:
-    """Yield a line for each file with its size, what stays here, and the licences."""
-    sizes = {file.name: file.stat().st_size / 1e6 for file in files}
-    for name, size in (sizes | {"in all": sum(sizes.values())}).items():
-        yield f"  {size:10.2f} MB  {name}"
-    if (folder / KEPT_BACK).is_file():
-        yield f"kept back: {KEPT_BACK}"
-    yield f"licence of the weights: {ModelCard.load(folder / 'README.md').data.license}"
-    yield f"data: {recipe.data.path}, {recipe.data.license}; {recipe.data.attribution or 'no attribution'}"
-    if not (run.folder / "eval" / "results.json").is_file():
-        yield f"warning: not evaluated, so the card holds no metrics (make eval RUN={run.name})"
-
-
-def send(folder: Path, files: list[Path], repo: str, public: bool, message: str) -> str:
-    """Upload `files` in one commit to a repository that is as private as asked for; return the commit's URL."""
-    api, names = HfApi(), [file.name for file in files]
-    try:
-        api.create_repo(repo, private=not public, exist_ok=True)
-        # One that was there before may be public, whatever was asked for
-        if not public and not api.model_info(repo).private:
-            raise RecipeError.of("push", f"{repo} is public", "name another repository, or say --public (PUBLIC=1)")
-        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message=message)
-    except (HTTPError, OSError) as error:
-        raise RecipeError.of("push", f"the hub refused: {one_line(error)}", "log in: hf auth login") from error
-    return done.commit_url

@@ -20,7 +20,7 @@ from medibot.errors import RecipeError
 from medibot.export import gguf
 from medibot.export import merge as merging
 from medibot.export.card import write_cards
-from medibot.export.gguf import CONVERTER, export_gguf, read_fields, require_same_tokens
+from medibot.export.gguf import CONVERTER, export_gguf, require_same_tokens
 from medibot.export.merge import merge
 from medibot.export.ollama import render_modelfile, take_apart
 from medibot.export.probe import QUESTIONS, held_out_prompts, logit_distance
@@ -192,7 +192,10 @@ def whole(folder):
 
 @pytest.fixture(scope="module")
 def fields(whole):
-    return read_fields(whole.gguf / "whole.gguf")
+    from gguf import GGUFReader
+
+    reader = GGUFReader(whole.gguf / "whole.gguf")
+    return {name: field.contents() for name, field in reader.fields.items()}
 
 
 def test_full_fine_tune_has_nothing_to_merge(whole):
