@@ -103,7 +103,8 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     """Return the content of `evidence.json`: training questions with sources, the threshold, what it was measured on."""
     train, validation = prepared.load("train"), prepared.load("validation")
     rows, groups = read_questions(recipe, train)
-    asked, own = (found[:1000] for found in read_questions(recipe, validation or train))
+    asked, own = read_questions(recipe, validation or train)
+    asked, own = asked[:1000], own[:1000]
     evidence = Evidence(rows)
     topics = evidence.topic_weights(asked)
     # Each question's highest similarity to training rows of other groups, and to others of its own group. Nothing was
