@@ -1,9 +1,4 @@
-"""Answer conversations with a finished run, base model and tuned model, exactly as it was trained.
-
-reply = Assistant("quickstart").reply([{"role": "user", "content": "What is anemia?"}], "tuned")
-for piece in reply:
-    print(piece, end="")
-"""
+"""Answer conversations with a finished run, base model and tuned model, exactly as it was trained."""
 
 import copy
 import re
@@ -14,13 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
 
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base, load_tuned, silence_upstream
@@ -99,10 +88,9 @@ class Assistant:
         for place, message in enumerate(messages, start=1):
             if not message["content"].strip():
                 raise RecipeError.of("messages", f"message {place} is empty", "write something")
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        turns, longest = messages[len(system) :], decoding.max_new_tokens
-        for dropped in range(0, 1 if whole else len(turns), 2):
-            ids = self.prompt_ids([*system, *turns[dropped:]])
+        first, longest = int(messages[0]["role"] == "system"), decoding.max_new_tokens
+        for dropped in range(0, 1 if whole else len(messages) - first, 2):
+            ids = self.prompt_ids([*messages[:first], *messages[first + dropped :]])
             if len(ids) + longest <= self.window:
                 return Reply(self, ids, which, decoding, dropped)
         what = f"{len(ids):,} tokens of messages and {longest:,} of answer exceed the model's {self.window:,}"
@@ -137,13 +125,13 @@ class Reply:
     def __iter__(self) -> Generator[str]:
         """Yield pieces of text; a piece that may begin a stop text is held back until it is known not to."""
         text, sent, ends = "", 0, []
-        longest = max((len(stop) for stop in self.decoding.stop), default=1) - 1
+        held = max((len(stop) for stop in self.decoding.stop), default=1) - 1
         self.thread.start()
         try:
             for piece in self.stream:
                 text += piece
                 ends = [text.index(stop) for stop in self.decoding.stop if stop in text]
-                ready = min(ends, default=len(text) - longest)
+                ready = min(ends, default=len(text) - held)
                 if ready > sent:
                     yield text[sent:ready]
                     sent = ready

@@ -1,15 +1,9 @@
-"""Talk with a run at the terminal: streaming, with the nearest training questions below each answer.
-
-make chat RUN=quickstart
-echo "What is anemia?" | medibot chat --run quickstart
-"""
+"""Talk with a run at the terminal: streaming, with the nearest training questions below each answer."""
 
 import io
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 from medibot.errors import RecipeError
@@ -20,6 +14,7 @@ HELP = """/base, /tuned, /both   who answers from here on: the base model, the t
 /clear                 forget the conversation
 /help                  show this
 /quit                  end the chat (or Ctrl-D); Ctrl-C stops an answer"""
+CUTS = {"length": " … [cut at {} tokens]", "cancelled": " … [stopped]", "stop": ""}
 
 
 class Chat:
@@ -42,6 +37,20 @@ class Chat:
         for reply in self.replies.values():
             reply.cancel()
 
+    def prompt(self) -> str:
+        """Return what is typed: "/quit" for Ctrl-D, nothing for Ctrl-C."""
+        try:
+            self.prompting = True
+            line = input("\n> ")
+            self.prompting = False
+            return line
+        except EOFError:
+            write("")
+            return "/quit"
+        except KeyboardInterrupt:
+            write("\n/quit or Ctrl-D ends the chat")
+            return ""
+
     def take(self, line: str) -> bool:
         """Answer a line or do what it commands; return False when the chat is over."""
         line = line.strip()
@@ -62,92 +71,60 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Print the answers as they are made, notices before and evidence below, and keep them."""
-        user = {"role": "user", "content": question}
-        self.replies = {
-            which: self.assistant.reply([*self.messages[which], user], which, self.decoding) for which in self.who
-        }
-        warning = self.assistant.notice(question)
-        if warning:
+        user, ask = {"role": "user", "content": question}, self.assistant.reply
+        self.replies = {which: ask([*self.messages[which], user], which, self.decoding) for which in self.who}
+        if warning := self.assistant.notice(question):
             write(f"{warning}\n")
-        dropped = max(reply.dropped for reply in self.replies.values())
-        if dropped:
-            window = f"the model's {self.assistant.window:,} tokens"
-            write(f"[the oldest {dropped} messages no longer fit {window}: left out]")
-        said: dict[str, Message] = {}
+        if dropped := max(reply.dropped for reply in self.replies.values()):
+            write(f"[the oldest {dropped} messages no longer fit the model's {self.assistant.window:,} tokens]")
+        said = {}
         for which, reply in self.replies.items():
             if self.who != ("tuned",):
                 write(f"[{which}]")
             text = ""
-            # Closed at once where printing fails: a thread still inside torch when Python ends would abort the process
-            with closing(iter(reply)) as pieces:
-                for piece in pieces:
-                    text += piece
-                    print(printable(piece), end="", flush=True)
-            cut = f" … [cut at {reply.completion_tokens} tokens]"
-            write({"length": cut, "cancelled": " … [stopped]"}.get(reply.finish_reason, ""))
+            for piece in reply:
+                text += piece
+                write(piece, end="")
+            write(CUTS[reply.finish_reason].format(reply.completion_tokens))
             if text.strip():
                 said[which] = {"role": "assistant", "content": text.strip()}
         asked = [message["content"] for message in [*self.messages["tuned"][-2:-1], user]]
         if not said:
             write("[no answer: this question is not kept in the conversation]")
-        for which, messages in self.messages.items() if said else ():
-            messages += [user, said.get(which) or next(iter(said.values()))]
+        for which in MODELS if said else ():
+            self.messages[which] += [user, said.get(which) or next(iter(said.values()))]
         if self.evidence:
             write("\n".join(["", *self.evidence.lines(asked)]))
 
 
 def chat(run_name: str, decoding: Decoding) -> None:
-    """Talk with a finished run until /quit or the end of the input."""
-    interactive = sys.stdin.isatty()
-    assistant = Assistant(run_name)
-    write(assistant.about)
-    if interactive:
-        write(f"\nChatting with {run_name}; nothing is logged. /help lists the commands.")
-    conversation = Chat(assistant, decoding)
+    """Talk with a finished run until /quit or the end of the input: a terminal, or a pipe with a question a line."""
+    conversation = Chat(Assistant(run_name), decoding)
+    write(conversation.assistant.about)
     # Bytes that are not UTF-8 would end the chat
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    # In a pipe Ctrl-C stops the program, as ever
-    if interactive:
+    if sys.stdin.isatty():
+        import readline
+
+        readline.set_auto_history(True)
+        write(f"\nChatting with {run_name}; nothing is logged. /help lists the commands.")
+        # In a pipe Ctrl-C stops the program, as ever
         signal.signal(signal.SIGINT, conversation.interrupt)
-    for line in typed_lines(conversation) if interactive else sys.stdin:
+    for line in iter(conversation.prompt, "/quit") if sys.stdin.isatty() else sys.stdin:
         if not conversation.take(line):
             return
-
-
-def typed_lines(conversation: Chat) -> Iterator[str]:
-    """Yield what is typed, with editing and this session's history."""
-    import readline
-
-    readline.set_auto_history(True)
-    while True:
-        try:
-            conversation.prompting = True
-            line = input("\n> ")
-            conversation.prompting = False
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n/quit or Ctrl-D ends the chat")
-        else:
-            yield line
 
 
 def ask(run_name: str, question: str, max_new_tokens: int = 256) -> None:
     """Print the base model's and the tuned model's answer to one question, and the nearest training questions."""
     if not question.strip():
         raise RecipeError.of("Q", "the question is empty", 'write Q="What is anemia?"')
-    assistant = Assistant(run_name)
-    write(f"{assistant.about}\n\n{question}\n")
-    Chat(assistant, Decoding(max_new_tokens), MODELS).ask(question)
+    conversation = Chat(Assistant(run_name), Decoding(max_new_tokens), MODELS)
+    write(f"{conversation.assistant.about}\n\n{question}\n")
+    conversation.ask(question)
 
 
-def printable(text: str) -> str:
-    """Return `text` without control characters, which would drive the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
-
-
-def write(text: str) -> None:
-    """Print a line at once."""
-    print(printable(text), flush=True)
+def write(text: str, end: str = "\n") -> None:
+    """Print at once, without control characters, which would drive the terminal."""
+    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text), end=end, flush=True)

@@ -1,7 +1,7 @@
 """Tell people in danger where to call, before a model answers them.
 
-A linear classifier decides, fitted on the messages of emergencies.txt when it is first asked. It is a safety net with
-holes: that it stays silent does not mean that nothing is wrong. `benchmarks/emergencies.py` measures it.
+A linear classifier decides, fitted on emergencies.txt when it is first asked and measured by `benchmarks/emergencies.py`:
+a safety net with holes. That it stays silent does not mean that nothing is wrong.
 """
 
 import re
@@ -25,7 +25,6 @@ CRISIS = (
 TABLE = Path(__file__).with_name("emergencies.txt")
 # The highest probability that finds RECALL of the emergencies of five held-out folds of the table; a test recomputes it
 RECALL, THRESHOLD = 0.95, 0.37
-SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Classifier:
         Each is the mean of the whole message's and its most urgent sentence's: the whole alone misses a danger
         between harmless sentences, and a sentence alone lacks its context.
         """
-        parts = [normalize(part) for part in (text, *SENTENCE_END.split(text.strip()))]
+        parts = [normalize(part) for part in (text, *re.split(r"(?<=[.?!])\s+|\n+", text.strip()))]
         found = self.features.transform(parts)
         danger, suicide = (model.predict_proba(found)[:, 1] for model in (self.danger, self.suicide))
         urgent = 1 + danger[1:].argmax()

@@ -1,12 +1,9 @@
 """Find the training questions nearest to a question, with their sources: what an answer can rest on.
 
-A training question is close when a question names its topic: the similarity is the share of the topic's TF-IDF weight
-(squared, character n-grams of 3 to 5 within words) that the question holds, whatever else it says. Where the recipe
-names no column of topics, the training question itself takes its place. The cosine of whole questions separates a
-little better in the lab, but falls with each word that people add.
-
-The threshold is measured when the run is trained, on the validation split, whose topics training never sees. It is in
-`evidence.json` with what it was measured on; `tests/serving/asked.py` tries it in people's own words.
+The similarity is the share of a topic's TF-IDF weight (squared, character n-grams of 3 to 5 within words) that the
+question holds; without a column of topics the training question takes the topic's place. The cosine of whole questions
+separates a little better in the lab, but falls with each word that people add. The threshold is measured on the
+validation split, whose topics training never sees; `tests/serving/asked.py` tries it in people's own words.
 """
 
 import re
@@ -17,6 +14,7 @@ from datasets import Dataset
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.metrics import roc_curve
+from sklearn.pipeline import make_pipeline
 
 from medibot.data.prepared import Prepared
 from medibot.recipe import Recipe
@@ -29,43 +27,30 @@ CLOSE = "Nearest in the training data (1.00: your question names all of its topi
 POINTS_BACK = re.compile(r"\b(?:it|its|they|them|their|this|that|these|those)\b")
 # What a recipe may name a column for: `evaluation.evidence`
 COLUMNS = ("topic", "source", "document", "url")
-# Questions that the threshold is measured on
-MOST = 1000
 
 
 class Evidence:
-    """The training questions of one run, and how near a question is to them.
-
-    `rows` have a question and what the recipe names of COLUMNS; from `threshold` on one is close.
-    """
+    """The `rows` of one run, a question and what the recipe names of COLUMNS; from `threshold` on one is close."""
 
     def __init__(self, rows: list[dict[str, Any]], threshold: float = 1.0) -> None:
         self.rows, self.threshold = rows, threshold
-        questions = [row["question"] for row in rows]
         # Hashed, so that what was never seen counts as rare instead of being left out
         self.counts = HashingVectorizer(
             analyzer="char_wb", ngram_range=(3, 5), alternate_sign=False, norm=None, preprocessor=normalize
         )
-        self.weights = TfidfTransformer(sublinear_tf=True).fit(self.counts.transform(questions))
-        self.questions = self.vectors(questions)
+        self.vectors = make_pipeline(self.counts, TfidfTransformer(sublinear_tf=True))
+        self.questions = self.vectors.fit_transform([row["question"] for row in rows])
         self.topics = self.topic_weights(rows)
 
     @classmethod
     def of(cls, run: Run) -> "Evidence | None":
         """Load that of a finished run; None for one that was trained before there was any."""
-        file = run.folder / FILE
-        if not file.is_file():
-            return None
-        record = read_json(file)
-        return cls(record["rows"], record["threshold"])
-
-    def vectors(self, texts: list[str]) -> csr_matrix:
-        """Return TF-IDF rows of length one."""
-        return self.weights.transform(self.counts.transform(texts))
+        record = read_json(run.folder / FILE) if (run.folder / FILE).is_file() else None
+        return cls(record["rows"], record["threshold"]) if record else None
 
     def topic_weights(self, rows: list[dict[str, Any]]) -> csr_matrix:
         """Return the squared TF-IDF weights of each row's topic, which sum to one: [n-grams, rows]."""
-        return self.vectors([row["topic"] or row["question"] for row in rows]).power(2).T.tocsr()
+        return self.vectors.transform([row["topic"] or row["question"] for row in rows]).power(2).T.tocsr()
 
     def shares(self, question: str, topics: csr_matrix) -> numpy.ndarray:
         """Return how much of each topic's weight a question holds, from 0 to 1."""
@@ -80,7 +65,7 @@ class Evidence:
         not close.
         """
         shares = self.shares(asked[-1], self.topics)
-        cosines = (self.vectors(asked[-1:]) @ self.questions.T).toarray()[0]
+        cosines = (self.vectors.transform(asked[-1:]) @ self.questions.T).toarray()[0]
         # Which of a topic's questions it is, and which of two topics that are both named in full, the whole wording says
         order = numpy.lexsort((-(shares + cosines), shares < self.threshold))[:count]
         near = shares.round(3)
@@ -95,8 +80,8 @@ class Evidence:
         found = self.find(asked)
         lines = [found["said"]]
         for source in found["sources"]:
-            topic = source["topic"] and f"topic: {source['topic']}"
-            where = "; ".join(filter(None, [topic, *(source[name] for name in COLUMNS[1:])])) or f"row {source['row']}"
+            names = [source["topic"] and f"topic: {source['topic']}", *(source[name] for name in COLUMNS[1:])]
+            where = "; ".join(filter(None, names)) or f"row {source['row']}"
             lines.append(f"  {source['similarity']:.2f}  {source['question']}  ({where})")
         return lines
 
@@ -119,18 +104,18 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     train, validation = prepared.load("train"), prepared.load("validation")
     rows, groups = read_questions(recipe, train)
     asked, own = read_questions(recipe, validation or train)
-    asked, own = asked[:MOST], own[:MOST]
+    asked, own = asked[:1000], own[:1000]
     evidence = Evidence(rows)
     topics = evidence.topic_weights(asked)
     # Each question's highest similarity to training rows of other groups, and to others of its own group. Nothing was
     # trained on for the former, and for the latter something was: what lies between tells them apart
-    highest: tuple[list[float], list[float]] = ([], [])
+    highest = numpy.full((2, len(asked)), -1.0)
     for place, row in enumerate(asked):
-        others = evidence.shares(row["question"], evidence.topics)[groups != own[place]]
-        mates = evidence.shares(row["question"], topics)[(own == own[place]) & (numpy.arange(len(own)) != place)]
-        for side, found in zip(highest, (others, mates), strict=True):
-            side.extend([found.max()] if len(found) else [])
-    unseen, seen = map(numpy.array, highest)
+        others, mates = groups != own[place], own == own[place]
+        mates[place] = False
+        highest[0, place] = evidence.shares(row["question"], evidence.topics).max(initial=-1, where=others)
+        highest[1, place] = evidence.shares(row["question"], topics).max(initial=-1, where=mates)
+    unseen, seen = (found[found >= 0] for found in highest)
     threshold = choose_threshold(unseen, seen)
     measured = {
         "split": "validation" if validation else "train",
@@ -145,20 +130,17 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
 def read_questions(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]], numpy.ndarray]:
     """Return (question and sources of each row, its group of the split)."""
     named = recipe.evaluation.evidence
-    data = split.select_columns(["prompt", "group", *named.values()])
-    rows = [
-        {"question": row["prompt"][-1]["content"]}
-        | {name: row[named[name]] if name in named else None for name in COLUMNS}
-        for row in data
-    ]
-    return rows, numpy.array(data["group"])
+    rows = []
+    for row in split.select_columns(["prompt", "group", *named.values()]):
+        sources = {name: row[named[name]] if name in named else None for name in COLUMNS}
+        rows.append({"question": row["prompt"][-1]["content"]} | sources)
+    return rows, numpy.array(split["group"])
 
 
 def choose_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:
-    """Return the similarity that tells the two apart best (Youden, Cancer 3(1), 1950).
+    """Return the lowest similarity within a standard error of the best by Youden's index (Cancer 3(1), 1950).
 
-    Youden's index is the share of `seen` not below it less that of `unseen`; of the thresholds within one standard
-    error of the best, the lowest is taken, for people misspell.
+    The index is the share of `seen` not below it less that of `unseen`; the lowest, for people misspell.
     """
     if not len(seen) or not len(unseen):
         # No group has a second question: what 9 of 10 questions on unseen topics stay below
@@ -167,6 +149,5 @@ def choose_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:
     scores = numpy.floor(numpy.concatenate([seen, unseen]) * 1000) / 1000
     labels = numpy.repeat([1, 0], [len(seen), len(unseen)])
     wrong, caught, candidates = roc_curve(labels, scores, drop_intermediate=False)
-    best = (caught - wrong).argmax()
-    error = (caught * (1 - caught) / len(seen) + wrong * (1 - wrong) / len(unseen))[best] ** 0.5
-    return float(candidates[caught - wrong >= (caught - wrong)[best] - error].min())
+    gain, error = caught - wrong, (caught * (1 - caught) / len(seen) + wrong * (1 - wrong) / len(unseen)) ** 0.5
+    return float(candidates[gain >= gain.max() - error[gain.argmax()]].min())

@@ -31,8 +31,6 @@ NEUTRAL: dict[str, Any] = {
 }
 # Labels for a server's log; there is no log here, and no answer depends on them
 LABELS = ("user", "safety_identifier", "metadata")
-# When a client that was refused for a full queue may try again
-RETRY_SECONDS = 5
 
 
 class ApiError(HTTPException):
@@ -40,15 +38,15 @@ class ApiError(HTTPException):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         self.param, self.code = param, code
-        super().__init__(status, message, {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None)
+        # Only a full queue is worth another try
+        super().__init__(status, message, {"Retry-After": "5"} if status == 429 else None)
 
 
 def error_body(error: HTTPException) -> dict[str, Any]:
     """Return an error as OpenAI writes it; Starlette's own (404, 405) name no parameter."""
-    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    kind = "rate_limit_error" if error.status_code == 429 else kind
+    kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}.get(error.status_code)
     param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
-    return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": error.detail, "type": kind or "invalid_request_error", "param": param, "code": code}}
 
 
 def join_parts(content: Any) -> Any:
@@ -79,21 +77,11 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(join_parts)]
 
-    def as_message(self) -> Message:
-        """Return the message for the model, without the notice that an assistant's was sent with."""
-        text = self.content
-        if self.role == "assistant":
-            text = text.removeprefix(f"{EMERGENCY}\n\n").removeprefix(f"{CRISIS}\n\n")
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
 
 class StreamOptions(Strict):
     """What a stream ends with."""
 
     include_usage: bool = False
-
-
-StopText = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class ChatRequest(Strict):
@@ -108,18 +96,11 @@ class ChatRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     stop: Annotated[
-        list[StopText], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop), Field(max_length=4)
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
+        BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+        Field(max_length=4),
     ] = []
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-
-    def decoding(self) -> Decoding:
-        """Return how the answer is chosen."""
-        longest = self.max_tokens or self.max_completion_tokens or Decoding.max_new_tokens
-        # As OpenAI's: top_p by itself samples at temperature 1
-        temperature = 1.0 if self.temperature is None and self.top_p < 1 else self.temperature
-        # Without a seed of its own, an answer would go on with the random numbers of the one before
-        seed = secrets.randbits(62) if self.seed is None else self.seed
-        return Decoding(longest, temperature, self.top_p, tuple(self.stop), seed)
 
 
 def read_request(body: bytes) -> ChatRequest:
@@ -142,8 +123,7 @@ def read_request(body: bytes) -> ChatRequest:
             other = f", other than {json.dumps(NEUTRAL[place])}" if place in NEUTRAL else ""
             raise ApiError(400, f"{place} is not supported here{other}", place, "unsupported_parameter") from error
         raise ApiError(400, f"{place}: {first['msg'].removeprefix('Value error, ')}", place) from error
-    both = (request.max_tokens, request.max_completion_tokens)
-    if None not in both and both[0] != both[1]:
+    if len({request.max_tokens, request.max_completion_tokens, None}) > 2:
         raise ApiError(400, "max_tokens and max_completion_tokens differ", "max_completion_tokens")
     require_model(request.model)
     return request
@@ -157,22 +137,29 @@ def require_model(name: str) -> None:
 
 def begin_reply(request: ChatRequest, assistant: Assistant, evidence: Evidence | None) -> tuple[Reply, dict[str, Any]]:
     """Return (reply, notes beside it); raise ApiError for messages that cannot be answered."""
-    messages = [message.as_message() for message in request.messages]
+    messages: list[Message] = []
+    for message in request.messages:
+        text = message.content
+        if message.role == "assistant":
+            # The model does not see the notice that its answer was sent with
+            text = text.removeprefix(f"{EMERGENCY}\n\n").removeprefix(f"{CRISIS}\n\n")
+        messages.append({"role": "system" if message.role == "developer" else message.role, "content": text})
+    longest = request.max_tokens or request.max_completion_tokens or Decoding.max_new_tokens
+    # As OpenAI's: top_p by itself samples at temperature 1
+    temperature = 1.0 if request.temperature is None and request.top_p < 1 else request.temperature
+    # Without a seed of its own, an answer would go on with the random numbers of the one before
+    seed = secrets.randbits(62) if request.seed is None else request.seed
+    decoding = Decoding(longest, temperature, request.top_p, tuple(request.stop), seed)
     try:
-        reply = assistant.reply(messages, request.model, request.decoding(), whole=True)
+        reply = assistant.reply(messages, request.model, decoding, whole=True)
     except RecipeError as error:
         code = "context_length_exceeded" if isinstance(error, TooLong) else None
         raise ApiError(400, str(error), "messages", code) from error
     except (jinja2.TemplateError, ValueError) as error:
         raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    found = evidence and evidence.find(asked)
-    return reply, {"notice": assistant.about, "emergency": assistant.notice(asked[-1]), "evidence": found}
-
-
-def choices(finish_reason: str | None = None, **content: dict[str, str]) -> dict[str, Any]:
-    """Return the only choice of a response; `content` is its `message`, or an event's `delta`."""
-    return {"choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}]}
+    emergency, found = assistant.notice(asked[-1]), evidence and evidence.find(asked)
+    return reply, {"notice": assistant.about, "emergency": emergency, "evidence": found}
 
 
 def event(content: dict[str, Any]) -> str:

@@ -22,28 +22,17 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medibot.errors import RecipeError
-from medibot.serving.assistant import Assistant, Reply
+from medibot.serving.assistant import MODELS, Assistant, Reply
 from medibot.serving.evidence import Evidence
-from medibot.serving.protocol import (
-    ApiError,
-    ChatRequest,
-    begin_reply,
-    choices,
-    error_body,
-    event,
-    read_request,
-    require_model,
-)
+from medibot.serving.protocol import ApiError, ChatRequest, begin_reply, error_body, event, read_request, require_model
 
 # Answers made at once, and requests that may wait behind them
 RUNNING, WAITING = 8, 16
 MAX_BODY_BYTES, BODY_SECONDS, CONNECTIONS = 262_144, 10, 256
-# How long streams have to end when the server stops
-SHUTDOWN_SECONDS = 5
 log = logging.getLogger(__name__)
 # Names under which a browser on this machine knows the server; any other is a page that rebound its own name
 OUR_HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::\d{1,5})?", re.IGNORECASE)
@@ -62,7 +51,12 @@ POLICY = (
 
 def serve(name: str, port: int) -> None:
     """Answer on 127.0.0.1:`port` until a signal; return within seconds of it, answers being made included."""
-    with open_socket(port) as listener:
+    try:
+        # Before minutes of loading, so that a taken port is known at once; 0 is any free one
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise RecipeError.of("PORT", f"127.0.0.1:{port}: {error.strerror}", "choose another: PORT=8001") from error
+    with listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # Until it serves, Ctrl-C just ends it, without Python's traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -79,14 +73,6 @@ def serve(name: str, port: int) -> None:
     print("stopped", flush=True)
 
 
-def open_socket(port: int) -> socket.socket:
-    """Return a socket on 127.0.0.1 before minutes of loading, so that a taken port is known at once; 0 is any free one."""
-    try:
-        return socket.create_server(("127.0.0.1", port), backlog=CONNECTIONS)
-    except OSError as error:
-        raise RecipeError.of("PORT", f"127.0.0.1:{port}: {error.strerror}", "choose another: PORT=8001") from error
-
-
 class Server(uvicorn.Server):
     """An assistant behind HTTP, and the answers that are made or wait: first come, first served."""
 
@@ -96,10 +82,10 @@ class Server(uvicorn.Server):
         self.fingerprint: str = assistant.run.record()["fingerprint"]
         self.answers: set[Answer] = set()
         self.workers = ThreadPoolExecutor(RUNNING)
+        # Five seconds for the streams to end when the server stops
         config = uvicorn.Config(
             make_application(self),
             http="h11",
-            loop="asyncio",
             ws="none",
             lifespan="off",
             log_config=None,
@@ -107,7 +93,7 @@ class Server(uvicorn.Server):
             headers=HEADERS,
             server_header=False,
             limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_graceful_shutdown=5,
         )
         super().__init__(config)
 
@@ -150,18 +136,14 @@ class Answer:
             for piece in self.reply:
                 self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
         finally:
-            self.loop.call_soon_threadsafe(self.free)
-
-    def free(self) -> None:
-        """Free the place, and end the pieces."""
-        self.server.answers.discard(self)
-        self.pieces.put_nowait(None)
+            self.loop.call_soon_threadsafe(self.server.answers.discard, self)
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, None)
 
     def leave(self) -> None:
         """Give up the answer: a waiting one frees its place at once, a running one when the model is done with it."""
         self.reply.cancel()
         if self.work.cancel():
-            self.free()
+            self.server.answers.discard(self)
         self.pieces.put_nowait(None)
 
     async def leave_with_client(self, request: Request) -> None:
@@ -180,26 +162,27 @@ class Answer:
             log.error("an answer failed", exc_info=self.reply.failure)
             raise ApiError(500, "the model failed while it answered", None, "model_failed")
 
+    def part(self, finish_reason: str | None = None, **content: dict[str, str]) -> dict[str, Any]:
+        """Return the head with the only choice of a response; `content` is its `message`, or an event's `delta`."""
+        return self.head | {"choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}]}
+
     def usage(self) -> dict[str, Any]:
         """Return the token counts, once the text is complete."""
-        prompt, completion = self.reply.prompt_tokens, self.reply.completion_tokens
-        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        return {"usage": counts}
+        asked, said = self.reply.prompt_tokens, self.reply.completion_tokens
+        return {"usage": {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}}
 
     async def whole(self) -> dict[str, Any]:
         """Return the response as one object."""
-        text = self.before + "".join([piece async for piece in self.text()])
-        choice = choices(self.reply.finish_reason, message={"role": "assistant", "content": text})
-        return self.head | choice | self.usage() | {"medibot": self.notes}
+        message = {"role": "assistant", "content": self.before + "".join([piece async for piece in self.text()])}
+        return self.part(self.reply.finish_reason, message=message) | self.usage() | {"medibot": self.notes}
 
     async def events(self) -> AsyncGenerator[str]:
         """Yield the response as server-sent events; role and notices are sent before the model begins."""
-        first = choices(delta={"role": "assistant", "content": self.before})
-        yield event(self.head | first | {"medibot": self.notes})
+        yield event(self.part(delta={"role": "assistant", "content": self.before}) | {"medibot": self.notes})
         try:
             async for piece in self.text():
-                yield event(self.head | choices(delta={"content": piece}))
-            yield event(self.head | choices(self.reply.finish_reason, delta={}))
+                yield event(self.part(delta={"content": piece}))
+            yield event(self.part(self.reply.finish_reason, delta={}))
             if self.request.stream_options.include_usage:
                 yield event(self.head | {"choices": []} | self.usage())
             yield "data: [DONE]\n\n"
@@ -214,10 +197,8 @@ def make_application(server: Server) -> ASGIApp:
     page = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True).get_template("chat.html.j2")
     shown = {"run": run, "base": base, "notice": assistant.about, "questions": assistant.recipe.evaluation.questions}
     shared = {"object": "model", "created": int(assistant.run.weights.stat().st_mtime), "owned_by": "medibot"}
-    cards = {
-        "base": {"id": "base", "root": base} | shared,
-        "tuned": {"id": "tuned", "root": run, "parent": "base"} | shared,
-    }
+    cards = {name: {"id": name, "root": base if name == "base" else run} | shared for name in MODELS}
+    cards["tuned"]["parent"] = "base"
 
     async def home(_: Request) -> Response:
         # The page loads nothing and runs no script but its own
@@ -225,9 +206,9 @@ def make_application(server: Server) -> ASGIApp:
         return HTMLResponse(page.render(shown, nonce=nonce), headers={"content-security-policy": POLICY.format(nonce)})
 
     async def health(_: Request) -> Response:
-        running = min(len(server.answers), RUNNING)
-        queue = {"running": running, "waiting": len(server.answers) - running}
-        return JSONResponse({"status": "ok", "run": run, "notice": assistant.about} | queue)
+        begun = min(len(server.answers), RUNNING)
+        found = {"status": "ok", "run": run, "notice": assistant.about}
+        return JSONResponse(found | {"running": begun, "waiting": len(server.answers) - begun})
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": list(cards.values())})
@@ -251,7 +232,8 @@ def make_application(server: Server) -> ASGIApp:
         Route("/v1/models/{name}", model),
         Route("/v1/chat/completions", completions, methods=["POST"]),
     ]
-    return guard(Starlette(routes=routes, exception_handlers={HTTPException: refuse}))
+    # Within the handlers of Starlette, which write the refusals
+    return Starlette(routes=[Mount("/", guard(Router(routes)))], exception_handlers={HTTPException: refuse})
 
 
 def guard(application: ASGIApp) -> ASGIApp:
@@ -260,18 +242,16 @@ def guard(application: ASGIApp) -> ASGIApp:
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if OUR_HOST.fullmatch(host) and origin in (None, f"http://{host}"):
-            return await application(scope, receive, send)
-        what = "this server answers to 127.0.0.1 and localhost, and to its own page"
-        refusal = await refuse(Request(scope), ApiError(403, what, None, "forbidden"))
-        return await refusal(scope, receive, send)
+        if not OUR_HOST.fullmatch(host) or origin not in (None, f"http://{host}"):
+            what = "this server answers to 127.0.0.1 and localhost, and to its own page"
+            raise ApiError(403, what, None, "forbidden")
+        await application(scope, receive, send)
 
     return guarded
 
 
-async def refuse(_: Request, error: Exception) -> Response:
+async def refuse(_: Request, error: Any) -> Response:
     """Return an error as OpenAI writes it; called by Starlette."""
-    assert isinstance(error, HTTPException)
     return JSONResponse(error_body(error), error.status_code, error.headers)
 
 

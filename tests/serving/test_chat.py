@@ -20,7 +20,7 @@ from conftest import FAMILIES, STOPS
 from medibot.model.tokenizer import role_markers
 from medibot.serving import chat as terminal
 from medibot.serving.assistant import Decoding
-from medibot.serving.chat import Chat, printable, typed_lines
+from medibot.serving.chat import Chat, write
 from medibot.serving.emergencies import EMERGENCY, NOTICE
 
 pytestmark = pytest.mark.slow
@@ -125,8 +125,9 @@ def test_pipe_is_answered_line_by_line(speaker, monkeypatch, capsys):
     assert "\x1b" not in said and "> " not in said and "never" not in said
 
 
-def test_control_characters_of_an_answer_do_not_reach_the_terminal():
-    assert printable("a\x1b[2Jb\x07\x9b\r\nc\td") == "a[2Jb\nc\td"
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(capsys):
+    write("a\x1b[2Jb\x07\x9b\r\nc\td", end="")
+    assert capsys.readouterr().out == "a[2Jb\nc\td"
 
 
 def read_until(descriptor: int, wanted: str, seconds: float = 120) -> str:
@@ -206,10 +207,10 @@ def test_ctrl_c_at_the_prompt_says_how_to_end_and_ends_nothing(chat, monkeypatch
     before = signal.signal(signal.SIGINT, chat.interrupt)
     try:
         asked = []
-        for line in typed_lines(chat):
+        for line in iter(chat.prompt, "/quit"):
             # Between two prompts it finds nothing to stop
             signal.raise_signal(signal.SIGINT)
             asked.append(line)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert asked == ["What is gout?"] and "/quit or Ctrl-D" in capsys.readouterr().out
+    assert asked == ["", "What is gout?"] and "/quit or Ctrl-D" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from medibot.serving.emergencies import EMERGENCY as EMERGENCY_NOTICE
 from medibot.serving.emergencies import NOTICE
 from medibot.serving.evidence import CLOSE, NO_MATCH, Evidence
 from medibot.serving.protocol import ApiError, read_request
-from medibot.serving.server import MAX_BODY_BYTES, RUNNING, WAITING, Answer, Server, open_socket, serve
+from medibot.serving.server import MAX_BODY_BYTES, RUNNING, WAITING, Answer, Server, serve
 
 pytestmark = pytest.mark.slow
 ASK = [{"role": "user", "content": "What is anemia?"}]
@@ -42,7 +42,7 @@ class Running:
 
     def __init__(self, speaker):
         self.speaker = speaker
-        listener = open_socket(0)
+        listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
