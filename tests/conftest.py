@@ -1,8 +1,11 @@
 """Tiny random models and tokenizers, built here: nothing in the tests asks a hub."""
 
+import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from medibot.recipe import Recipe
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
+# Each W&B run would list every installed package, in as many seconds as its training takes; `_` stands for "x_"
+os.environ["WANDB__SAVE_REQUIREMENTS"] = "false"
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "recipes" / "data" / "consumer_health.jsonl"
 
@@ -70,6 +75,18 @@ FAMILIES = {
     "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
     "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"]),
 }
+
+
+FROZEN = {"modules": 0}
+
+
+@pytest.fixture(autouse=True)
+def imports_are_no_garbage() -> None:
+    """Each training collects garbage; what the libraries' imports left, a million objects, is not looked at again."""
+    if len(sys.modules) > FROZEN["modules"] + 100:
+        gc.collect()
+        gc.freeze()
+        FROZEN["modules"] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
@@ -182,6 +199,12 @@ def losses(name: str) -> list[float]:
     from medibot.run import open_run, read_lines
 
     return [line["loss"] for line in read_lines(open_run(name).metrics) if "loss" in line]
+
+
+def wandb_records(log: Path) -> str:
+    """The records of an offline W&B run, a line of JSON each, by W&B's own reader: its file cuts them into blocks."""
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(log)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def adapter(name: str) -> dict[str, "torch.Tensor"]:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import wandb
-from conftest import FOUR_STEPS, MINIATURE, ROOT, adapter, assert_same, losses
+from conftest import FOUR_STEPS, MINIATURE, ROOT, adapter, assert_same, losses, wandb_records
 from safetensors.torch import load_file, save_file
 
 from medibot import tracking
@@ -334,9 +334,8 @@ def test_a_wandb_server_that_fails_does_not_change_the_training(kind, miniature,
 def test_the_wandb_run_shows_config_metrics_tables_and_artifacts(miniature):
     train(miniature("quickstart"), "mini")
     (folder,) = (open_run("mini").folder / "wandb").glob("offline-run-*")
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
-    summary = json.loads(subprocess.run([*command, "--summary", folder], capture_output=True, text=True).stdout)
-    records = subprocess.run([*command, folder], capture_output=True, text=True).stdout
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", "--summary", folder]
+    summary, records = json.loads(subprocess.check_output(command, text=True)), wandb_records(folder)
     assert {"recipe", "split", "ledger", "leaks", "environment"} <= set(summary["config"])
     assert "examples" not in json.dumps(summary["config"]["ledger"])
     shown = json.dumps(summary["summary"])
