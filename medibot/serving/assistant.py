@@ -41,6 +41,8 @@ class Assistant:
         silence_upstream()
         self.run = find_finished_run(run) if isinstance(run, str) else run
         self.recipe = load_recipe(str(self.run.recipe))
+        # What readers of answers are told first: what this is not, and what its data lacks
+        self.about = " ".join(filter(None, (NOTICE, self.recipe.evaluation.caveat)))
         # The run's own copy of tokenizer and template, so that use cannot differ from training
         self.tokenizer = AutoTokenizer.from_pretrained(self.run.weights)
         self.config = GenerationConfig.from_pretrained(self.run.weights)
@@ -54,11 +56,6 @@ class Assistant:
         self.turns = Turns()
         # Upstream's tokenizer changes its own state while it reads control tokens as text
         self.tokenizing = threading.Lock()
-
-    @property
-    def about(self) -> str:
-        """Return what readers of answers are told first: what this is not, and what its data lacks."""
-        return " ".join(filter(None, (NOTICE, self.recipe.evaluation.caveat)))
 
     def notice(self, message: str) -> str | None:
         """Return what comes before the answer to a message that describes an emergency; None without one."""
@@ -78,8 +75,7 @@ class Assistant:
     ) -> "Reply":
         """Return the answer of "base" or "tuned" to a conversation that ends with a user's message, not yet begun.
 
-        It has a system message or none, then user and assistant in turn. The oldest turns are left out until prompt
-        and answer fit the context window, unless the `whole` is wanted.
+        The oldest turns are left out until prompt and answer fit the context window, unless the `whole` is wanted.
         """
         roles = " ".join(message["role"] for message in messages)
         if not re.fullmatch(r"(system )?(user assistant )*user", roles):
@@ -173,8 +169,7 @@ class Reply:
         self.random_state = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         self.assistant.turns.give()
         self.take_model()
-        self.completion_tokens = input_ids.shape[1] - self.prompt_tokens
-        stop = self.cancelled.is_set()
+        self.completion_tokens, stop = input_ids.shape[1] - self.prompt_tokens, self.cancelled.is_set()
         if int(input_ids[0, -1]) in self.assistant.config.eos_token_id:
             self.finish_reason = "stop"
         elif stop:

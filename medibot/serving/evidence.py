@@ -116,7 +116,17 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         highest[0, place] = evidence.shares(row["question"], evidence.topics).max(initial=-1, where=others)
         highest[1, place] = evidence.shares(row["question"], topics).max(initial=-1, where=mates)
     unseen, seen = (found[found >= 0] for found in highest)
-    threshold = choose_threshold(unseen, seen)
+    # No group has a second question: what 9 of 10 questions on unseen topics stay below
+    threshold = round(float(numpy.quantile(unseen, 0.9)), 3) if len(unseen) else 1.0
+    if len(seen) and len(unseen):
+        # The best by Youden's index (Cancer 3(1), 1950), the share of `seen` not below it less that of `unseen`; or
+        # rather the lowest within one standard error of it, for people misspell
+        labels = numpy.repeat([1, 0], [len(seen), len(unseen)])
+        # Rounded down, so that the question at the threshold stays close
+        scores = numpy.floor(numpy.concatenate([seen, unseen]) * 1000) / 1000
+        wrong, caught, candidates = roc_curve(labels, scores, drop_intermediate=False)
+        gain, error = caught - wrong, (caught * (1 - caught) / len(seen) + wrong * (1 - wrong) / len(unseen)) ** 0.5
+        threshold = float(candidates[gain >= gain.max() - error[gain.argmax()]].min())
     measured = {
         "split": "validation" if validation else "train",
         "unseen_topics": len(unseen),
@@ -135,19 +145,3 @@ def read_questions(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]]
         sources = {name: row[named[name]] if name in named else None for name in COLUMNS}
         rows.append({"question": row["prompt"][-1]["content"]} | sources)
     return rows, numpy.array(split["group"])
-
-
-def choose_threshold(unseen: numpy.ndarray, seen: numpy.ndarray) -> float:
-    """Return the lowest similarity within a standard error of the best by Youden's index (Cancer 3(1), 1950).
-
-    The index is the share of `seen` not below it less that of `unseen`; the lowest, for people misspell.
-    """
-    if not len(seen) or not len(unseen):
-        # No group has a second question: what 9 of 10 questions on unseen topics stay below
-        return round(float(numpy.quantile(unseen, 0.9)), 3) if len(unseen) else 1.0
-    # Rounded down, so that the question at the threshold stays close
-    scores = numpy.floor(numpy.concatenate([seen, unseen]) * 1000) / 1000
-    labels = numpy.repeat([1, 0], [len(seen), len(unseen)])
-    wrong, caught, candidates = roc_curve(labels, scores, drop_intermediate=False)
-    gain, error = caught - wrong, (caught * (1 - caught) / len(seen) + wrong * (1 - wrong) / len(unseen)) ** 0.5
-    return float(candidates[gain >= gain.max() - error[gain.argmax()]].min())

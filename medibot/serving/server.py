@@ -32,8 +32,7 @@ from medibot.serving.protocol import ApiError, ChatRequest, begin_reply, error_b
 
 # Answers made at once, and requests that may wait behind them
 RUNNING, WAITING = 8, 16
-MAX_BODY_BYTES, BODY_SECONDS, CONNECTIONS = 262_144, 10, 256
-log = logging.getLogger(__name__)
+MAX_BODY_BYTES, BODY_SECONDS = 262_144, 10
 # Names under which a browser on this machine knows the server; any other is a page that rebound its own name
 OUR_HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::\d{1,5})?", re.IGNORECASE)
 # What keeps answers in
@@ -92,7 +91,7 @@ class Server(uvicorn.Server):
             access_log=False,
             headers=HEADERS,
             server_header=False,
-            limit_concurrency=CONNECTIONS,
+            limit_concurrency=256,
             timeout_graceful_shutdown=5,
         )
         super().__init__(config)
@@ -159,7 +158,7 @@ class Answer:
         if self.server.should_exit:
             raise ApiError(503, "the server is stopping", None, "stopping")
         if self.reply.failure is not None:
-            log.error("an answer failed", exc_info=self.reply.failure)
+            logging.getLogger(__name__).error("an answer failed", exc_info=self.reply.failure)
             raise ApiError(500, "the model failed while it answered", None, "model_failed")
 
     def part(self, finish_reason: str | None = None, **content: dict[str, str]) -> dict[str, Any]:
@@ -170,11 +169,6 @@ class Answer:
         """Return the token counts, once the text is complete."""
         asked, said = self.reply.prompt_tokens, self.reply.completion_tokens
         return {"usage": {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}}
-
-    async def whole(self) -> dict[str, Any]:
-        """Return the response as one object."""
-        message = {"role": "assistant", "content": self.before + "".join([piece async for piece in self.text()])}
-        return self.part(self.reply.finish_reason, message=message) | self.usage() | {"medibot": self.notes}
 
     async def events(self) -> AsyncGenerator[str]:
         """Yield the response as server-sent events; role and notices are sent before the model begins."""
@@ -223,7 +217,9 @@ def make_application(server: Server) -> ASGIApp:
         answer.watcher = asyncio.create_task(answer.leave_with_client(request))
         if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
-        return JSONResponse(await answer.whole())
+        message = {"role": "assistant", "content": answer.before + "".join([piece async for piece in answer.text()])}
+        whole = answer.part(answer.reply.finish_reason, message=message)
+        return JSONResponse(whole | answer.usage() | {"medibot": answer.notes})
 
     routes = [
         Route("/", home),
@@ -243,8 +239,9 @@ def guard(application: ASGIApp) -> ASGIApp:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         if not OUR_HOST.fullmatch(host) or origin not in (None, f"http://{host}"):
-            what = "this server answers to 127.0.0.1 and localhost, and to its own page"
-            raise ApiError(403, what, None, "forbidden")
+            raise ApiError(
+                403, "this server answers to 127.0.0.1 and localhost, and to its own page", None, "forbidden"
+            )
         await application(scope, receive, send)
 
     return guarded
