@@ -61,12 +61,12 @@ TOPIC_PREFIX = re.compile(r"(?<=\s)(?:What I need to know about|Causes of|Parasi
 
 # Template in the file -> a question as people ask it; \1 is the topic.
 QUESTIONS = {
-    re.compile(r"What is \(are\) (.+)\?"): r"What is \1?",
-    re.compile(r"How to diagnose (.+)\?"): r"How is \1 diagnosed?",
-    re.compile(r"How to prevent (.+)\?"): r"How can \1 be prevented?",
-    re.compile(r"What to do for (.+)\?"): r"What should I know about \1?",
-    re.compile(r"Do you have information about (.+)\?"): r"What can you tell me about \1?",
-    re.compile(r"[Ww]hat research (?:\(.+?\) )?is being done for (.+)\?"): r"What research is being done on \1?",
+    r"What is \(are\) (.+)\?": r"What is \1?",
+    r"How to diagnose (.+)\?": r"How is \1 diagnosed?",
+    r"How to prevent (.+)\?": r"How can \1 be prevented?",
+    r"What to do for (.+)\?": r"What should I know about \1?",
+    r"Do you have information about (.+)\?": r"What can you tell me about \1?",
+    r"[Ww]hat research (?:\(.+?\) )?is being done for (.+)\?": r"What research is being done on \1?",
 }
 
 
@@ -190,7 +190,7 @@ def ask_naturally(row: Row) -> Row:
         return row
     question = TOPIC_PREFIX.sub("", question.rstrip(" ?"), count=1) + "?"
     for template, natural in QUESTIONS.items():
-        if match := template.fullmatch(question):
+        if match := re.fullmatch(template, question):
             head = TOPIC_HEAD.match(match[1])
             if natural == r"What is \1?" and head and not SINGULAR.search(head[0]):
                 natural = r"What are \1?"

@@ -79,12 +79,9 @@ def render(recipe: Recipe, rows: list[Row]) -> pyarrow.Table:
     rendered = []
     for row in rows:
         # Counts stay numbers, text stays text, anything else becomes JSON, so that one column has one type
-        others = {
-            key: json.dumps(value, ensure_ascii=False, default=str)
-            if key not in {"row", "part", "tokens"} and not isinstance(value, str | None)
-            else value
-            for key, value in row.items()
-            if key not in COLUMNS
-        }
+        others = {key: value for key, value in row.items() if key not in COLUMNS}
+        for key, value in others.items():
+            if key not in ("row", "part", "tokens") and not isinstance(value, str | None):
+                others[key] = json.dumps(value, ensure_ascii=False, default=str)
         rendered.append(others | messages(recipe, row) | kwargs)
     return pyarrow.Table.from_pylist(rendered)

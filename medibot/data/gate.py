@@ -3,6 +3,7 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -41,6 +42,7 @@ class Audit:
         split: str = "train",
     ) -> None:
         self.dataset, self.tokenizer, self.stops, self.limit, self.split = dataset, tokenizer, stops, limit, split
+        self.template_ids = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
         # Special tokens, and added tokens that the chat template writes
         self.controls = {
             number
@@ -70,10 +72,6 @@ class Audit:
                 self.violations.setdefault(key, []).append(index)
         if self.rows_in != self.rows_out:
             self.violations["lost"] = list(range(*sorted((self.rows_in, self.rows_out))))
-
-    def template_ids(self, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
-        """Return the token ids of a rendered conversation."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
 
     def faults(self, ids: list[int], labels: list[int], row: dict[str, Any] | None) -> Iterator[str]:
         """Yield the keys of NAMES under which a row of the trainer's is at fault; `row` is its conversation."""
