@@ -56,15 +56,15 @@ def call_loader(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
     """Load the base weights, safetensors only, quantized if the recipe says so; on `device`, or by upstream's rules."""
-    written = ("attn_implementation", "variant", "use_kernels")
-    kwargs = {key: recipe.model[key] for key in written if key in recipe.model}
+    kwargs = {
+        key: recipe.model[key] for key in ("attn_implementation", "variant", "use_kernels") if key in recipe.model
+    }
     kwargs |= {"dtype": dtype, "use_safetensors": True, "quantization_config": make_quantization_config(recipe, dtype)}
     kwargs |= {"device_map": {"": device}} if device else {}
     try:
         model = call_loader(recipe, "safetensors weights", AutoModelForCausalLM.from_pretrained, **kwargs)
     except ImportError as error:
-        remedy = "install it, or leave the setting out: sdpa"
-        raise recipe.error("model.attn_implementation", one_line(error), remedy) from error
+        raise recipe.error("model.attn_implementation", one_line(error), "install it, or leave it out: sdpa") from error
     if recipe.quantization and not torch.cuda.is_available():
         keep_4bit_trainable(model)
     return model
@@ -99,8 +99,7 @@ def identify_base(recipe: Recipe) -> dict[str, str]:
     if not Path(path).is_dir():
         config = call_loader(recipe, "config", AutoConfig.from_pretrained)
         return {"hub": path, "commit": str(config._commit_hash)}
-    names = sorted(p for p in Path(path).iterdir() if p.suffix in IDENTIFYING)
-    return {file.name: hash_file(file) for file in names}
+    return {file.name: hash_file(file) for file in sorted(Path(path).iterdir()) if file.suffix in IDENTIFYING}
 
 
 def hash_file(path: Path) -> str:

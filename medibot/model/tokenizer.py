@@ -23,26 +23,19 @@ MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the tokenizer with its own chat template, or the file that `training.chat_template_path` names."""
     tokenizer = call_loader(recipe, "tokenizer", AutoTokenizer.from_pretrained)
-    set_template(recipe, tokenizer)
+    key, remedy = "model.pretrained_model_name_or_path", "name a .jinja file in training.chat_template_path"
     if tokenizer.eos_token_id is None:
-        raise recipe.error("model.pretrained_model_name_or_path", "the tokenizer has no end token", "take a chat model")
+        raise recipe.error(key, "the tokenizer has no end token", "take a chat model")
     if tokenizer.pad_token is None:
         # Labels are padded by position and attention is masked, so sharing the end token costs nothing
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def set_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put the recipe's template in the place of the model's; raise RecipeError for one that renders no chat."""
-    key, remedy = "model.pretrained_model_name_or_path", "name a .jinja file in training.chat_template_path"
     if written := recipe.training.get("chat_template_path"):
         key, remedy = "training.chat_template_path", "repair it"
         try:
             tokenizer.chat_template = Path(written).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise recipe.error(key, f"{written} is not UTF-8 text", "save it as UTF-8") from error
-        except OSError as error:
-            raise recipe.error(key, f"{written!r} not found", "give a .jinja file") from error
+        except (OSError, UnicodeDecodeError) as error:
+            wrong = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "not found"
+            raise recipe.error(key, f"{written!r} {wrong}", "give a .jinja file, save it as UTF-8") from error
     if not tokenizer.chat_template:
         raise recipe.error(key, "the tokenizer has no chat template", f"take a chat model, or {remedy}")
     try:
@@ -51,6 +44,7 @@ def set_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         raise recipe.error(key, f"the chat template cannot be rendered: {error}", remedy) from error
     if not all(message["content"] in text for message in SAMPLE_CHAT):
         raise recipe.error(key, "the chat template leaves out what the messages say", remedy)
+    return tokenizer
 
 
 def template_kwargs(recipe: Recipe) -> dict[str, Any]:
