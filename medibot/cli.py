@@ -134,11 +134,11 @@ def plan(
     """Plan memory, largest micro-batch, steps, time and disk of a training; load no weights."""
     from medibot.planning.hardware import read_hardware
     from medibot.run import outputs_folder
-    from medibot.training.launch import hardware_config, launched_processes, split_launch
+    from medibot.training.launch import hardware_config, parse_launch
 
     checked = load_recipe(recipe, overrides or [])
     hardware = read_hardware(hardware_config(accelerate))
-    processes = launched_processes(hardware, split_launch(launch))
+    _, processes, _ = parse_launch(launch, hardware)
     from medibot.planning.plan import plan_recipe
 
     show(plan_recipe(checked, gpu, hardware, processes))
@@ -160,8 +160,7 @@ def train(
     # Every accelerate launcher sets this one
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         options = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
-        more = launching.split_launch(launch)
-        sys.exit(launching.launch(recipe, overrides or [], options, accelerate, more))
+        sys.exit(launching.launch(recipe, overrides or [], options, accelerate, launch))
     # Until there is something to save, a signal just ends it, without Python's traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     checked = load_recipe(recipe, overrides or [])

@@ -502,23 +502,30 @@ LAUNCHES = [
         files={"a.yaml": ""},
     ),
     case(
-        "launch quote", "train mine.yaml --accelerate a.yaml --launch '\"x'", "LAUNCH: ", "close the quote", files=ONE
+        "launch quote",
+        "train mine.yaml --accelerate a.yaml --launch '\"x'",
+        "LAUNCH: No closing quotation",
+        "every quote is closed",
+        files=ONE,
     ),
     case(
         "no process",
         "train mine.yaml --accelerate a.yaml --launch=--num_processes=0",
-        "LAUNCH: --num_processes 0",
+        "LAUNCH: --num_processes=0 starts nothing",
+        "a whole number from 1",
         files=ONE,
     ),
     case(
         "few processes",
         "train mine.yaml --accelerate a.yaml --launch '--num_processes few'",
+        "--num_processes: invalid int value: 'few'",
         "a whole number",
         files=ONE,
     ),
     case(
         "processes left out",
         "train mine.yaml --accelerate a.yaml --launch=--num_processes",
+        "--num_processes: expected one argument",
         "a whole number",
         files=ONE,
     ),

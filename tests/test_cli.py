@@ -12,9 +12,9 @@ from conftest import ROOT, SAMPLE
 
 from medibot import cli
 from medibot.errors import RecipeError
-from medibot.planning.hardware import read_hardware
+from medibot.planning.hardware import Hardware, read_hardware
 from medibot.serving.emergencies import NOTICE
-from medibot.training.launch import LAUNCHED_ON_CPU, ONE_CPU_PROCESS, hardware_config, launched_processes, split_launch
+from medibot.training.launch import LAUNCHED_ON_CPU, ONE_CPU_PROCESS, hardware_config, parse_launch
 
 HEAVY = "torch transformers trl peft datasets wandb bitsandbytes accelerate"
 
@@ -73,8 +73,8 @@ def test_hardware_is_what_the_machine_has(devices, config, monkeypatch):
 def test_accelerate_names_the_hardware(monkeypatch):
     monkeypatch.chdir(ROOT)
     read = {name: read_hardware(hardware_config(name)) for name in ("cpu-2", "multi-gpu")}
-    assert launched_processes(read["cpu-2"], []) == 2
-    assert launched_processes(read["multi-gpu"], ["--num_processes", "4"]) == 4
+    assert parse_launch("", read["cpu-2"]) == ([], 2, 1)
+    assert parse_launch("--num_processes 4", read["multi-gpu"])[1] == 4
     with pytest.raises(RecipeError, match="there are: cpu, cpu-2"):
         hardware_config("tpu")
 
@@ -203,15 +203,18 @@ def test_nothing_is_sent_about_its_use(medibot, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("launch", "words"),
+    ("launch", "parsed"),
     [
-        ("", []),
-        ("--num_processes=2 --debug", ["--num_processes", "2", "--debug"]),
-        ("--main_process_ip 'a b' -x=1", ["--main_process_ip", "a b", "-x=1"]),
+        ("", ([], 3, 1)),
+        ("--num_processes=2 --debug", (["--num_processes=2", "--debug"], 2, 1)),
+        (
+            "--num_machines 2 --main_process_ip 'a b' -x=1",
+            (["--num_machines", "2", "--main_process_ip", "a b", "-x=1"], 3, 2),
+        ),
     ],
 )
-def test_launch_arguments_are_split_as_a_shell_does(launch, words):
-    assert split_launch(launch) == words
+def test_launch_arguments_are_split_as_a_shell_does(launch, parsed):
+    assert parse_launch(launch, Hardware(settings={"num_processes": 3})) == parsed
 
 
 def test_training_shows_a_progress_bar_on_a_terminal(workplace, make_model):

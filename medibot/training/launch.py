@@ -1,19 +1,20 @@
 """Start a training in processes of its own on this machine's hardware, and bring back its exit code."""
 
+import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, one_line
 from medibot.planning.conflicts import refuse_conflicts, share_batch
 from medibot.planning.hardware import Hardware, read_hardware
 from medibot.recipe import load_recipe
@@ -26,19 +27,18 @@ ONE_CPU_PROCESS |= {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"
 LAUNCHED_ON_CPU = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
-def launch(recipe: str, overrides: list[str], options: list[str], accelerate: str | None, more: list[str]) -> int:
+def launch(recipe: str, overrides: list[str], options: list[str], accelerate: str | None, text: str) -> int:
     """Run `medibot train` under `accelerate launch` and return the training's own exit code.
 
-    `options` are those of the training, `more` those of the launcher. One process on a CPU is started as accelerate's
+    `options` are those of the training, `text` those of the launcher. One process on a CPU is started as accelerate's
     launcher would start it, without the seconds in which that imports torch.
     """
     config = hardware_config(accelerate)
     hardware = read_hardware(config)
-    processes = launched_processes(hardware, more)
+    more, processes, machines = parse_launch(text, hardware)
     if processes > 1 or hardware.sharded:
         # Say in one process what is wrong before several do, and leave the prepared data for all of them
         checked = load_recipe(recipe, overrides)
-        machines = read_option("--num_machines", more) or hardware.settings.get("num_machines", 1)
         refuse_conflicts(checked, hardware, visible_gpus(), machines)
         share_batch(checked, processes)
         from medibot.data.prepared import prepare
@@ -62,7 +62,7 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> int:
         environment = os.environ | environment | {"MEDIBOT_EXIT": str(code)}
         # A session of its own: what is signalled to this process reaches the training only through it
         launcher = psutil.Popen(command, env=environment, start_new_session=True)
-        with Signals(partial(stop, launcher), partial(end, launcher)) as signals:
+        with Signals(partial(stop, launcher), partial(stop, launcher, kill=True)) as signals:
             finished = launcher.wait()
         if code.is_file():
             # The launcher turns every failure into 1
@@ -78,23 +78,15 @@ def run_launcher(command: list[str], environment: dict[str, str]) -> int:
     return 128 - finished if finished < 0 else finished
 
 
-def stop(launcher: psutil.Popen) -> None:
-    """Signal the training's processes, which save and stop; accelerate's launcher of one process would not."""
+def stop(launcher: psutil.Popen, kill: bool = False) -> None:
+    """Signal the training's processes, which save and stop, since accelerate's launcher would not; or `kill` everything."""
     processes = launcher.children() if "accelerate.commands.launch" in launcher.args else [launcher]
-    for process in processes:
+    kill = kill or not processes
+    for process in [*launcher.children(recursive=True), launcher] if kill else processes:
         with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    if processes:
+            process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+    if not kill:
         print("stopping at the end of this step; again ends at once", file=sys.stderr, flush=True)
-    else:
-        end(launcher)
-
-
-def end(launcher: psutil.Popen, *_: Any) -> None:
-    """Kill everything."""
-    for process in [*launcher.children(recursive=True), launcher]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def leave_exit_code(code: int) -> bool:
@@ -114,28 +106,22 @@ def hardware_config(name: str | None) -> Path:
     return find_by_name("ACCELERATE", name or here, search_folders("accelerate_configs"))
 
 
-def split_launch(launch: str) -> list[str]:
-    """Return `--launch`'s text as arguments; `--option=value` as two."""
+def parse_launch(text: str, hardware: Hardware) -> tuple[list[str], int, int]:
+    """Return `--launch`'s text as arguments, and how many processes and machines these or the config start in all."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    # A config without a number takes every GPU
+    started = hardware.settings.get("num_processes") or max(1, visible_gpus())
+    parser.add_argument("--num_processes", type=int, default=started)
+    parser.add_argument("--num_machines", type=int, default=hardware.settings.get("num_machines", 1))
     try:
-        words = shlex.split(launch)
-    except ValueError as error:
-        raise RecipeError.of("LAUNCH", f"cannot be split: {error}", "close the quote") from error
-    return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-
-
-def launched_processes(hardware: Hardware, more: list[str]) -> int:
-    """Return how many processes the launch will start in all; a config without a number takes every GPU."""
-    return read_option("--num_processes", more) or hardware.settings.get("num_processes") or max(1, visible_gpus())
-
-
-def read_option(name: str, more: list[str]) -> int | None:
-    """Return the whole number that the launch's own arguments give `name`."""
-    if name not in more:
-        return None
-    number = "".join(more[more.index(name) + 1 :][:1])
-    if number.isdecimal() and int(number):
-        return int(number)
-    raise RecipeError.of("LAUNCH", f"{name} {number}".rstrip(), "give a whole number from 1")
+        words = shlex.split(text)
+        known, _ = parser.parse_known_args(words)
+        if min(known.num_processes, known.num_machines) < 1:
+            raise ValueError(f"{text} starts nothing")
+    except (ValueError, argparse.ArgumentError) as error:
+        remedy = "both numbers are a whole number from 1, and every quote is closed"
+        raise RecipeError.of("LAUNCH", one_line(error), remedy) from error
+    return words, known.num_processes, known.num_machines
 
 
 def visible_gpus() -> int:

@@ -114,7 +114,7 @@ def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, 
 def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(RecipeError, match="left out of the shards"):
-        launch(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), [])
+        launch(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), "")
     assert not list(workplace.iterdir())
 
 
