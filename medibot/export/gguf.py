@@ -44,7 +44,7 @@ def export_gguf(name: str) -> str:
         # No token, no key
         seen = {"PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS"} & os.environ.keys()
         environment = {key: os.environ[key] for key in seen} | {"HF_HUB_OFFLINE": "1"}
-        kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[read_json(weights / "config.json")["dtype"]]
+        kind = {"float32": "f32", "float16": "f16"}.get(read_json(weights / "config.json").get("dtype"), "bf16")
         command = [CONVERTER.absolute(), weights.absolute(), "--outtype", kind, "--outfile", file.name]
         done = subprocess.run(command, env=environment, cwd=partial, capture_output=True, text=True)
         if done.returncode or not file.is_file():
