@@ -11,7 +11,7 @@ from medibot import tracking
 from medibot.errors import RecipeError, one_line
 from medibot.evaluation.metrics import Metric
 from medibot.evaluation.report import Report, difference_table, write_report
-from medibot.evaluation.scores import Rows, batch_size, model_loader
+from medibot.evaluation.scores import Rows, model_loader
 from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
@@ -88,7 +88,8 @@ def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str,
     from lm_eval.models.huggingface import HFLM
 
     load, tokenizer = model_loader(recipe, run, precision.dtype), AutoTokenizer.from_pretrained(run.weights)
-    settings = {"batch_size": batch_size(recipe), "chat_template_args": recipe.data.chat_template_kwargs}
+    settings = {"batch_size": recipe.training.get("per_device_eval_batch_size", 8)}
+    settings |= {"chat_template_args": recipe.data.chat_template_kwargs}
     asked = {"num_fewshot": 0, "limit": limit, "bootstrap_iters": 0, "verbosity": "ERROR"}
     asked |= {"apply_chat_template": True, "system_instruction": recipe.data.system}
     rows: dict[tuple[str, int], dict[str, Any]] = {}
