@@ -1,6 +1,7 @@
 """Ask base and tuned model multiple-choice questions by lm-eval: did the fine-tune cost knowledge?"""
 
 import contextlib
+import itertools
 import logging
 from typing import Any
 
@@ -10,7 +11,7 @@ from medibot import tracking
 from medibot.errors import RecipeError, one_line
 from medibot.evaluation.metrics import Metric
 from medibot.evaluation.report import Report, difference_table, write_report
-from medibot.evaluation.scores import Rows, batch_size, model_loader
+from medibot.evaluation.scores import Rows, model_loader
 from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
@@ -22,6 +23,11 @@ TASKS = "benchmarks/tasks"
 ACCURACY = Metric("accuracy", "accuracy", "right", "higher", "Share of questions answered rightly.")
 SUBJECTS = ("anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics")
 MEDICAL = ("medqa", "medmcqa", "pubmedqa", *(f"mmlu_{name}" for name in (*SUBJECTS, "professional_medicine")))
+CLAIMS = {
+    "better": "{} answers more of these questions than its base model",
+    "worse": "{} cost knowledge: it answers fewer of these questions than its base model",
+    "no evidence": "no evidence that {} gained or lost knowledge",
+}
 
 
 def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
@@ -37,16 +43,23 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
     with locked(run, True):
         silence_upstream()
         rows = ask_both(run, recipe, precision, managers, limit)
-        compared = {task: compare_rows([row for row in rows if row["task"] == task]) for task in managers}
-        parts = compared | {"all": compare_rows(rows)}
+        parts: dict[str, dict[str, Any]] = {}
+        for task in (*managers, "all"):
+            asked = [row for row in rows if task in {row["task"], "all"}]
+            base, tuned = ([{"right": row[which]} for row in asked] for which in ("base", "tuned"))
+            questions = [f"{row['task']} {row['doc']}" for row in asked]
+            found = compare_scores(base, tuned, questions, (ACCURACY,))["accuracy"]
+            parts[task] = {"rows": len(asked)} | {key: found[key] for key in FIGURES}
+        whole, interval = parts["all"], interval_text(parts["all"], 1, scale=100)
+        claim = CLAIMS[whole["verdict"]].format(name)
+        verdict = f"{claim}: {100 * whole['difference']:+.1f} points (95 %: {interval}) on {whole['rows']} questions."
         results: dict[str, Any] = {"run": name, "limit": limit, "precision": precision.name}
-        results |= {"seed": SEED, "resamples": RESAMPLES, "tasks": compared, "all": parts["all"]}
-        results["verdict"] = verdict(name, parts["all"])
+        results |= {"seed": SEED, "resamples": RESAMPLES, "tasks": {task: parts[task] for task in managers}}
+        results |= {"all": whole, "verdict": verdict}
         quick = [f"A quick look: at most {limit} questions of each task."] if limit else []
-        lines = [([task, str(found["rows"])], found) for task, found in parts.items()]
+        lines = [([task, str(part["rows"])], part) for task, part in parts.items()]
         shown = [*quick, difference_table(["task", "questions"], lines, 3)]
-        files = {"results.json": results, "rows.jsonl": rows}
-        report = write_report(run.folder / "benchmark", files, results["verdict"], shown)
+        report = write_report(run.folder / "benchmark", {"results.json": results, "rows.jsonl": rows}, verdict, shown)
         config = {"recipe": recipe.as_dict(), "run": name, "run_fingerprint": run.record()["fingerprint"]}
         with tracking.tracked(recipe, run, config, True, job_type="benchmark") as mirrored:
             mirrored.summary({f"benchmark/{task}/{key}": v for task, part in parts.items() for key, v in part.items()})
@@ -71,10 +84,12 @@ def task_managers(tasks: list[str]) -> dict[str, Any]:
 
 def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str, Any], limit: int | None) -> Rows:
     """Return a row for each question: whether base and tuned model chose rightly, and the prompt that they saw."""
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     load, tokenizer = model_loader(recipe, run, precision.dtype), AutoTokenizer.from_pretrained(run.weights)
-    settings = {"batch_size": batch_size(recipe), "chat_template_args": recipe.data.chat_template_kwargs}
+    settings = {"batch_size": recipe.training.get("per_device_eval_batch_size", 8)}
+    settings |= {"chat_template_args": recipe.data.chat_template_kwargs}
     asked = {"num_fewshot": 0, "limit": limit, "bootstrap_iters": 0, "verbosity": "ERROR"}
     asked |= {"apply_chat_template": True, "system_instruction": recipe.data.system}
     rows: dict[tuple[str, int], dict[str, Any]] = {}
@@ -83,43 +98,18 @@ def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str,
             asker = HFLM(pretrained=model, tokenizer=tokenizer, **settings)
             for task, manager in managers.items():
                 print(f"{which}: {task}", flush=True)
-                for sample in ask(asker, task, {"task_manager": manager} | asked):
+                try:
+                    # Task files name their rows as seen from the folder that holds benchmarks/
+                    with contextlib.chdir(find_file(TASKS).resolve().parents[1]):
+                        found = simple_evaluate(asker, tasks=[task], task_manager=manager, **asked)
+                except (OSError, ValueError, ImportError) as error:
+                    what = f"{task} cannot be loaded: {one_line(error) or type(error).__name__}"
+                    remedy = "check that the hub is reachable; offline there is TASKS=sample"
+                    raise RecipeError.of("TASKS", what, remedy) from error
+                for sample in itertools.chain.from_iterable(found["samples"].values()):
+                    if "acc" not in sample:
+                        remedy = "name tasks that lm-eval scores by acc"
+                        raise RecipeError.of("TASKS", f"{task} is not multiple choice", remedy)
                     row = rows.setdefault((task, sample["doc_id"]), {"task": task, "doc": sample["doc_id"]})
                     row |= {which: int(sample["acc"]), "prompt": sample["arguments"][0][0]}
     return list(rows.values())
-
-
-def ask(asker: Any, task: str, settings: dict[str, Any]) -> Rows:
-    """Return lm-eval's sample of each question, in order."""
-    from lm_eval import simple_evaluate
-
-    try:
-        # Task files name their rows as seen from the folder that holds benchmarks/
-        with contextlib.chdir(find_file(TASKS).resolve().parents[1]):
-            found = simple_evaluate(asker, tasks=[task], **settings)
-    except (OSError, ValueError, ImportError) as error:
-        what = f"{task} cannot be loaded: {one_line(error) or type(error).__name__}"
-        raise RecipeError.of("TASKS", what, "check that the hub is reachable; offline there is TASKS=sample") from error
-    samples = [sample for of_task in found["samples"].values() for sample in of_task]
-    if not all("acc" in sample for sample in samples):
-        raise RecipeError.of("TASKS", f"{task} is not multiple choice", "name tasks that lm-eval scores by acc")
-    return samples
-
-
-def compare_rows(rows: Rows) -> dict[str, Any]:
-    """Return how many rows there are, and the paired difference of their accuracy."""
-    base, tuned = ([{"right": row[which]} for row in rows] for which in ("base", "tuned"))
-    questions = [f"{row['task']} {row['doc']}" for row in rows]
-    found = compare_scores(base, tuned, questions, (ACCURACY,))["accuracy"]
-    return {"rows": len(rows)} | {key: found[key] for key in FIGURES}
-
-
-def verdict(name: str, found: dict[str, Any]) -> str:
-    """Return the answer in one sentence."""
-    claim = {
-        "better": f"{name} answers more of these questions than its base model",
-        "worse": f"{name} cost knowledge: it answers fewer of these questions than its base model",
-        "no evidence": f"no evidence that {name} gained or lost knowledge",
-    }[found["verdict"]]
-    interval = interval_text(found, 1, scale=100)
-    return f"{claim}: {100 * found['difference']:+.1f} points (95 %: {interval}) on {found['rows']} questions."

@@ -1,12 +1,13 @@
 """Compare evaluated runs side by side: what differs in their recipes, curves, test metrics with paired intervals, cost."""
 
+import itertools
 import json
 from typing import Any
 
 from medibot.errors import RecipeError
 from medibot.evaluation.metrics import METRICS, Metric
 from medibot.evaluation.page import comparison_page
-from medibot.evaluation.report import Report, make_table, quick_look, write_report
+from medibot.evaluation.report import Report, make_table, write_report
 from medibot.evaluation.scores import Rows
 from medibot.evaluation.statistics import compare_scores, interval_text
 from medibot.recipe import find_differences, load_recipe
@@ -36,19 +37,29 @@ def compare(names: list[str], baseline: str = "base") -> Report:
     which = "base" if baseline == "base" else "tuned"
     against = rows if baseline == "base" else dict.fromkeys(names, rows[baseline])
     compared = {name: pair(rows[name], against[name], asked, which) for name in names}
+    # Without the keys that only name a run in W&B
+    differences = find_differences(
+        *(load_recipe(str(run.recipe)).as_dict() | {"tracking": None} for run in runs.values())
+    )
+    curves: dict[str, dict[str, Any]] = {name: {} for name in names}
+    cost = {name: run.record()["summary"]["cost"] for name, run in runs.items()}
+    seen, losses = "num_supervised_tokens_seen", (("train", "loss"), ("validation", "eval_loss"))
+    for (name, run), (kind, key) in itertools.product(runs.items(), losses):
+        logged = [line for line in read_lines(run.metrics) if key in line]
+        curves[name][kind] = [[line[seen], line["seconds"], line[key]] for line in logged]
     comparison = {
         "baseline": baseline,
         "runs": names,
         "sentence": verdict(rows, compared, baseline, asked),
         **{key: first[key] for key in ("fingerprint", "rows", "of", "groups")},
         "left_out": [metric.name for metric in METRICS if metric not in asked],
-        "differences": recipe_differences(list(runs.values())),
+        "differences": [[v if isinstance(v, str) else json.dumps(v) for v in row] for row in differences],
         "metrics": {name: metrics for name, metrics in compared.items() if name != baseline},
-        "curves": {name: read_curves(run) for name, run in runs.items()},
-        "cost": {name: run.record()["summary"]["cost"] for name, run in runs.items()},
+        # Each [supervised tokens, seconds, loss]
+        "curves": curves,
+        "cost": cost,
     }
-    spent = comparison["cost"].values()
-    costs = [[label, *(f"{of[key] / unit:{form}}" for of in spent)] for label, key, unit, form in COSTS]
+    costs = [[label, *(f"{of[key] / unit:{form}}" for of in cost.values())] for label, key, unit, form in COSTS]
     files = {"comparison.json": comparison, "report.html": comparison_page(comparison, costs)}
     folder = outputs_folder() / "comparisons" / "-".join(names)
     return write_report(folder, files, comparison["sentence"], show_tables(comparison, costs))
@@ -95,25 +106,10 @@ def verdict(rows: dict[str, Rows], compared: dict[str, Any], baseline: str, aske
     return text + f". {len(rows[best])} questions."
 
 
-def recipe_differences(runs: list[Run]) -> list[list[str]]:
-    """Return [key, value in each run…] of the recipe keys that differ, without those that only name a run in W&B."""
-    said = [load_recipe(str(run.recipe)).as_dict() | {"tracking": None} for run in runs]
-    return [[v if isinstance(v, str) else json.dumps(v) for v in row] for row in find_differences(*said)]
-
-
-def read_curves(run: Run) -> dict[str, list[list[float]]]:
-    """Return [supervised tokens, seconds, loss] of each logged step and of each evaluation."""
-    lines = read_lines(run.metrics)
-    return {
-        name: [[line["num_supervised_tokens_seen"], line["seconds"], line[key]] for line in lines if key in line]
-        for name, key in (("train", "loss"), ("validation", "eval_loss"))
-    }
-
-
 def show_tables(comparison: dict[str, Any], costs: list[list[str]]) -> list[Any]:
     """Return what differs, metrics and cost as people read them in a terminal."""
     runs, metrics = comparison["runs"], comparison["metrics"]
-    shown: list[Any] = [*quick_look(comparison)]
+    shown: list[Any] = []
     if comparison["left_out"]:
         shown.append(f"left out, since the tokenizers differ: {', '.join(comparison['left_out'])}")
     if comparison["differences"]:

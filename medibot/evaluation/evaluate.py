@@ -16,13 +16,20 @@ from medibot.errors import RecipeError
 from medibot.evaluation.metrics import METRICS, score_answer
 from medibot.evaluation.page import evaluation_page
 from medibot.evaluation.questions import Questions, choose_questions, held_out_file, question, reference
-from medibot.evaluation.report import Report, difference_table, quick_look, write_report
+from medibot.evaluation.report import Report, difference_table, write_report
 from medibot.evaluation.scores import Rows, model_loader, score_rows
 from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
 from medibot.model.tokenizer import tokenizer_fingerprint
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json
+
+# By likelihood: how the answers themselves read, the other metrics say
+CLAIMS = {
+    "better": "{} predicts the reference answers better than its base model",
+    "worse": "{} predicts the reference answers worse than its base model",
+    "no evidence": "no evidence that {} predicts the reference answers better or worse than its base model",
+}
 
 
 def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Report:
@@ -50,29 +57,23 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
             started = time.monotonic()
             scored[which] = score_rows(which, load, recipe, run, questions, prepared.precision)
             seconds[which] = round(time.monotonic() - started, 1)
-        lines = join_scores(questions, scored)
+        lines = []
+        for place, row in enumerate(questions.rows):
+            expected = reference(row)
+            line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
+            line |= {"question": question(row), "reference": expected}
+            for which, scores in scored.items():
+                size = {"bits": scores[place]["nll"] / math.log(2), "bytes": len(expected.encode())}
+                line[which] = scores[place] | size | score_answer(scores[place]["text"], expected)
+            lines.append(line)
         results = summarize(recipe, run, questions, lines)
         results |= {"precision": prepared.precision.name, "seconds": seconds}
         table = difference_table(["metric"], [([m["label"]], m) for m in results["metrics"].values()])
         files = {"results.json": results, "rows.jsonl": lines, "report.html": evaluation_page(results, lines)}
         folder = run.folder / ("eval" if data is None else f"eval-{data.stem}")
-        report = write_report(folder, files, results["verdict"], [*quick_look(results), table])
+        report = write_report(folder, files, results["verdict"], [table])
         mirror(recipe, run, report, lines)
     return report
-
-
-def join_scores(questions: Questions, scored: dict[str, Rows]) -> Rows:
-    """Return one line for each row: source columns, question, reference, and the scores of base and tuned."""
-    lines = []
-    for place, row in enumerate(questions.rows):
-        expected = reference(row)
-        line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
-        line |= {"question": question(row), "reference": expected}
-        for which, scores in scored.items():
-            size = {"bits": scores[place]["nll"] / math.log(2), "bytes": len(expected.encode())}
-            line[which] = scores[place] | size | score_answer(scores[place]["text"], expected)
-        lines.append(line)
-    return lines
 
 
 def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> dict[str, Any]:
@@ -80,6 +81,12 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
     config, by = questions.config, {}
     decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample} | recipe.evaluation.generate
     whole = compare_lines(lines)
+    nll, perplexity = whole["metrics"]["nll"], whole["metrics"]["perplexity"]
+    verdict = (
+        f"{CLAIMS[nll['verdict']].format(run.name)}: {nll['difference']:+.3f} nats a token (95 %: {interval_text(nll, 3)}) "
+        f"on {whole['rows']} questions of {whole['groups']} groups never seen in training; "
+        f"perplexity {perplexity['baseline']:.2f} -> {perplexity['value']:.2f}."
+    )
     for column in recipe.evaluation.by:
         if column not in lines[0]:
             print(f"warning: no column {column!r} to break the results down by")
@@ -88,7 +95,7 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
         by[column] = {part: compare_lines([line for line in lines if str(line[column]) == part]) for part in parts}
     return {
         "run": run.name,
-        "verdict": verdict(run.name, **whole),
+        "verdict": verdict,
         "model": recipe.model["pretrained_model_name_or_path"],
         "method": method_name(recipe),
         "data": questions.described,
@@ -109,24 +116,9 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
 def compare_lines(lines: Rows) -> dict[str, Any]:
     """Return how many rows there are, of how many groups of the split, and base against tuned on each metric."""
     base, tuned, group = ([line[key] for line in lines] for key in ("base", "tuned", "group"))
-    metrics = compare_scores(base, tuned, group)
-    for metric in METRICS:
-        metrics[metric.name]["definition"] = metric.definition
+    definitions = {metric.name: {"definition": metric.definition} for metric in METRICS}
+    metrics = {name: found | definitions[name] for name, found in compare_scores(base, tuned, group).items()}
     return {"rows": len(lines), "groups": len(set(group)), "metrics": metrics}
-
-
-def verdict(name: str, rows: int, groups: int, metrics: dict[str, dict[str, Any]]) -> str:
-    """Return the answer in one sentence, by likelihood: how the answers themselves read, the other metrics say."""
-    nll, perplexity = metrics["nll"], metrics["perplexity"]
-    claim = {
-        "better": f"{name} predicts the reference answers better than its base model",
-        "worse": f"{name} predicts the reference answers worse than its base model",
-        "no evidence": f"no evidence that {name} predicts the reference answers better or worse than its base model",
-    }[nll["verdict"]]
-    return (
-        f"{claim}: {nll['difference']:+.3f} nats a token (95 %: {interval_text(nll, 3)}) on {rows} questions of {groups} "
-        f"groups never seen in training; perplexity {perplexity['baseline']:.2f} -> {perplexity['value']:.2f}."
-    )
 
 
 def mirror(recipe: Recipe, run: Run, report: Report, lines: Rows) -> None:

@@ -10,18 +10,8 @@ from sacrebleu.metrics.chrf import CHRF as ChrF
 
 from medibot.recipe.files import read_data
 
-UNITS = {
-    "milligrams?|mgs?": "mg",
-    "micrograms?|mcg|µg|μg|ug": "mcg",
-    "kilograms?|kgs?": "kg",
-    "grams?|g": "g",
-    "millilit(?:er|re)s?|ml": "ml",
-    "lit(?:er|re)s?|l": "l",
-    "international units?|iu": "iu",
-    "units?": "units",
-    "millimoles?|mmol": "mmol",
-    "percent|per cent|%": "%",
-}
+# A unit's spellings, as a regular expression, and its symbol
+UNITS: dict[str, str] = read_data(__file__, "units.yaml")
 WRITTEN = r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![.,]?\d)"
 NUMBER, LIST_MARKER = re.compile(WRITTEN), re.compile(r"^\s*\d+[.)](?=\s)", re.MULTILINE)
 UNIT = rf"({'|'.join(f'(?:{names})' for names in UNITS)})(?:\s?/\s?(dl|ml|l|kg|day))?(?![a-z])"

@@ -29,10 +29,9 @@ Plots = list[tuple[str, Markup]]
 def evaluation_page(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return the page of one evaluation, from results.json and rows.jsonl; the same input gives the same bytes."""
     plots: Plots = []
-    gains = "How much lower the negative log-likelihood of each reference is after training, row by row: "
-    with plot(plots, gains + "right of the line the tuned model is better.", 3) as (axes,):
-        bins = min(40, max(5, len(rows) // 5))
-        axes.hist([gain(row) for row in rows], bins=bins, color=TUNED, edgecolor="white", linewidth=0.5)
+    text = "Base minus tuned negative log-likelihood of each reference: right of the line the tuned model is better."
+    with plot(plots, text, 3) as (axes,):
+        axes.hist([gain(row) for row in rows], bins=30, color=TUNED, edgecolor="white", linewidth=0.5)
         axes.axvline(0, color=PLAIN, linewidth=1)
         axes.set(xlabel="base minus tuned (nats a token)", ylabel="rows")
     with plot(plots, "Words of the answers and of the references, as the share of rows at most so long.", 3) as (axes,):
@@ -75,10 +74,9 @@ def comparison_page(comparison: dict[str, Any], cost: list[list[str]]) -> str:
 
 def side_by_side(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the largest gains and losses in nats a token, and a draw that is the same each time."""
-    ordered = sorted(rows, key=gain)
+    ordered, drawn = sorted(rows, key=gain), random.Random(0).sample(rows, min(SHOWN, len(rows)))
     wins = [row for row in reversed(ordered) if gain(row) > 0][:SHOWN]
     losses = [row for row in ordered if gain(row) < 0][:SHOWN]
-    drawn = random.Random(0).sample(rows, min(SHOWN, len(rows)))
     titled = [("Largest gains", wins), ("Largest losses", losses), ("Drawn at random", drawn)]
     return [(title, chosen) for title, chosen in titled if chosen]
 
@@ -105,20 +103,15 @@ def plot(plots: Plots, caption: str, height: float, panels: int = 1) -> Generato
 def plot_intervals(
     plots: Plots, caption: str, found: list[tuple[str, dict[str, Any]]], label: str, minutes: list[float] | None = None
 ) -> None:
-    """Draw each difference as a dot on its interval, hollow without one: a line each, or at the `minutes` it took."""
+    """Draw each difference as a dot on its interval, if it has one: a line each, or at the `minutes` it took."""
     with plot(plots, caption, 3.4 if minutes else 1 + 0.3 * len(found)) as (axes,):
         places, colours = minutes or range(len(found)), itertools.cycle(COLOURS if minutes else [TUNED])
         for (name, metric), place, colour in zip(found, places, colours, strict=False):
-            face = "none"
-            if metric["low"] is not None:
-                axes.plot([metric["low"], metric["high"]], [place, place], color=colour, linewidth=2)
-                face = colour
-            style = {"color": face, "markeredgecolor": colour, "label": name if minutes else None}
-            axes.plot(metric["difference"], place, "o", **style)
+            axes.plot([metric["low"], metric["high"]], [place, place], color=colour, linewidth=2)
+            axes.plot(metric["difference"], place, "o", color=colour, label=name if minutes else None)
         axes.axvline(0, color=PLAIN, linewidth=1)
         axes.set_xlabel(label)
         if minutes:
             axes.set(ylim=(0, 1.2 * max(minutes)), ylabel="training steps (minutes)")
         else:
-            axes.set_yticks(range(len(found)), [name for name, _ in found])
-            axes.set_ylim(len(found) - 0.5, -0.5)
+            axes.set(yticks=places, yticklabels=[name for name, _ in found], ylim=(len(found) - 0.5, -0.5))

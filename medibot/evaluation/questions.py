@@ -30,7 +30,7 @@ AS_IT_IS += ["training.eval_strategy=no", "training.eval_on_start=false"]
 class Questions:
     """The rows that are asked: conversations, and their `input_ids` and `labels` as TRL makes them for training.
 
-    `of` rows there are; `known` names those that stand in the training split; `tokenizer` and `config` are the run's.
+    There are `of` rows; `known` stand in the training split; `tokenizer` and `config` are the run's.
     """
 
     rows: Dataset

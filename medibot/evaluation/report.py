@@ -30,12 +30,15 @@ class Report:
 
 def write_report(folder: Path, files: dict[str, Any], verdict: str, shown: list[Any]) -> Report:
     """Write {name: content}; the first are the results, which come last, so that they are there only with the rest."""
+    results = next(iter(files.values()))
+    if results.get("rows", 0) < results.get("of", 0):
+        shown = [f"A quick look: {results['rows']} of {results['of']} rows.", *shown]
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in reversed(files.items()):
         if name.endswith(".jsonl"):
             content = "\n".join(json.dumps(line, ensure_ascii=False) for line in content)
         Run(folder).write(name, content)
-    return Report(next(iter(files.values())), folder, list(files), verdict, shown)
+    return Report(results, folder, list(files), verdict, shown)
 
 
 def make_table(header: list[str], rows: list[list[str]], title: str | None = None) -> Table:
@@ -53,9 +56,3 @@ def difference_table(header: list[str], rows: list[tuple[list[str], dict[str, An
         figures = [f"{found[key]:{sign}.{digits}f}" for key, sign in signs.items()]
         cells.append([*first, *figures, interval_text(found, digits), found["verdict"]])
     return make_table([*header, "base", "tuned", "difference", "95 % interval", "verdict"], cells)
-
-
-def quick_look(results: dict[str, Any]) -> list[str]:
-    """Return a line that says so where not all rows were asked."""
-    few = results["rows"] < results["of"]
-    return [f"A quick look: {results['rows']} of {results['of']} rows."] if few else []

@@ -55,9 +55,10 @@ def model_loader(recipe: Recipe, run: Run, dtype: torch.dtype) -> Loader:
 
 def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> Rows:
     """Return likelihood and answer of each row, in order; each batch is kept on the disk as it is done."""
-    folder, name = Run(cache_folder().with_name("scores")), scores_name(which, recipe, run, questions, precision)
+    folder, most = Run(cache_folder().with_name("scores")), recipe.training.get("per_device_eval_batch_size", 8)
+    file_name, template = scores_name(which, recipe, run, questions, precision, most), template_kwargs(recipe)
     folder.folder.mkdir(parents=True, exist_ok=True)
-    file, batches = folder.folder / f"{name}.jsonl", make_batches(questions, batch_size(recipe))
+    file, batches = folder.folder / f"{file_name}.jsonl", make_batches(questions, most)
     with FileLock(file.with_suffix(".lock")):
         done = {tuple(line["batch"]): line["scores"] for line in read_lines(file)}
         # A line that a killed evaluation never finished must not be continued
@@ -70,7 +71,14 @@ def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Qu
         bar = Progress(disable=not sys.stdout.isatty())
         with load(which) if left else contextlib.nullcontext() as model, bar:
             for batch in bar.track(left, len(batches), len(done), description=which):
-                done[batch] = score_batch(model, batch, recipe, questions)
+                kind, *places = batch
+                if kind == "likelihood":
+                    done[batch] = likelihood(model, questions.tokens.select(places).to_list())
+                else:
+                    prompts = questions.rows.select(places)["prompt"]
+                    found = generate_answers(model, questions.tokenizer, prompts, questions.config, template, most)
+                    kept = {"text": "text", "answer_tokens": "tokens", "stopped": "stopped"}
+                    done[batch] = [{key: answer[name] for key, name in kept.items()} for answer in found]
                 folder.append(file, {"batch": batch, "scores": done[batch]})
                 if bar.disable and len(done) % max(1, len(batches) // 10) == 0:
                     print(f"{which}: {len(done)} of {len(batches)} batches", flush=True)
@@ -81,8 +89,8 @@ def score_rows(which: str, load: Loader, recipe: Recipe, run: Run, questions: Qu
     return rows
 
 
-def scores_name(which: str, recipe: Recipe, run: Run, questions: Questions, precision: Precision) -> str:
-    """Return a sha256 of all that decides the scores, the tuned weights only where they are asked."""
+def scores_name(which: str, recipe: Recipe, run: Run, questions: Questions, precision: Precision, most: int) -> str:
+    """Return a sha256 of all that decides the scores, `most` rows a batch too; tuned weights only where asked."""
     adapter = sorted(run.weights.glob("*.safetensors")) if which == "tuned" else []
     decisive = [
         questions.fingerprint,
@@ -92,16 +100,11 @@ def scores_name(which: str, recipe: Recipe, run: Run, questions: Questions, prec
         identify_base(recipe),
         recipe.quantization,
         precision.name,
-        batch_size(recipe),
+        most,
         [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
         {file.name: hash_file(file) for file in adapter},
     ]
     return sha256(json.dumps(decisive, sort_keys=True, default=str))[:32]
-
-
-def batch_size(recipe: Recipe) -> int:
-    """Return the rows of a batch, which are part of what decides the scores."""
-    return recipe.training.get("per_device_eval_batch_size", 8)
 
 
 def make_batches(questions: Questions, most: int) -> list[Batch]:
@@ -117,16 +120,6 @@ def make_batches(questions: Questions, most: int) -> list[Batch]:
             batches.append((kind, *order[:size]))
             order = order[size:]
     return batches
-
-
-def score_batch(model: PreTrainedModel, batch: Batch, recipe: Recipe, questions: Questions) -> Rows:
-    """Return the scores of the rows of a batch."""
-    kind, *places = batch
-    if kind == "likelihood":
-        return likelihood(model, questions.tokens.select(places).to_list())
-    prompts, template = [questions.rows[place]["prompt"] for place in places], template_kwargs(recipe)
-    answers = generate_answers(model, questions.tokenizer, prompts, questions.config, template, len(prompts))
-    return [{"text": a["text"], "answer_tokens": a["tokens"], "stopped": a["stopped"]} for a in answers]
 
 
 @torch.inference_mode()

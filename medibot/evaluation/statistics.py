@@ -26,51 +26,42 @@ def compare_scores(
     few groups (Hesterberg 2015, What Teachers Should Know About the Bootstrap). One group gives no interval.
     """
     names, member = np.unique(groups, return_inverse=True)
+    count = len(names)
     # Numerator and denominator of a, then of b
-    sums = np.zeros((len(names), len(metrics), 4))
+    sums = np.zeros((count, len(metrics), 4))
     for index, metric in enumerate(metrics):
         for part, (rows, key) in enumerate(itertools.product((a, b), (metric.numerator, metric.denominator))):
             column = [row[key] if key else 1 for row in rows]
-            sums[:, index, part] = np.bincount(member, weights=column, minlength=len(names))
-    whole, drawn = sums.sum(axis=0), resample(sums) if len(names) > 1 else None
+            sums[:, index, part] = np.bincount(member, weights=column, minlength=count)
+    whole, generator, step = sums.sum(axis=0), np.random.default_rng(SEED), max(1, CHUNK // count)
+    # Sums of as many groups as there are, drawn with replacement: [resamples, metrics, 4]
+    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)] if count > 1 else []
+    parts = [generator.multinomial(count, np.full(count, 1 / count), size) @ sums.reshape(count, -1) for size in sizes]
+    drawn = np.concatenate(parts).reshape(-1, *sums.shape[1:]) if parts else None
     results = {}
     for index, metric in enumerate(metrics):
+        of_a, of_b, gained = map(float, measure(metric, whole[index]))
         low, high, verdict = None, None, "no evidence"
         if drawn is not None:
-            low, high = np.quantile(difference(metric, drawn[:, index]), tails(len(names))).tolist()
+            low, high = np.quantile(measure(metric, drawn[:, index])[2], tails(count)).tolist()
             if not low <= 0.0 <= high:
                 verdict = "better" if (high < 0.0) == (metric.better == "lower") else "worse"
-        of_a, of_b = (float(value(metric, *whole[index, at : at + 2])) for at in (0, 2))
-        figures = (of_a, of_b, float(difference(metric, whole[index])), low, high, verdict)
-        results[metric.name] = {
-            "label": metric.label,
-            "better": metric.better,
-            **dict(zip(FIGURES, figures, strict=True)),
-        }
+        figures = dict(zip(FIGURES, (of_a, of_b, gained, low, high, verdict), strict=True))
+        results[metric.name] = {"label": metric.label, "better": metric.better} | figures
     return results
 
 
-def value(metric: Metric, numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Return the metric from its two sums; nothing by nothing is 0, and half a word keeps a ratio of words finite."""
+def measure(metric: Metric, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the metric of a, of b, and what b has more, from the four sums in the last axis."""
+    numerator, denominator = np.moveaxis(sums, -1, 0)[::2], np.moveaxis(sums, -1, 0)[1::2]
     if metric.scale == "log_distance":
-        return (numerator + 0.5) / (denominator + 0.5)
-    ratio = np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=float), where=denominator != 0)
-    return np.exp(np.minimum(ratio, 700.0)) if metric.scale == "exp" else ratio
-
-
-def difference(metric: Metric, sums: np.ndarray) -> np.ndarray:
-    """Return what b has more than a, from the four sums in the last axis."""
-    a, b = (value(metric, sums[..., at], sums[..., at + 1]) for at in (0, 2))
-    return np.abs(np.log(b)) - np.abs(np.log(a)) if metric.scale == "log_distance" else b - a
-
-
-def resample(sums: np.ndarray) -> np.ndarray:
-    """Return sums of as many groups as there are, drawn with replacement: [RESAMPLES, metrics, 4] of [groups, metrics, 4]."""
-    generator, count = np.random.default_rng(SEED), len(sums)
-    step, shares = max(1, CHUNK // count), np.full(count, 1 / count)
-    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
-    parts = [generator.multinomial(count, shares, size) @ sums.reshape(count, -1) for size in sizes]
-    return np.concatenate(parts).reshape(RESAMPLES, *sums.shape[1:])
+        # Half a word keeps a ratio of words finite
+        a, b = (numerator + 0.5) / (denominator + 0.5)
+        return a, b, np.abs(np.log(b)) - np.abs(np.log(a))
+    # Nothing by nothing is 0
+    ratio = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
+    a, b = np.exp(np.minimum(ratio, 700.0)) if metric.scale == "exp" else ratio
+    return a, b, b - a
 
 
 def tails(groups: int) -> tuple[float, float]:

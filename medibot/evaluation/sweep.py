@@ -23,53 +23,15 @@ RECIPE, RUN = re.compile(r"RECIPE=(\S+)"), re.compile(rf"RUN=(\S*{re.escape(RUN_
 
 
 def sweep(name: str, rows: int | None = None) -> Report | None:
-    """Run the sweep file `name`; offline, return how the trainings compare on `rows` rows of the test split."""
+    """Run the sweep file `name`; offline, return how the trainings compare on `rows` rows of the test split.
+
+    Here every cell is checked before the first is trained, and a training that fails does not stop the others.
+    """
     file = find_by_name("SWEEP", name, search_folders("recipes/sweeps"))
     spec = read_sweep(file)
-    return run_here(file, spec, rows) if tracking.offline() else run_online(spec)
-
-
-def read_sweep(file: Path) -> dict[str, Any]:
-    """Return the file as W&B reads it; raise RecipeError for what cannot run here as it would there."""
-    try:
-        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError.of(str(file), f"not YAML: {one_line(error)}", "mend it") from error
-    wanted, found = {"parameters": dict, "method": str, "command": list}, spec if isinstance(spec, dict) else {}
-    lacks = [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]
-    text = " ".join(map(str, found.get("command") or []))
-    if not lacks and not (ARGUMENTS in found["command"] and RECIPE.search(text) and RUN.search(text)):
-        lacks = ["command"]
-    if lacks:
-        what = f"needs {', '.join(lacks)}, with RECIPE=, RUN=…{RUN_ID} and {ARGUMENTS} in the command"
-        raise RecipeError.of(str(file), what, "write it as recipes/sweeps/rank-and-rate.yaml")
-    return spec
-
-
-def grid_cells(file: Path, spec: dict[str, Any]) -> dict[str, list[str]]:
-    """Return each training's `parameter=value` arguments under a name made of the values, the last changing fastest."""
-    if spec["method"] != "grid":
-        what, remedy = f"method {spec['method']} needs W&B's server", "write method: grid, or log in to W&B"
-        raise RecipeError.of(str(file), what, remedy)
-    columns = []
-    for key, written in spec["parameters"].items():
-        match written:
-            case {"values": [_, *_] as values}:
-                columns.append(values)
-            case {"value": value}:
-                columns.append([value])
-            case _:
-                raise RecipeError.of(str(file), f"{key} has no values", f"write {key}: {{values: [a, b]}}")
-    cells = {}
-    for values in itertools.product(*columns):
-        settings = dict(zip(spec["parameters"], values, strict=True))
-        name = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in settings.items())
-        cells[re.sub(r"[^\w.-]+", "-", name)] = [f"{key}={value}" for key, value in settings.items()]
-    return cells
-
-
-def run_here(file: Path, spec: dict[str, Any], rows: int | None) -> Report | None:
-    """Check every cell, then train the grid, going on past a training that fails; evaluate and compare the rest."""
+    if not tracking.offline():
+        run_online(spec)
+        return None
     command = [str(word) for word in spec["command"]]
     recipe, run = (pattern.findall(" ".join(command))[0] for pattern in (RECIPE, RUN))
     cells, trained, failed, at = grid_cells(file, spec), [], [], command.index(ARGUMENTS)
@@ -89,6 +51,41 @@ def run_here(file: Path, spec: dict[str, Any], rows: int | None) -> Report | Non
         what = f"{len(failed)} of {len(cells)} trainings failed: {', '.join(failed)}"
         raise RecipeError.of("SWEEP", what, "see above; the same command again goes on")
     return comparison
+
+
+def read_sweep(file: Path) -> dict[str, Any]:
+    """Return the file as W&B reads it; raise RecipeError for what cannot run here as it would there."""
+    try:
+        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError.of(str(file), f"not YAML: {one_line(error)}", "mend it") from error
+    wanted, found = {"parameters": dict, "method": str, "command": list}, spec if isinstance(spec, dict) else {}
+    lacks = [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]
+    text = " ".join(map(str, found.get("command") or []))
+    if lacks or not (ARGUMENTS in found["command"] and RECIPE.search(text) and RUN.search(text)):
+        what = f"needs {', '.join(lacks or ['command'])}, with RECIPE=, RUN=…{RUN_ID} and {ARGUMENTS} in the command"
+        raise RecipeError.of(str(file), what, "write it as recipes/sweeps/rank-and-rate.yaml")
+    return spec
+
+
+def grid_cells(file: Path, spec: dict[str, Any]) -> dict[str, list[str]]:
+    """Return each training's `parameter=value` arguments under a name made of the values, the last changing fastest."""
+    if spec["method"] != "grid":
+        what, remedy = f"method {spec['method']} needs W&B's server", "write method: grid, or log in to W&B"
+        raise RecipeError.of(str(file), what, remedy)
+    columns = []
+    for key, written in spec["parameters"].items():
+        match written:
+            case {"values": [_, *_] as values} | {"value": values}:
+                columns.append(values if "values" in written else [values])
+            case _:
+                raise RecipeError.of(str(file), f"{key} has no values", f"write {key}: {{values: [a, b]}}")
+    cells = {}
+    for values in itertools.product(*columns):
+        settings = dict(zip(spec["parameters"], values, strict=True))
+        name = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in settings.items())
+        cells[re.sub(r"[^\w.-]+", "-", name)] = [f"{key}={value}" for key, value in settings.items()]
+    return cells
 
 
 def run_online(spec: dict[str, Any]) -> None:
