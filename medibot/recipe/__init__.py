@@ -59,7 +59,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
     if not isinstance(document.value, dict):
         what = "holds nothing" if document.value is None else f"must be a mapping, not {describe(document.value)}"
         remedy = "sections at the left margin: model, data, training, …"
-        raise RecipeError([Problem(str(path), 1, 1, "", what, remedy)])
+        raise RecipeError(document.problems or [Problem(str(path), 1, 1, "", what, remedy)])
     for number, override in enumerate(overrides, start=1):
         apply_override(document, override, number)
     seen = {problem.key for problem in document.problems}

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from medibot.recipe import Recipe
-from medibot.recipe.document import FLOAT, INTEGER
+from medibot.recipe.document import NUMBER
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
 
@@ -23,7 +22,6 @@ class RecipeDumper(yaml.SafeDumper):
     """Write what recipes read back: text that YAML 1.2 takes for a number, and PyYAML does not, in quotes."""
 
 
-NUMBER = re.compile(f"(?:{INTEGER.pattern}|{FLOAT.pattern})$")
 RecipeDumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, None)
 
 
