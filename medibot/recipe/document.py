@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
@@ -15,6 +15,8 @@ from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.schema import NULL_IS_A_VALUE, SECTIONS
 from medibot.recipe.suggestions import is_secret
 
+# Tells an absent key from one that is null
+ABSENT = StrEnum("Absent", {"ABSENT": "absent"}).ABSENT
 MAX_BYTES, MAX_DEPTH = 1_000_000, 20
 # YAML 1.2's core schema: `2e-4` is a number, `no` is a word, `010` is ten; YAML 1.1, as PyYAML reads it, differs in all
 WORDS = {
@@ -33,15 +35,6 @@ COMPLAINTS = {
     "<stream end>|end of stream": ("a bracket or a quote is never closed", "close it"),
     r"got '\?'": ("a bare `?` inside brackets", "put questions in quotes"),
 }
-
-
-class Absent(StrEnum):
-    """Tell an absent key from one that is null."""
-
-    ABSENT = "absent"
-
-
-ABSENT = Absent.ABSENT
 
 
 @dataclass
@@ -64,16 +57,27 @@ def read_document(path: Path) -> Document:
     return parse(text, "", Place(str(path), 1, 1))
 
 
+def outwards(key: str) -> Iterator[str]:
+    """Yield a dotted key, and then all that it stands in."""
+    while key:
+        yield key
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
+
+
 def place_of(key: str, places: Mapping[str, Place], file: str) -> Place:
     """Return the place of a dotted key, or of the nearest thing around it."""
-    while key and key not in places:
-        key = key[: max(key.rfind("."), key.rfind("["), 0)]
-    return places.get(key, Place(file, 1, 1))
+    return next((places[outer] for outer in outwards(key) if outer in places), Place(file, 1, 1))
 
 
 def parse(text: str, key: str, place: Place) -> Document:
-    """Read one strict YAML document; all of an override's (line 0) stands at one place."""
+    """Read one strict YAML document, or an override's value (line 0), all of which stands at one place.
+
+    There, a list, a mapping or quoted text is YAML, every other value one plain scalar.
+    """
     document = Document()
+    if not place.line and not text.startswith(("[", "{", '"', "'")):
+        document.value = read_scalar(text, True, key, place, document)
+        return document
     loader: Any = None
     try:
         loader = yaml.BaseLoader(text)
@@ -83,7 +87,8 @@ def parse(text: str, key: str, place: Place) -> Document:
             document.value = read_value(loader, key, place, document)
             loader.get_event()
         if not loader.check_event(yaml.StreamEndEvent):
-            raise refusal(loader.peek_event(), "a recipe is one document", "remove the `---`")
+            what, mark = "a recipe is one document", loader.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=mark, note="remove the `---`")
         return document
     except yaml.reader.ReaderError as error:
         before = text[: error.position].split("\n")
@@ -103,20 +108,18 @@ def parse(text: str, key: str, place: Place) -> Document:
     return Document(problems=[Problem(*at, key, what, remedy)])
 
 
-def refusal(event: Any, what: str, remedy: str) -> yaml.MarkedYAMLError:
-    """Make the error for YAML whose reader would have to look up elsewhere what it means."""
-    return yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
-
-
 def read_value(loader: Any, key: str, place: Place, document: Document, depth: int = 0) -> Any:
     """Return the value that comes next; the places inside it and its problems go to the document."""
     event = loader.get_event()
+    what, remedy = "", ""
     if event.anchor is not None:
-        raise refusal(event, "anchors and aliases are not read", "write the value out, or quote text")
-    if event.tag is not None:
-        raise refusal(event, "tags are not read", "leave it out, or put text in quotes")
-    if depth == MAX_DEPTH:
-        raise refusal(event, "is nested too deep", "")
+        what, remedy = "anchors and aliases are not read", "write the value out, or quote text"
+    elif event.tag is not None:
+        what, remedy = "tags are not read", "leave it out, or put text in quotes"
+    elif depth == MAX_DEPTH:
+        what = "is nested too deep"
+    if what:
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
     if isinstance(event, yaml.ScalarEvent):
         return read_scalar(event.value, event.style is None, key, place, document)
     mapping: dict[str, Any] = {}
@@ -168,10 +171,7 @@ def read_scalar(text: str, plain: bool, key: str, place: Place, document: Docume
 
 
 def apply_override(document: Document, override: str, number: int) -> None:
-    """Write `section.key=value` into the document; null takes the key or the whole section away.
-
-    A list, a mapping or quoted text is YAML, every other value one plain scalar.
-    """
+    """Write `section.key=value` into the document; null takes the key or the whole section away."""
     key, equals, written = (part.strip() for part in override.partition("="))
     secret = any(map(is_secret, re.findall(r"[\w-]+", written)))
     place = Place(f"{key}=…" if secret else override, 0, number)
@@ -179,12 +179,7 @@ def apply_override(document: Document, override: str, number: int) -> None:
     if not equals or not last or not all(outer):
         document.problems.append(Problem(*place, "", "is not an override", "write section.key=value"))
         return
-    parsed = Document()
-    if written.startswith(("[", "{", '"', "'")):
-        parsed = parse(written, key, place)
-    else:
-        parsed.value = read_scalar(written, True, key, place, parsed)
-    values = document.value
+    parsed, values = parse(written, key, place), document.value
     for step, path in zip(outer, accumulate(outer, "{}.{}".format), strict=True):
         document.places.setdefault(path, place)
         values = values.setdefault(step, {})
@@ -195,9 +190,8 @@ def apply_override(document: Document, override: str, number: int) -> None:
         document.problems += parsed.problems
         return
     # What the override replaces is neither a place nor a problem any more
-    old = re.compile(rf"{re.escape(key)}([.\[].*)?", re.DOTALL)
-    document.places = {name: at for name, at in document.places.items() if not old.fullmatch(name)}
-    document.problems = [found for found in document.problems if found.line == 0 or not old.fullmatch(found.key)]
+    document.places = {name: at for name, at in document.places.items() if key not in outwards(name)}
+    document.problems = [found for found in document.problems if found.line == 0 or key not in outwards(found.key)]
     if parsed.value is not None or (written and key in NULL_IS_A_VALUE):
         document.places |= {key: place} | parsed.places
         values[last] = parsed.value
