@@ -9,7 +9,7 @@ setting that nobody wrote.
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.document import ABSENT, apply_override, place_of, read_document
 from medibot.recipe.files import find_by_name, search_folders
-from medibot.recipe.refusals import check
+from medibot.recipe.refusals import check, flattened
 from medibot.recipe.schema import DataSection, EvaluationSection, section_models
 from medibot.recipe.suggestions import describe
 
@@ -54,12 +54,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
 
     Raises RecipeError with all mistakes at once.
     """
-    path = find_by_name("RECIPE", name, recipe_folders(root))
+    path = find_by_name("RECIPE", name, search_folders("recipes", root))
     document = read_document(path)
     if not isinstance(document.value, dict):
         what = "holds nothing" if document.value is None else f"must be a mapping, not {describe(document.value)}"
         remedy = "sections at the left margin: model, data, training, …"
-        raise RecipeError([Problem(str(path), 1, 1, "", what, remedy)])
+        raise RecipeError(document.problems or [Problem(str(path), 1, 1, "", what, remedy)])
     for number, override in enumerate(overrides, start=1):
         apply_override(document, override, number)
     seen = {problem.key for problem in document.problems}
@@ -79,15 +79,9 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
     return Recipe(path.stem, path, places=document.places, written=written, **sections)
 
 
-def recipe_folders(root: Path | None) -> list[Path]:
-    """Return where recipes are looked for by name."""
-    return search_folders("recipes") if root is None else [root / "recipes"]
-
-
 def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
     """Return name and purpose (the first comment that is not for an editor) of every recipe, sorted by name."""
-    recipes = []
-    folders = recipe_folders(root)
+    recipes, folders = [], search_folders("recipes", root)
     for path in sorted(next(filter(Path.is_dir, folders), folders[0]).glob("*.y*ml")):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         comments = itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), lines)
@@ -98,15 +92,6 @@ def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:
 
 def find_differences(*sides: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Return (dotted key, value in each side…) of all that they say differently; ABSENT where one says nothing."""
-    leaves = [dict(flattened(side)) for side in sides]
+    leaves = [{key: x for key, x in flattened(side) if not (x and isinstance(x, dict))} for side in sides]
     rows = [(key, *(side.get(key, ABSENT) for side in leaves)) for key in dict.fromkeys(itertools.chain(*leaves))]
     return [(key, first, *others) for key, first, *others in rows if any(repr(first) != repr(x) for x in others)]
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values of nested mappings; an empty mapping is a value."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -11,8 +11,10 @@ from medibot.errors import RecipeError
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def search_folders(name: str) -> list[Path]:
-    """Return where to look for files of `name`, such as "recipes": the current folder, then what MediBot came with."""
+def search_folders(name: str, root: Path | None = None) -> list[Path]:
+    """Return where files of `name`, such as "recipes", are: in `root`, or here and then in what MediBot came with."""
+    if root is not None:
+        return [root / name]
     clone = PACKAGE.parent / name
     # A wheel carries the folders inside the package; a clone has them beside it
     shipped = clone if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE / name

@@ -10,6 +10,9 @@ REFUSED: dict[str, str] = {
     for name in names.split()
 }
 REFUSED_VALUES: list[tuple[str, str | bool, str]] = NAMES["refused_values"]
+NEEDS: list[tuple[str, list[str], str, str]] = [
+    (key, others.split(), what, remedy) for keys, others, what, remedy in NAMES["needs"] for key in keys.split()
+]
 RENAMED: dict[str, str] = NAMES["renamed"]
 ALIASES, SECTION_ALIASES = (
     {name: meant for meant, names in NAMES[kind].items() for name in names.split()}

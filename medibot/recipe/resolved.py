@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -14,16 +13,16 @@ from typing import Any
 import yaml
 
 from medibot.recipe import Recipe
-from medibot.recipe.document import FLOAT, INTEGER
+from medibot.recipe.document import NUMBER
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "wandb", "medibot")
+# Whose versions decide what is learned
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
 class RecipeDumper(yaml.SafeDumper):
     """Write what recipes read back: text that YAML 1.2 takes for a number, and PyYAML does not, in quotes."""
 
 
-NUMBER = re.compile(f"(?:{INTEGER.pattern}|{FLOAT.pattern})$")
 RecipeDumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, None)
 
 
@@ -36,23 +35,19 @@ def dump_resolved_recipe(recipe: Recipe, decided: dict[str, Any]) -> str:
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return versions, commit, hardware and command."""
+    """Return versions, commit (of MediBot's own clone, if it is one), hardware and command."""
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": git_output("rev-parse", "HEAD"),
-        "uncommitted": bool(git_output("status", "--porcelain")),
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, "wandb", "medibot")},
+        "commit": commit[:40] or None,
+        "uncommitted": commit.endswith("-dirty"),
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
         "device": device,
     }
-
-
-def git_output(*arguments: str) -> str | None:
-    """Return what git says of MediBot's own clone; None where there is none."""
-    if shutil.which("git") is None:
-        return None
-    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return None if done.returncode else done.stdout.strip()

@@ -54,16 +54,14 @@ def known_rule(rule: Any) -> Any:
 
 
 Steps = Annotated[Positive, AfterValidator(whole_or_ratio)]
-HUB_KERNEL = r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$"
-PISSA_STEPS = r"^pissa_niter_\d+$"
-LICENCE = r"^[a-z0-9][a-z0-9.+-]*$"
-LANGUAGE = r"^[a-z]{2,3}$"
+# What text must look like, and how an error says it
 PATTERNS = {
-    HUB_KERNEL: "a hub kernel (org/repo[@revision][:function])",
-    PISSA_STEPS: "pissa_niter_<steps>",
-    LANGUAGE: "a language as ISO 639 writes it, such as en",
-    LICENCE: "a licence as the hub writes it, such as cc-by-4.0",
+    r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$": "a hub kernel (org/repo[@revision][:function])",
+    r"^pissa_niter_\d+$": "pissa_niter_<steps>",
+    r"^[a-z]{2,3}$": "a language as ISO 639 writes it, such as en",
+    r"^[a-z0-9][a-z0-9.+-]*$": "a licence as the hub writes it, such as cc-by-4.0",
 }
+HUB_KERNEL, PISSA_STEPS, LANGUAGE, LICENCE = PATTERNS
 
 
 class Section(BaseModel):
@@ -176,7 +174,7 @@ TRAINING_TYPES: dict[str, Any] = {
     **each("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout", Count),
     **each("max_length save_total_limit dataset_num_proc eval_accumulation_steps", Count | None),
     **each("torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb", Count | None),
-    **each("weight_decay max_grad_norm eval_delay label_smoothing_factor", NotNegative),
+    **each("weight_decay max_grad_norm eval_delay", NotNegative),
     **each("neftune_noise_alpha router_aux_loss_coef", NotNegative | None),
     **each("adam_beta1 adam_beta2", BelowOne),
     **each("adam_epsilon num_train_epochs", Positive),
@@ -265,22 +263,22 @@ def section_models() -> dict[str, type[Section]]:
     from transformers import BitsAndBytesConfig, GenerationConfig
     from trl import SFTConfig
 
-    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"]
     settings: Any = {
-        name: (GENERATION_TYPES.get(name, Any), None) for name in names if f"evaluation.generate.{name}" not in REFUSED
+        name: (GENERATION_TYPES.get(name, Any), None)
+        for name in GenerationConfig().to_dict()
+        if f"evaluation.generate.{name}" not in REFUSED
     }
-    generation = create_model("GenerationSettings", __base__=Section, **settings)
-    description = EvaluationSection.model_fields["generate"].description
-    generate: Any = (generation, Field(default={}, description=description))
+    doc = "Settings of transformers.GenerationConfig; greedy unless do_sample is true."
+    generation = create_model("GenerationSettings", __base__=Section, __doc__=doc, **settings)
+    generate: Any = (generation, {})
+    doc = EvaluationSection.__doc__
     models: dict[str, type[Section]] = {
         "model": ModelSection,
         "quantization": constructor_section("quantization", BitsAndBytesConfig, QUANTIZATION_TYPES),
         "lora": constructor_section("lora", LoraConfig, LORA_TYPES),
         "data": DataSection,
         "training": constructor_section("training", SFTConfig, TRAINING_TYPES),
-        "evaluation": create_model(
-            "EvaluationSection", __base__=EvaluationSection, __doc__=EvaluationSection.__doc__, generate=generate
-        ),
+        "evaluation": create_model("EvaluationSection", __base__=EvaluationSection, __doc__=doc, generate=generate),
         "tracking": TrackingSection,
     }
     sections: Any = {name: (model, ... if name in REQUIRED else {}) for name, model in models.items()}

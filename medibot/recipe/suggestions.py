@@ -40,11 +40,9 @@ def explain(key: str, value: Any, errors: list[Any]) -> Finding:
     if "string_too_short" in by_type or "too_short" in by_type:
         return Finding(key, "must not be empty")
     choices = re.findall(r"'([^']*)'", by_type.get("literal_error", {}).get("ctx", {}).get("expected", ""))
-    close = []
-    if isinstance(value, str):
-        # A choice that the text begins was probably meant, else the nearest spelling
-        begun = [choice for choice in choices if value and choice.startswith(value)]
-        close = begun[:1] or difflib.get_close_matches(value, choices, n=1)
+    # A choice that the text begins was probably meant, else the nearest spelling
+    begun = [choice for choice in choices if value and choice.startswith(str(value))]
+    close = begun[:1] or difflib.get_close_matches(str(value), choices, n=1)
     # A bound is broken by a value of the right type, so the other types of the union are beside the point
     bounds = [error for error in errors if error["type"].startswith(("greater", "less"))]
     wanted = " or ".join(dict.fromkeys(expected(error) for error in bounds or errors))
