@@ -140,12 +140,17 @@ class Plan:
         least = f"{sum(self.fixed().values()) / GB:.1f} GB are needed before the first row"
         return ", or ".join(remedies) or f"{least}: shorten max_length, quantize, or take a smaller model"
 
+    def __str__(self) -> str:
+        needed, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
+        return (
+            f"{self.rows} rows of {self.longest} tokens need {needed:.1f} GB of {capacity:.1f} GB on {self.device.name}"
+        )
+
     def require_fit(self) -> None:
         """Raise RecipeError, before a weight is loaded, for what cannot fit."""
         if not self.fits():
-            needed = f"{self.rows} rows of {self.longest} tokens need {self.memory()['peak'] / GB:.1f} GB"
-            what = f"{needed}, {self.device.name} has {self.device.capacity / GB:.1f}"
-            raise self.recipe.error("training.per_device_train_batch_size", what, f"{self.advice()}; or ANYWAY=1")
+            what, remedy = str(self), f"{self.advice()}; or ANYWAY=1"
+            raise self.recipe.error("training.per_device_train_batch_size", what, remedy)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures: bytes, tokens, hours."""
@@ -191,10 +196,9 @@ class Plan:
             "time": time,
             "disk": f"{found['disk_bytes'] / GB:.2f} GB for checkpoints and model",
         }
-        fit = "fits" if found["fits"] else f"does NOT fit: {self.advice()}"
-        device = f"{parts['peak'] / GB:.1f} of {self.device.capacity / GB:.1f} GB, {self.device.name}"
+        fit = "fits" if found["fits"] else f"does NOT fit ({self.advice()})"
         lines = [f"{name:14}{value}" for name, value in figures.items()]
-        return Group(f"{self.recipe.name} {fit} ({device})", table, *lines)
+        return Group(f"{self.recipe.name} {fit}: {self}", table, *lines)
 
 
 def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
