@@ -53,9 +53,8 @@ class Inspection:
     def html(self) -> str:
         """Return the same as a page."""
         templates = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True)
-        return templates.get_template("inspect.html.j2").render(
-            vars(self), recipe=self.prepared.recipe, tables=self.tables
-        )
+        content = vars(self) | {"recipe": self.prepared.recipe, "tables": self.tables}
+        return templates.get_template("inspect.html.j2").render(content)
 
     def __rich__(self) -> Group:
         prepared, recipe, precision = self.prepared, self.prepared.recipe, self.prepared.precision

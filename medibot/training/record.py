@@ -65,9 +65,7 @@ class Record(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and (not math.isfinite(loss) or loss == 0.0):
-            remedy = (
-                "lower training.learning_rate, or check the weights" if loss else "nothing was learned: check the data"
-            )
+            remedy = "check the data" if loss == 0.0 else "lower training.learning_rate, or check the weights"
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", remedy)
         if not state.is_world_process_zero:
             return
@@ -99,12 +97,11 @@ def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
     last, tokens = read_lines(run.metrics)[-1], trainer.num_supervised_tokens_seen
     # On a GPU what is allocated is measured, without the context
     planned = plan.memory()["peak"] - (plan.overhead if plan.device.gpu else 0)
-    measured = last["peak_memory_bytes"]
+    memory = {"planned_bytes": planned, "measured_bytes": last["peak_memory_bytes"]}
     summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
     if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
         summary |= {"eval_loss_first": losses[0], "eval_loss_last": losses[-1], "eval_loss_best": min(losses)}
-    ratio = {"planned_over_measured": planned / measured}
-    summary["memory"] = {"planned_bytes": planned, "measured_bytes": measured} | ratio
+    summary["memory"] = memory | {"planned_over_measured": planned / last["peak_memory_bytes"]}
     # `training_seconds` is the steps alone, without evaluations, answers and saving
     summary["cost"] = {key: last[key] for key in ("seconds", "training_seconds", "peak_memory_bytes")} | {
         "supervised_tokens": tokens,
