@@ -257,9 +257,9 @@ def needed(prepared: Any, tokens: int, supervised: int) -> float:
     2 a weight and token forward and 2 backward for frozen weights (no gradient of their own), 6 for the adapter's; the
     head is needed at supervised tokens alone.
     """
-    from medibot.training.trainer import load_weights
+    from medibot.planning.memory import load_config
 
-    config = load_weights(prepared).config
+    config = load_config(prepared.recipe)
     hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     narrow = hidden * config.num_key_value_heads // config.num_attention_heads
     shapes = [(hidden, hidden)] * 2 + [(hidden, narrow)] * 2 + [(hidden, wide)] * 3
@@ -295,15 +295,17 @@ def plain(given: argparse.Namespace) -> dict[str, Any]:
     import torch
     from peft import get_peft_model
 
+    from medibot.model.loading import load_base, weights_dtype
     from medibot.model.precision import make_lora_config
     from medibot.training.cpu import prefer_onednn
-    from medibot.training.trainer import load_weights
 
     prepared = gathered(given)
     data, collate = tokenized(prepared)
     prefer_onednn()
     torch.manual_seed(0)
-    weights = get_peft_model(load_weights(prepared), make_lora_config(prepared.recipe)).train()
+    recipe = prepared.recipe
+    base = load_base(recipe, weights_dtype(recipe, prepared.precision.dtype))
+    weights = get_peft_model(base, make_lora_config(recipe)).train()
     trained = [parameter for parameter in weights.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, fused=True)
     size = prepared.recipe.training["per_device_train_batch_size"]

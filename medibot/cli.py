@@ -120,7 +120,8 @@ def inspect(recipe: Name = "quickstart", overrides: Overrides = None, html: Page
     if html:
         html.write_text(found.html(), encoding="utf-8")
         print(f"\nwritten: {html}")
-    found.refuse_faults()
+    for audit in found.audits:
+        audit.refuse_faults()
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """Describe what a training runs on: accelerate configs, GPUs by their data sheets, this machine."""
 
-import dataclasses
 import os
 import re
 import sys
@@ -57,11 +56,6 @@ class Hardware:
     def sharded(self) -> bool:
         """Tell whether a process holds only a share of something."""
         return self.kind not in ("one process", "DDP")
-
-    def spread_over(self, processes: int) -> "Hardware":
-        """Return the same for another number of processes."""
-        kind = self.kind if self.sharded else "DDP" if processes > 1 else "one process"
-        return dataclasses.replace(self, kind=kind, processes=processes)
 
 
 def read_hardware(file: Path) -> Hardware:
@@ -123,9 +117,4 @@ def detect_hardware(processes: int = 1) -> Hardware:
         return Hardware("FSDP2", processes, {"fsdp_activation_checkpointing": own})
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return Hardware(f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}", processes)
-    return Hardware().spread_over(processes)
-
-
-def is_zero3() -> bool:
-    """Tell whether accelerate launched this process for DeepSpeed's ZeRO-3."""
-    return detect_hardware().kind == "ZeRO-3"
+    return Hardware("DDP" if processes > 1 else "one process", processes)

@@ -74,15 +74,12 @@ def build_skeleton(recipe: Recipe, dtype: torch.dtype, layers: int | None = None
 
     Raises RecipeError where the adapters match no module.
     """
-    config = load_config(recipe)
+    config, options = load_config(recipe), {"trust_remote_code": recipe.model.get("trust_remote_code", False)}
     if layers is not None:
         config.get_text_config().num_hidden_layers = layers
     attention = "eager" if recipe.model.get("attn_implementation") == "eager" else "sdpa"
-    trusted = recipe.model.get("trust_remote_code", False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **options)
     bits = make_quantization_config(recipe, dtype)
     if bits is not None and layers is None:
         kept = HfQuantizer.get_modules_to_not_convert(model, bits.llm_int8_skip_modules, model._keep_in_fp32_modules)
@@ -112,8 +109,15 @@ def count_bytes(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> Par
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     base: Counter[str] = Counter()
     for parameter in model.parameters():
-        if id(parameter) in packed:
-            base.update(quantized_bytes(packed[id(parameter)], double))
+        module, count = packed.get(id(parameter)), parameter.numel()
+        # As bitsandbytes 0.50 lays out quantized weights and their constants
+        if isinstance(module, Linear8bitLt):
+            base.update({"8-bit": count, "constants": 4 * module.out_features})
+        elif isinstance(module, Linear4bit):
+            blocks = math.ceil(count / BLOCK)
+            # The sixteen values of the type, and with double quantization an offset
+            constants = blocks + 4 * math.ceil(blocks / NESTED) + 4 if double else 4 * blocks
+            base.update({"4-bit blocks": math.ceil(count / 2), "constants": constants + 64})
         elif recipe.lora is None or not parameter.requires_grad:
             base[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
     trained = sum(parameter.nbytes for parameter in learned)
@@ -131,37 +135,12 @@ def count_bytes(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype) -> Par
     )
 
 
-def quantized_bytes(module: torch.nn.Module, double: bool) -> dict[str, int]:
-    """Return the bytes of one quantized weight and its constants, as bitsandbytes 0.50 lays them out."""
-    count = module.weight.numel()
-    if isinstance(module, Linear8bitLt):
-        return {"8-bit": count, "constants": 4 * module.out_features}
-    blocks = math.ceil(count / BLOCK)
-    # The sixteen values of the type, and with double quantization an offset
-    constants = blocks + 4 * math.ceil(blocks / NESTED) + 4 if double else 4 * blocks
-    return {"4-bit blocks": math.ceil(count / 2), "constants": constants + 64}
-
-
 def cast_bytes(model: torch.nn.Module, compute: torch.dtype) -> int:
     """Return the bytes of autocast's copies of trained float32 weights, which live until the backward pass."""
     if compute == torch.float32:
         return 0
     weights = [module.weight for module in model.modules() if type(module) is torch.nn.Linear]
     return sum(2 * weight.numel() for weight in weights if weight.requires_grad and weight.dtype == torch.float32)
-
-
-def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
-    """Trace the first one and two layers over `rows` x `length` tokens; each further layer keeps what the second does.
-
-    A model that cannot be traced is estimated.
-    """
-    shape = (rows, length)
-    try:
-        (first, _), (both, state) = (trace_layers(recipe, dtype, compute, gpu, layers, shape) for layers in (1, 2))
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        state = math.prod(shape) * load_config(recipe).get_text_config().hidden_size * compute.itemsize
-        return Kept(state * UNTRACED // 2, state, state, traced=False)
-    return Kept(both - first, max(0, 2 * first - both), state)
 
 
 class GPUDropout(torch.nn.Dropout):
@@ -171,31 +150,33 @@ class GPUDropout(torch.nn.Dropout):
         return torch.native_dropout(input, self.p, self.training)[0]
 
 
-def trace_layers(
-    recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, layers: int, shape: tuple[int, int]
-) -> tuple[int, int]:
-    """Run the backbone's first `layers` on fake tensors; return the bytes that they keep, and of one hidden state."""
-    model = build_skeleton(recipe, dtype, layers)
-    for name, module in list(model.named_modules()) if gpu else []:
-        if isinstance(module, torch.nn.Dropout):
-            model.set_submodule(name, GPUDropout(module.p))
-    backbone = (model.get_base_model() if recipe.lora is not None else model).base_model
-    saved: dict[int, torch.UntypedStorage] = {}
+def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, rows: int, length: int) -> Kept:
+    """Run the first one and two layers on `rows` x `length` fake tokens; each further layer keeps what the second does.
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved[storage._cdata] = storage
-        return tensor
-
+    A model that cannot be traced is estimated.
+    """
+    kept: list[int] = []
     # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute != torch.float32)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        backbone.to_empty(device="cpu")
-        held = [*backbone.parameters(), *backbone.buffers()]
-        parameters = {tensor.untyped_storage()._cdata for tensor in held}
-        ids = torch.zeros(shape, dtype=torch.long)
-        with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            made = backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        kept = sum(storage.nbytes() for storage in saved.values()) - cast_bytes(backbone, compute)
-        return kept, made.last_hidden_state.nbytes
+    for layers in (1, 2):
+        model, saved = build_skeleton(recipe, dtype, layers), []
+        for name, module in list(model.named_modules()) if gpu else []:
+            if isinstance(module, torch.nn.Dropout):
+                model.set_submodule(name, GPUDropout(module.p))
+        backbone = (model.get_base_model() if recipe.lora is not None else model).base_model
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            backbone.to_empty(device="cpu")
+            held = {tensor.untyped_storage()._cdata for tensor in (*backbone.parameters(), *backbone.buffers())}
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            try:
+                # Nothing runs backward: what would be saved need not come back
+                with autocast, torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+                    made = backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+                state = rows * length * load_config(recipe).get_text_config().hidden_size * compute.itemsize
+                return Kept(state * UNTRACED // 2, state, state, traced=False)
+            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in saved}
+        new = sum(size for key, size in storages.items() if key not in held)
+        kept.append(new - cast_bytes(backbone, compute))
+    first, both = kept
+    return Kept(both - first, max(0, 2 * first - both), made.last_hidden_state.nbytes)

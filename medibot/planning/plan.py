@@ -34,10 +34,8 @@ GPU_TILE = (4096, 32768)
 class Plan:
     """One training on one device.
 
-    Exact: parameters, adapters, gradients, optimizer state. Traced: activations, `traced` for two of the longest rows.
-    Estimated: the rest. `lengths` are the tokens of each row, `rows` a micro-batch, `longest` the tokens to which it is
-    padded, `supervised_share` of them learned from, `overhead` the bytes that the process holds whatever it
-    trains.
+    `traced` stands for two of the longest rows. `lengths` are the tokens of each row, `rows` a micro-batch, `longest` the
+    tokens to which it is padded, `supervised_share` of them learned from, `overhead` what the process holds anyway.
     """
 
     recipe: Recipe
@@ -55,18 +53,38 @@ class Plan:
 
     def memory(self, rows: int | None = None) -> dict[str, int]:
         """Return bytes on one device, by what they are for; `peak` is what has to fit."""
-        parts = self.fixed() | self.batch(rows or self.rows)
-        passing, gradients = parts["activations"] + parts["logits"], parts["gradients"]
+        rows = rows or self.rows
+        layers, layer = self.config.num_hidden_layers, self.traced.layer * rows // 2
+        kept = self.traced.state if self.checkpointing else self.traced.layer
+        stored = (layers * kept + self.traced.outside) * rows // 2
+        if is_flat(self.recipe):
+            # The rows of a flat batch are told apart by a mask over all its tokens
+            stored += (rows * self.longest) ** 2 * self.device.compute.itemsize
+        if not self.device.gpu:
+            holes = HOLES if self.recipe.lora is None else HOLES_WITH_ADAPTERS
+            stored += int(holes * layer * (1 if self.checkpointing else layers))
+        # Head and loss need most on a GPU in TRL's fused head, one tile of logits at a time; on a CPU in that of
+        # medibot/training/cpu.py, two tiles in float32. Both keep the supervised hidden states and their gradient
+        supervised, size = math.ceil(rows * self.longest * self.supervised_share), self.device.compute.itemsize
+        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+        positions, width = min(GPU_TILE[0], supervised), min(GPU_TILE[1], vocabulary)
+        tile, copy = positions * width * size, width * hidden * size
+        if not self.device.gpu:
+            tile, copy = 2 * 4 * min(CPU_TILE, supervised) * vocabulary, 0
+        # A head that is trained, too, has a gradient
+        trained = 0 if self.recipe.lora is not None else 4 * vocabulary * hidden + copy
+        head = tile + supervised * hidden * (4 + 2 * size) + trained
+        # Or the gradients of one layer
+        on_top = max(head, layer * (2 if self.checkpointing else 1))
+        parts = self.fixed() | {"activations": stored, "logits": on_top}
+        passing, gradients = stored + on_top, parts["gradients"]
         always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
         together = setting(self.recipe, "gradient_accumulation_steps") > 1 or self.hardware.kind == "DDP"
         return parts | {"peak": always + (passing + gradients if together else max(passing, gradients))}
 
     def fixed(self) -> dict[str, int]:
-        """Return the bytes that do not depend on the batch.
-
-        ZeRO-2 shards gradients and optimizer, ZeRO-3 and FSDP2 the weights, too.
-        """
+        """Return the bytes that do not depend on the batch; all but DDP share optimizer and gradients."""
         own, bits, compute = self.parameters, self.recipe.quantization, self.device.compute
         kind, processes = self.hardware.kind, self.hardware.processes
         shares = processes if self.hardware.sharded else 1
@@ -90,36 +108,6 @@ class Plan:
             "overhead": self.overhead,
         }
 
-    def batch(self, rows: int) -> dict[str, int]:
-        """Return what is kept for the backward pass, and what comes on top: logits, or one layer's gradients."""
-        layers, layer = self.config.num_hidden_layers, self.traced.layer * rows // 2
-        kept = self.traced.state if self.checkpointing else self.traced.layer
-        stored = (layers * kept + self.traced.outside) * rows // 2
-        if is_flat(self.recipe):
-            # The rows of a flat batch are told apart by a mask over all its tokens
-            stored += (rows * self.longest) ** 2 * self.device.compute.itemsize
-        if not self.device.gpu:
-            holes = HOLES if self.recipe.lora is None else HOLES_WITH_ADAPTERS
-            stored += int(holes * layer * (1 if self.checkpointing else layers))
-        on_top = max(self.head(rows * self.longest), layer * (2 if self.checkpointing else 1))
-        return {"activations": stored, "logits": on_top}
-
-    def head(self, positions: int) -> int:
-        """Return what head and loss need on top, at their highest point, for a batch of so many positions.
-
-        On a GPU it is TRL's fused head, one tile of logits at a time; on a CPU that of medibot/training/cpu.py, two tiles
-        in float32. Both keep the hidden states of the supervised positions and their gradient.
-        """
-        supervised, size = math.ceil(positions * self.supervised_share), self.device.compute.itemsize
-        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
-        width = min(GPU_TILE[1], vocabulary)
-        gpu_tile, cpu_tile = min(GPU_TILE[0], supervised) * width * size, 2 * 4 * min(CPU_TILE, supervised) * vocabulary
-        needed = (gpu_tile if self.device.gpu else cpu_tile) + supervised * hidden * (4 + 2 * size)
-        if self.recipe.lora is None:
-            # The head is trained, too
-            needed += 4 * vocabulary * hidden + (width * hidden * size if self.device.gpu else 0)
-        return needed
-
     def fits(self, rows: int | None = None) -> bool:
         """Tell whether a micro-batch of `rows` of the longest rows fits."""
         return self.memory(rows)["peak"] <= self.device.capacity
@@ -133,19 +121,24 @@ class Plan:
         most, remedies = min(self.most_rows(), self.rows - 1), []
         again = min(self.rows, dataclasses.replace(self, checkpointing=True).most_rows())
         if most:
-            fit = f"per_device_train_batch_size={most} would fit"
-            remedies.append(f"{fit}: raise gradient_accumulation_steps by as much")
+            remedies.append(
+                f"per_device_train_batch_size={most} would fit: raise gradient_accumulation_steps by as much"
+            )
         if again > most and not self.checkpointing:
             remedies.append(f"with activation_checkpointing=true {again} rows would fit")
         least = f"{sum(self.fixed().values()) / GB:.1f} GB are needed before the first row"
         return ", or ".join(remedies) or f"{least}: shorten max_length, quantize, or take a smaller model"
 
+    def __str__(self) -> str:
+        needed, capacity = self.memory()["peak"] / GB, self.device.capacity / GB
+        where = f"{needed:.1f} GB of {capacity:.1f} GB on {self.device.name}"
+        return f"{self.rows} rows of {self.longest} tokens need {where}"
+
     def require_fit(self) -> None:
         """Raise RecipeError, before a weight is loaded, for what cannot fit."""
         if not self.fits():
-            needed = f"{self.rows} rows of {self.longest} tokens need {self.memory()['peak'] / GB:.1f} GB"
-            what = f"{needed}, {self.device.name} has {self.device.capacity / GB:.1f}"
-            raise self.recipe.error("training.per_device_train_batch_size", what, f"{self.advice()}; or ANYWAY=1")
+            remedy = f"{self.advice()}; or ANYWAY=1"
+            raise self.recipe.error("training.per_device_train_batch_size", str(self), remedy)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures: bytes, tokens, hours."""
@@ -169,17 +162,16 @@ class Plan:
     def __rich__(self) -> Group:
         """Return the verdict, a table of memory by part, and the other figures."""
         found, other = self.as_dict(), dataclasses.replace(self, checkpointing=not self.checkpointing)
-        parts, hours = found["memory_bytes"], found["hours_estimated"]
-        again = {f"peak {'with' if other.checkpointing else 'without'} checkpointing": other.memory()["peak"]}
         title = f"GB on one device of {self.hardware.processes}, {self.rows} rows of {self.longest} tokens"
         table = Table("", Column(self.hardware.kind, justify="right"), title=title, title_justify="left")
-        for part, size in (parts | again).items():
+        again = f"peak {'with' if other.checkpointing else 'without'} checkpointing"
+        for part, size in (found["memory_bytes"] | {again: other.memory()["peak"]}).items():
             if size:
                 table.add_row(part, f"{size / GB:.3f}")
         time = "not estimated: no data sheet is known for this device"
-        if hours is not None:
-            long = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-            time = f"{long} (estimate: {UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device)"
+        if self.device.tflops:
+            known = f"{UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device"
+            time = f"{found['hours_estimated']:.1f} h (estimate: {known})"
         traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
         figures = {
             "computes in": found["computes_in"],
@@ -191,10 +183,9 @@ class Plan:
             "time": time,
             "disk": f"{found['disk_bytes'] / GB:.2f} GB for checkpoints and model",
         }
-        fit = "fits" if found["fits"] else f"does NOT fit: {self.advice()}"
-        device = f"{parts['peak'] / GB:.1f} of {self.device.capacity / GB:.1f} GB, {self.device.name}"
+        fit = "fits" if found["fits"] else f"does NOT fit ({self.advice()})"
         lines = [f"{name:14}{value}" for name, value in figures.items()]
-        return Group(f"{self.recipe.name} {fit} ({device})", table, *lines)
+        return Group(f"{self.recipe.name} {fit}: {self}", table, *lines)
 
 
 def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
@@ -231,10 +222,12 @@ def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
 
 def plan_recipe(recipe: Recipe, gpu: str | None, hardware: Hardware, processes: int) -> Plan:
     """Return what the training needs on `gpu` (this machine if None), and write it to outputs/plans/ as JSON."""
+    if not hardware.sharded:
+        hardware = dataclasses.replace(hardware, kind="DDP" if processes > 1 else "one process")
     device = find_device(gpu, recipe.model.get("dtype")) if gpu else None
     prepared = prepare(recipe)
     device = device or detect_device(prepared.precision.dtype)
-    plan = make_plan(prepared, device, hardware.spread_over(processes))
+    plan = make_plan(prepared, device, dataclasses.replace(hardware, processes=processes))
     file = outputs_folder() / "plans" / f"{recipe.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")

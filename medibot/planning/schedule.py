@@ -1,6 +1,7 @@
 """Say how long a training is: steps, tokens, hours by a GPU's data sheet, disk."""
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # The share of a data sheet's TFLOPs that a fine-tuning is taken to reach; 0.3 to 0.45 is usual
 UTILIZATION = 0.35
+SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
 
 
 def setting(recipe: Recipe, name: str) -> Any:
@@ -35,37 +37,29 @@ def make_schedule(plan: "Plan") -> dict[str, Any]:
     row, so that its mean is over tokens, not over rows.
     """
     recipe, lengths, config, processes = plan.recipe, plan.lengths, plan.config, plan.hardware.processes
-    accumulated, most = setting(recipe, "gradient_accumulation_steps"), setting(recipe, "max_steps")
-    batches = math.ceil(len(lengths) / (setting(recipe, "per_device_train_batch_size") * processes))
-    steps = most if most > 0 else math.ceil(math.ceil(batches / accumulated) * setting(recipe, "num_train_epochs"))
-    tokens = round(steps * accumulated * processes * padded_tokens(recipe, lengths))
+    value, generator = partial(setting, recipe), torch.Generator().manual_seed(0)
+    size, accumulated, epochs = map(value, SIZES)
+    updates = math.ceil(math.ceil(len(lengths) / (size * processes)) / accumulated)
+    steps = value("max_steps") if value("max_steps") > 0 else math.ceil(updates * epochs)
+    # A micro-batch's mean over one epoch in the recipe's order
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    if value("train_sampling_strategy") == "group_by_length":
+        order = get_length_grouped_indices(lengths.tolist(), size, generator=generator)
+    batches = [lengths[order[start : start + size]] for start in range(0, len(order), size)]
+    padded = np.mean([batch.sum() if is_flat(recipe) else len(batch) * batch.max() for batch in batches])
+    tokens = round(steps * accumulated * processes * float(padded))
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     linear, again = 2 * (plan.parameters.total - embedding), 2 if plan.checkpointing else 1
     attention = 4 * config.num_hidden_layers * config.hidden_size * float(np.average(lengths, weights=lengths))
     flops = tokens * ((again + 1) * linear + (again + 2) * attention + 2 * plan.parameters.trainable)
     speed = plan.device.tflops
     hours = flops / (speed * 1e12 * UTILIZATION * processes) / 3600 if speed else None
-    return {"steps": steps, "tokens": tokens, "hours_estimated": hours, "disk_bytes": disk_bytes(plan, steps)}
-
-
-def padded_tokens(recipe: Recipe, lengths: np.ndarray) -> float:
-    """Return the tokens of a micro-batch, padding included: the mean over one epoch in the recipe's order."""
-    size, generator = setting(recipe, "per_device_train_batch_size"), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    if setting(recipe, "train_sampling_strategy") == "group_by_length":
-        order = get_length_grouped_indices(lengths.tolist(), size, generator=generator)
-    batches = [lengths[order[start : start + size]] for start in range(0, len(order), size)]
-    return float(np.mean([batch.sum() if is_flat(recipe) else len(batch) * batch.max() for batch in batches]))
-
-
-def disk_bytes(plan: "Plan", steps: int) -> int:
-    """Return the bytes of the checkpoints that exist at once, and of the model."""
-    recipe, model = plan.recipe, plan.parameters.trained
-    every, limit = setting(recipe, "save_steps"), setting(recipe, "save_total_limit")
+    # The checkpoints that exist at once, and the model
+    every, limit, model = value("save_steps"), value("save_total_limit"), plan.parameters.trained
     by_steps = steps // max(1, math.ceil(steps * every if every < 1 else every))
-    by_strategy = {"no": 0, "epoch": math.ceil(setting(recipe, "num_train_epochs")), "steps": by_steps}
-    saves = by_strategy.get(setting(recipe, "save_strategy"), 1)
+    saves = {"no": 0, "epoch": math.ceil(epochs), "steps": by_steps}.get(value("save_strategy"), 1)
     if limit:
         # The best one is kept beside the last one, and one is written before another goes
-        saves = min(saves, max(limit, 2 if setting(recipe, "load_best_model_at_end") else 1) + 1)
-    return saves * (model + plan.parameters.optimizer) + model
+        saves = min(saves, max(limit, 2 if value("load_best_model_at_end") else 1) + 1)
+    disk = saves * (model + plan.parameters.optimizer) + model
+    return {"steps": steps, "tokens": tokens, "hours_estimated": hours, "disk_bytes": disk}

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from rich.console import Group
 from rich.rule import Rule
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -33,36 +33,28 @@ class Inspection:
     @property
     def tables(self) -> list[tuple[str, list[str], list[list[Any]]]]:
         """Return (title, header, rows) of what each rule did, what splits share, and what the loss covers."""
-        keys = ("rows_in", "dropped", "changed", "added", "rows_out")
+        keys = ["rows_in", "dropped", "changed", "added", "rows_out"]
         ledger: list[list[Any]] = [[line["rule"], *(f"{line[key]:,}" for key in keys)] for line in self.prepared.ledger]
         sizes = ", ".join(f"{name} {count:,}" for name, count in self.prepared.split["rows"].items())
         ledger.append([f"split: {sizes}", *[""] * len(keys)])
         # Here, and had the rows been split at random
-        leaks = self.prepared.leaks
-        kinds = dict.fromkeys(kind for counts in leaks.values() for kind in counts)
-        shared = [[kind, *(counts.get(kind, "") for counts in leaks.values())] for kind in kinds]
-        counts = [audit.as_dict() for audit in self.audits]
+        leaks, counts = self.prepared.leaks, [audit.as_dict() for audit in self.audits]
+        shared = [[kind, *(found[kind] for found in leaks.values())] for kind in leaks["random_split"]]
         measures = ["rows_in", "rows_out", "tokens", "longest", "supervised", "supervised_share"]
         mask = [[key.replace("_", " "), *(f"{found[key]:,}" for found in counts)] for key in measures]
         mask += [[text, *(found["violations"][key] for found in counts)] for key, text in NAMES.items()]
-        return [
-            ("Ledger", ["rule", *(key.replace("_", " ") for key in keys)], ledger),
-            ("Leak report (rows)", ["shared", *(name.replace("_", " ") for name in leaks)], shared),
+        tables = [
+            ("Ledger", ["rule", *keys], ledger),
+            ("Leak report (rows)", ["shared", *leaks], shared),
             ("Loss mask", ["", *(audit.split for audit in self.audits)], mask),
         ]
-
-    def refuse_faults(self) -> None:
-        """Raise RecipeError where training would refuse."""
-        for audit in self.audits:
-            audit.refuse_faults()
+        return [(title, [name.replace("_", " ") for name in header], rows) for title, header, rows in tables]
 
     def html(self) -> str:
         """Return the same as a page."""
         templates = jinja2.Environment(loader=jinja2.PackageLoader("medibot"), autoescape=True)
-        page = templates.get_template("inspect.html.j2")
-        return page.render(
-            recipe=self.prepared.recipe, prepared=self.prepared, tables=self.tables, painted=self.painted
-        )
+        content = vars(self) | {"recipe": self.prepared.recipe, "tables": self.tables}
+        return templates.get_template("inspect.html.j2").render(content)
 
     def __rich__(self) -> Group:
         prepared, recipe, precision = self.prepared, self.prepared.recipe, self.prepared.precision
@@ -71,10 +63,9 @@ class Inspection:
             f"{recipe.name}: {method_name(recipe)} of {recipe.model['pretrained_model_name_or_path']}",
             f"precision here: {precision.name} ({precision.reason})\ngeneration stops at {stops}",
         ]
-        for title, header, rows in self.tables:
-            table = Table(title=title, title_justify="left")
-            for place, name in enumerate(header):
-                table.add_column(name, justify="right" if place else "left", overflow="ellipsis" if place else "fold")
+        for title, (first, *rest), rows in self.tables:
+            columns = [Column(first, overflow="fold"), *(Column(name, justify="right") for name in rest)]
+            table = Table(*columns, title=title, title_justify="left")
             for cells in rows:
                 table.add_row(*map(str, cells))
             parts.append(table)

@@ -45,13 +45,14 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
 
         prepare(checked)
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    environment, command = {"MEDIBOT_PROCESSES": str(processes)}, [sys.executable]
+    # accelerate's launcher passes OMP_NUM_THREADS on
+    environment, command = {"MEDIBOT_PROCESSES": str(processes), "OMP_NUM_THREADS": threads}, [sys.executable]
     if hardware.settings == ONE_CPU_PROCESS and not more:
-        environment |= LAUNCHED_ON_CPU | {"OMP_NUM_THREADS": threads}
+        environment |= LAUNCHED_ON_CPU
     else:
         command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
         # argparse takes the last of an option that is given twice
-        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", threads, *more]
+        command += ["--num_processes", str(processes), *more]
     return run_launcher([*command, "-m", "medibot", "train", recipe, *overrides, *options], environment)
 
 

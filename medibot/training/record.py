@@ -47,8 +47,8 @@ class Record(TrainerCallback):
                 self.trainer._save_checkpoint(self.trainer.model, None)
             if PartialState().is_main_process:
                 self.run.write("run.json", self.run.record() | {"status": "stopped", "step": state.global_step})
-            at = f"step {state.global_step} of {state.max_steps}"
-            raise Stopped(f"stopped at {at}; the same command goes on from there")
+            at = f"{state.global_step} of {state.max_steps}"
+            raise Stopped(f"stopped at step {at}; the same command goes on from there")
         self.step_started = time.monotonic()
 
     # Before upstream draws the rows of the next epoch, as a resume will do again
@@ -65,8 +65,7 @@ class Record(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and (not math.isfinite(loss) or loss == 0.0):
-            learned = "lower training.learning_rate, or check the weights"
-            remedy = learned if loss else "nothing was learned from: check the data"
+            remedy = "check the data" if loss == 0.0 else "lower training.learning_rate, or check the weights"
             raise RecipeError.of("training", f"loss is {loss} at step {state.global_step}", remedy)
         if not state.is_world_process_zero:
             return
@@ -84,8 +83,7 @@ class Record(TrainerCallback):
         questions, file = recipe.evaluation.questions, self.run.answers
         if not questions or any(row["global_step"] == step for row in read_lines(file)):
             return
-        markers = role_markers(tokenizer)
-        prompts = [make_prompt(question, recipe.data.system, markers) for question in questions]
+        prompts = [make_prompt(question, recipe.data.system, role_markers(tokenizer)) for question in questions]
         answers = generate_answers(model, tokenizer, prompts, self.prepared.generation, template_kwargs(recipe))
         for question, got in zip(questions, answers, strict=True):
             if PartialState().is_main_process:
@@ -96,22 +94,22 @@ class Record(TrainerCallback):
 
 def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
     """Return what a finished training came to: steps, losses, cost, and planned beside measured memory."""
-    last = read_lines(run.metrics)[-1]
+    last, tokens = read_lines(run.metrics)[-1], trainer.num_supervised_tokens_seen
     # On a GPU what is allocated is measured, without the context
     planned = plan.memory()["peak"] - (plan.overhead if plan.device.gpu else 0)
-    measured, tokens = last["peak_memory_bytes"], trainer.num_supervised_tokens_seen
+    memory = {"planned_bytes": planned, "measured_bytes": last["peak_memory_bytes"]}
     summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}
     if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
         summary |= {"eval_loss_first": losses[0], "eval_loss_last": losses[-1], "eval_loss_best": min(losses)}
+    summary["memory"] = memory | {"planned_over_measured": planned / last["peak_memory_bytes"]}
     # `training_seconds` is the steps alone, without evaluations, answers and saving
-    cost = {key: last[key] for key in ("seconds", "training_seconds", "peak_memory_bytes")} | {
+    summary["cost"] = {key: last[key] for key in ("seconds", "training_seconds", "peak_memory_bytes")} | {
         "supervised_tokens": tokens,
         "supervised_tokens_per_second": round(tokens / last["training_seconds"], 2),
         "trainable_parameters": count_parameters(trainer.model)[0],
         "weights_bytes": sum(file.stat().st_size for file in run.weights.glob("*.safetensors")),
     }
-    memory = {"planned_bytes": planned, "measured_bytes": measured, "planned_over_measured": planned / measured}
-    return summary | {"cost": cost, "memory": memory}
+    return summary
 
 
 def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from medibot import tracking
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import identify_base, method_name, weights_dtype
-from medibot.planning.hardware import GB, detect_device, detect_hardware
+from medibot.planning.hardware import detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
@@ -59,13 +58,13 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
         require_columns(recipe, prepared.load("train"))
         checkpoint, config = run.last_checkpoint(), {}
         if main:
-            config = begin(trainer, prepared, plan, run, checkpoint)
+            config = begin(trainer, prepared, plan, run)
             run.write("audit.json", [audit.as_dict() for audit in audits])
             run.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
         # An interrupted run was evaluated at its start already: a second time would be in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
         state.wait_for_everyone()
-        with tracking.tracked(recipe, run, config, main) as mirror, explained(run, trainer, plan), Signals() as signals:
+        with tracking.tracked(recipe, run, config, main) as mirror, explained(run, plan), Signals() as signals:
             trainer.add_callback(Record(trainer, run, mirror, prepared, signals))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             save(trainer, prepared, run, mirror, plan)
@@ -74,19 +73,16 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
     return run
 
 
-def begin(
-    trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run, checkpoint: Path | None
-) -> dict[str, Any]:
+def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run) -> dict[str, Any]:
     """Print what is about to be trained, write what it is made from, and return that for the mirror."""
-    recipe, precision, args = prepared.recipe, prepared.precision, trainer.args
+    recipe, precision, args, checkpoint = prepared.recipe, prepared.precision, trainer.args, run.last_checkpoint()
     rows, steps, ways = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     (trainable, total), batch = count_parameters(trainer.model), rows * steps * ways
-    needed, capacity = plan.memory()["peak"] / GB, plan.device.capacity / GB
     print(f"model      {recipe.model['pretrained_model_name_or_path']}, {method_name(recipe)}")
     print(f"precision  {precision.name}: {precision.reason}")
     print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     print(f"batch      {rows} per device x {steps} accumulated x {ways} processes = {batch} rows a step")
-    print(f"memory     {needed:.1f} GB planned for {plan.rows} rows of {plan.longest} tokens, {capacity:.1f} GB here")
+    print(f"memory     {plan}")
     for name in run.set_torn_aside():
         print(f"{name} was never finished or is damaged: set aside in {run.checkpoints}/torn")
     if checkpoint:
@@ -103,22 +99,21 @@ def begin(
         "parameters": total,
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    split, environment = prepared.split | {"data": prepared.fingerprint}, describe_environment(device) | decided
+    shown = {"split": prepared.split | {"data": prepared.fingerprint}}
+    shown["environment"] = describe_environment(device) | decided
+    ledger = {"ledger": prepared.ledger, "leaks": prepared.leaks}
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("recipe.yaml", dump_resolved_recipe(recipe, decided))
-    run.write("ledger.json", {"ledger": prepared.ledger, "leaks": prepared.leaks})
-    run.write("split.json", split)
-    run.write("environment.json", environment)
     run.write(FILE, build_evidence(recipe, prepared))
-    run.write("plan.json", plan.as_dict())
+    for name, content in (shown | {"ledger": ledger, "plan": plan.as_dict()}).items():
+        run.write(f"{name}.json", content)
     # Counts only: the ledger's examples are rows
     counted = [{key: value for key, value in line.items() if key != "examples"} for line in prepared.ledger]
-    shown = {"ledger": counted, "leaks": prepared.leaks, "split": split, "environment": environment}
-    return shown | {"recipe": recipe.as_dict()}
+    return shown | ledger | {"ledger": counted, "recipe": recipe.as_dict()}
 
 
 @contextmanager
-def explained(run: Run, trainer: CountingTrainer, plan: Plan) -> Generator[None]:
+def explained(run: Run, plan: Plan) -> Generator[None]:
     """Turn what a machine runs out of into a RecipeError: memory, disk, the right to write, another process."""
     try:
         yield
@@ -126,10 +121,7 @@ def explained(run: Run, trainer: CountingTrainer, plan: Plan) -> Generator[None]
         last = run.last_checkpoint()
         kept = f"{last.name} is whole" if last else "no checkpoint is whole yet"
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            rows, needed = trainer.args.per_device_train_batch_size, plan.memory()["peak"] / GB
-            what = f"out of memory at {rows} rows of up to {plan.longest} tokens ({kept})"
-            remedy = f"the plan was {needed:.1f} of {plan.device.capacity / GB:.1f} GB: {plan.advice()}"
-            raise RecipeError.of("training", what, remedy) from error
+            raise RecipeError.of("training", f"out of memory ({kept}); by the plan, {plan}", plan.advice()) from error
         if problem := runs.disk_error(run.folder, error, f"{kept}; make room: the same command then goes on"):
             raise problem from error
         if PartialState().num_processes > 1 and any(words in str(error) for words in PEER_LOST):
@@ -166,13 +158,12 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: trackin
 
 def print_next_steps(run: Run) -> None:
     """Print the fixed questions' answers before and after, and what to do next."""
-    answers: dict[str, dict[int, str]] = {}
-    for row in runs.read_lines(run.answers):
-        answers.setdefault(row["question"], {})[row["global_step"]] = " ".join(row["answer"].split())[:300]
-    for question, texts in answers.items():
-        before, after = min(texts), max(texts)
-        print(f"\n{question}\n  step {before:>4}: {texts[before]}\n  step {after:>4}: {texts[after]}")
-    summary = run.record()["summary"]
+    rows, summary = runs.read_lines(run.answers), run.record()["summary"]
+    for question in dict.fromkeys(row["question"] for row in rows):
+        said = [row for row in rows if row["question"] == question]
+        print(f"\n{question}")
+        for row in (said[0], said[-1]):
+            print(f"  step {row['global_step']:>4}: {' '.join(row['answer'].split())[:300]}")
     if "eval_loss_first" in summary:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
     print(f"\nDone: {run.folder}  (recipe, ledger, split, metrics, answers; weights in {run.weights})")

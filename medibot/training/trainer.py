@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import NoMatchingPeftModuleError
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -19,11 +18,10 @@ from trl import SFTConfig, SFTTrainer
 from medibot.data.conversations import COLUMNS
 from medibot.data.gate import Audit
 from medibot.data.prepared import Prepared
-from medibot.errors import one_line
 from medibot.model.loading import load_base, make_tiny_model, weights_dtype
 from medibot.model.precision import make_lora_config
 from medibot.planning.conflicts import share_batch
-from medibot.planning.hardware import is_zero3
+from medibot.planning.hardware import detect_hardware
 from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu
 
@@ -117,20 +115,17 @@ def build_trainer(prepared: Prepared, this: Run, tiny: bool = False) -> Counting
         optimize_for_cpu()
     rows = {f"{split}_dataset": prepared.load(name) for split, name in (("train", "train"), ("eval", "validation"))}
     rows = {split: found.select_columns(COLUMNS) for split, found in rows.items() if found is not None}
-    model = make_tiny_model(prepared.tokenizer) if tiny else load_weights(prepared)
-    adapters = None if tiny else make_lora_config(prepared.recipe)
+    recipe, dtype = prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype)
+    model = make_tiny_model(prepared.tokenizer) if tiny else load_base(recipe, dtype)
+    adapters = None if tiny else make_lora_config(recipe)
     # The Trainer makes its folder at once: what does not get through the gate shall leave none
     args.output_dir = tempfile.gettempdir()
-    try:
-        trainer = CountingTrainer(model, args, processing_class=prepared.tokenizer, peft_config=adapters, **rows)
-    except NoMatchingPeftModuleError as error:
-        what, remedy = one_line(error), "name modules that this model has"
-        raise prepared.recipe.error("lora.target_modules", what, remedy) from error
+    trainer = CountingTrainer(model, args, processing_class=prepared.tokenizer, peft_config=adapters, **rows)
     args.output_dir = str(this.checkpoints)
     trainer.remove_callback(PrinterCallback)
     # TRL makes QLoRA's adapters bfloat16 and a resume makes them float32: the two would train differently. ZeRO-3 gathers
     # parameters of one dtype only (deepspeed 0.19, _allgather_params_coalesced)
-    if prepared.recipe.lora and not is_zero3():
+    if recipe.lora and detect_hardware().kind != "ZeRO-3":
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -154,14 +149,9 @@ def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
     written = {key: value for key, value in prepared.recipe.training.items() if key != "chat_template_path"}
     if written.get("activation_checkpointing", True):
         # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
-        reentrant = is_zero3() and prepared.recipe.lora is not None
+        reentrant = detect_hardware().kind == "ZeRO-3" and prepared.recipe.lora is not None
         written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
     return SFTConfig(**(decided | written | share_batch(prepared.recipe, PartialState().num_processes)))
-
-
-def load_weights(prepared: Prepared) -> PreTrainedModel:
-    """Load the base weights in the dtype that training holds them in."""
-    return load_base(prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype))
 
 
 def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[Audit]:

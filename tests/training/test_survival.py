@@ -294,8 +294,8 @@ def test_memory_that_runs_out_is_said_with_what_to_lower(miniature, monkeypatch)
 
     monkeypatch.setattr(session, "Record", Hungry)
     said = (
-        r"out of memory at 2 rows of up to \d+ tokens \(checkpoint-2 is whole\) "
-        r"\(the plan was [\d.]+ of [\d.]+ GB: per_device_train_batch_size=1 would fit"
+        r"out of memory \(checkpoint-2 is whole\); by the plan, 2 rows of \d+ tokens need [\d.]+ GB of [\d.]+ GB on .+ "
+        r"\(per_device_train_batch_size=1 would fit"
     )
     with pytest.raises(RecipeError, match=said):
         train(miniature("quickstart", *FOUR_STEPS, "tracking=null"), "mini")
