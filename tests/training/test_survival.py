@@ -25,6 +25,11 @@ from medibot.training.session import train
 pytestmark = pytest.mark.slow
 
 
+def own_environment() -> dict[str, str]:
+    """This process's environment, without its W&B service: that would hold on to the run of a process that is killed."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 @pytest.fixture
 def launch(make_model, workplace):
     """launch(name, hardware): `medibot train` of 40 short steps as its users start it, on that accelerate config.
@@ -47,7 +52,7 @@ def launch(make_model, workplace):
             *more,
         ]
         command += ["--run", name, "--accelerate", config]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = own_environment() | {"PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, env=environment, **pipes)
 
@@ -157,7 +162,7 @@ def test_two_processes_one_of_which_dies_go_on_on_two_nodes_of_slurm_and_give_th
         (tools / name).chmod(0o755)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {
+    environment = own_environment() | {
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "MEDIBOT": str(tools / "medibot"),
         "MEDIBOT_PORT": str(port), "RUN": "nodes", "ACCELERATE": str(ROOT / "accelerate_configs" / "cpu-2.yaml"),
         "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7",
