@@ -108,7 +108,7 @@ test-fast: .venv/.dev  ## run the tests that neither train nor load a real model
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test: .venv/.dev $(SMOLLM2)/config.json  ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev  ## lint, format, types, spelling, import contract, recipes against their schema
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

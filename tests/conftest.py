@@ -15,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
+    from medibot.planning.memory import Kept
     from medibot.recipe import Recipe
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
@@ -75,6 +76,17 @@ FAMILIES = {
     "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
     "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"]),
 }
+
+
+# Whole files go to a worker at a time: the longest first, or one worker ends long before the other
+LONGEST = ["training/test_survival.py", "test_readme.py", "training/test_train.py", "export/test_export.py"]
+LONGEST += ["serving/test_server.py", "test_wheel.py", "planning/test_conflicts.py", "test_fuzz.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files as they shall start."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 FROZEN = {"modules": 0}
@@ -182,11 +194,49 @@ MINIATURE = [
 FOUR_STEPS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2"]
 
 
-@pytest.fixture
-def miniature(make_model, workplace):
-    """miniature(path, *overrides): the recipe in miniature, on a tiny random model, in an empty working folder."""
+@pytest.fixture(scope="session")
+def traced() -> dict[str, "Kept"]:
+    """What a plan's trace of layers has found, by all that it depends on."""
+    return {}
 
+
+@pytest.fixture
+def traced_once(traced, monkeypatch) -> None:
+    """A plan traces the same layers over the same tokens once in a session, and not before each training anew."""
+    from medibot.planning import plan
+
+    trace = plan.trace
+
+    def remembered(recipe: "Recipe", *sizes: object) -> "Kept":
+        weights = plan.load_config(recipe).to_json_string()
+        key = repr((weights, recipe.model, recipe.lora, recipe.quantization, sizes))
+        if key not in traced:
+            traced[key] = trace(recipe, *sizes)
+        return traced[key]
+
+    monkeypatch.setattr(plan, "trace", remembered)
+
+
+@pytest.fixture(scope="session")
+def prepared_once(make_model, tmp_path_factory) -> Path:
+    """A cache with the rows of MINIATURE as the quickstart prepares them; copy, never change."""
+    from medibot.data.prepared import prepare
     from medibot.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("prepared")
+    weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDIBOT_CACHE", str(folder))
+        prepare(load_recipe("quickstart", [weights, *MINIATURE], root=ROOT))
+    return folder
+
+
+@pytest.fixture
+def miniature(make_model, workplace, prepared_once, traced_once):
+    """miniature(path, *overrides): the recipe in miniature, on a tiny random model, in a working folder of its own."""
+    from medibot.recipe import load_recipe
+
+    shutil.copytree(prepared_once, workplace / "cache")
 
     def make(path: Path | str, *overrides: str) -> "Recipe":
         model = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
@@ -243,6 +293,7 @@ OVERRIDES = [
 def trained_once(make_model, tmp_path_factory) -> Callable:
     """trained_once(*overrides): a folder with outputs/run and its cache, trained once a session; copy, never change."""
     made: dict[tuple[str, ...], Path] = {}
+    seen: list[Path] = []
 
     def make(*overrides: str) -> Path:
         from medibot.recipe import load_recipe
@@ -250,19 +301,23 @@ def trained_once(make_model, tmp_path_factory) -> Callable:
 
         if overrides not in made:
             folder = tmp_path_factory.mktemp("trained")
+            # Most train on the rows of the one before
+            if seen:
+                shutil.copytree(seen[-1], folder / "cache")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("MEDIBOT_OUTPUTS", str(folder / "outputs"))
                 patch.setenv("MEDIBOT_CACHE", str(folder / "cache"))
                 weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
                 train(load_recipe("quickstart", [weights, *OVERRIDES, *overrides], root=ROOT), "run")
             made[overrides] = folder
+            seen.append(folder / "cache")
         return made[overrides]
 
     return make
 
 
 @pytest.fixture
-def trained(trained_once, workplace):
+def trained(trained_once, workplace, traced_once):
     """trained(name, *overrides): a copy of a finished run in miniature, without W&B unless asked."""
     from medibot.run import open_run
 
@@ -276,20 +331,17 @@ def trained(trained_once, workplace):
 
 
 @pytest.fixture(scope="module")
-def speaker(make_model, tmp_path_factory):
+def speaker(trained_once, tmp_path_factory):
     """A run trained for two steps at a rate that makes it differ from its base, loaded."""
-    from medibot.recipe import load_recipe
     from medibot.run import open_run
     from medibot.serving.assistant import Assistant
-    from medibot.training.session import train
 
-    folder = tmp_path_factory.mktemp("chat")
+    # Without the penalty a random model says the same token again and again
+    more = ["quantization=null", "training.learning_rate=0.1", "evaluation.generate.repetition_penalty=1.5"]
+    made, folder = trained_once(*more), tmp_path_factory.mktemp("chat")
+    shutil.copytree(made / "outputs" / "run", folder / "outputs" / "talker")
+    shutil.copytree(made / "cache", folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDIBOT_OUTPUTS", str(folder / "outputs"))
         patch.setenv("MEDIBOT_CACHE", str(folder / "cache"))
-        weights = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
-        # Without the penalty a random model says the same token again and again
-        more = ["quantization=null", "training.learning_rate=0.1", "evaluation.generate.repetition_penalty=1.5"]
-        recipe = load_recipe("quickstart", [weights, *OVERRIDES, *more], root=ROOT)
-        train(recipe, "talker")
         yield Assistant(open_run("talker"))

@@ -1,14 +1,22 @@
 """Every command that the README shows is run, as it stands there; what needs a GPU or the hub runs in miniature."""
 
+import io
+import json
 import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, SAMPLE
+
+from medibot import cli
+from medibot.recipe import load_recipe
+from medibot.training.session import train
 
 pytestmark = pytest.mark.slow
 COMMANDS = [
@@ -32,30 +40,89 @@ UNFIT = (
     "make benchmark RUN=medquad",
 )
 UNFIT += ("make merge", "make export-gguf", "make push")
+# They import so little that each is a process
+LIGHT = ("help", "list", "rules")
 SHORT = (
     "training.max_steps=2 training.logging_steps=1 training.per_device_train_batch_size=2 evaluation.max_new_tokens=2"
     " data.limit.train=4 data.limit.validation=2"
 )
 
+# With the real model each step, question and evaluated row takes seconds
+REAL = f"{SHORT} training.max_steps=1 training.per_device_train_batch_size=1 data.limit.validation=1"
+REAL += " evaluation.questions=[Gout] training.eval_on_start=false"
+# What make starts for the verb is written down here, in the place of the verb
+RECORDER = """#!/bin/sh
+printf '%s\\0' "$@" > "$RECORD"
+"""
+
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("outputs")
+def tiny(make_model) -> str:
+    """Overrides that train a random model on the sample set."""
+    length = "training.max_length=1024 data.too_long=drop"
+    return f"{SHORT} {length} data.path={SAMPLE} model.pretrained_model_name_or_path={make_model()}"
 
 
-def make(command: str, outputs: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"MEDIBOT_OUTPUTS": str(outputs), "MEDIBOT_CACHE": str(outputs / "cache")}
+@pytest.fixture(scope="module")
+def outputs(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs with a quickstart of the random model: only training and asking need the real one."""
+    folder = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDIBOT_OUTPUTS", str(folder))
+        patch.setenv("MEDIBOT_CACHE", str(folder / "cache"))
+        train(load_recipe("quickstart", tiny.split(), root=ROOT), "quickstart")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs of the commands that run with the small real model."""
+    return tmp_path_factory.mktemp("real")
+
+
+def make(command: str, outputs: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MEDIBOT_OUTPUTS": str(outputs), "MEDIBOT_CACHE": str(outputs / "cache")} | environment
     words = [*shlex.split(command), *more]
-    # What is typed to a chat
-    return subprocess.run(
-        words,
-        cwd=ROOT,
-        env=environment,
-        input="/both\nWhat causes gout?\n",
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture
+def make_here(tmp_path, monkeypatch, capfd):
+    """make_here(command, outputs, *more): make runs, and the verb with the very words that it passes on runs here.
+
+    A process would import for longer than the verb takes.
+    """
+
+    def run(command: str, outputs: Path, *more: str) -> tuple[str, str]:
+        recorder, record = tmp_path / "recorder", tmp_path / "record"
+        recorder.write_text(RECORDER)
+        recorder.chmod(0o755)
+        done = make(command, outputs, *more, f"MEDIBOT={recorder}", RECORD=str(record))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        words = record.read_text().split("\0")[:-1]
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        if "--accelerate" not in words:
+            # What every accelerate launcher sets: the training starts no further process
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        monkeypatch.setenv("MEDIBOT_OUTPUTS", str(outputs))
+        monkeypatch.setenv("MEDIBOT_CACHE", str(outputs / "cache"))
+        monkeypatch.setenv("TQDM_DISABLE", "1")
+        monkeypatch.setattr(sys, "argv", ["medibot", *words])
+        monkeypatch.delenv("WANDB_SERVICE", raising=False)
+        # What is typed to a chat
+        monkeypatch.setattr(sys, "stdin", io.StringIO("/both\nWhat causes gout?\n"))
+        monkeypatch.chdir(ROOT)
+        interrupt = signal.getsignal(signal.SIGINT)
+        capfd.readouterr()
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code, capfd.readouterr()
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+        return tuple(capfd.readouterr())
+
+    return run
 
 
 def test_the_readme_shows_commands():
@@ -63,51 +130,56 @@ def test_the_readme_shows_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readme_command_runs(command, outputs, make_model):
+def test_readme_command_runs(command, outputs, real, tiny, make_here):
     if command.startswith(UNFIT) or "multi-gpu" in command:
         # make must still know the way
         done = make(command, outputs, "--dry-run")
         assert done.returncode == 0, done.stderr
         return
     words = dict(word.split("=", 1) for word in shlex.split(command)[1:] if "=" in word)
-    if not (ROOT / "models").exists() and "medquad" not in command:
+    verb, more = command.split()[1], []
+    if not (ROOT / "models").exists() and verb in ("train", "ask", "inspect", "plan"):
         pytest.skip("no models/SmolLM2-135M-Instruct here: run make model")
-    more = []
-    if command.startswith(("make train", "make inspect", "make plan")):
-        small = SHORT if command.startswith("make train") else ""
-        # One run stays with the small real model; what only shows that a command works takes a tiny one
-        if "medquad" in command or "RUN=two" in command:
-            small += f" data.path={SAMPLE} data.too_long=drop model.pretrained_model_name_or_path={make_model()}"
-        if "RUN=gentle" in command:
-            small += " evaluation.questions=[] training.eval_on_start=false"
-        more = [f"ARGS={words.get('ARGS', '')} {small}"]
-    if command.startswith(("make ask", "make chat")):
+    if verb == "train":
+        more = [f"ARGS={words.get('ARGS', '')} {REAL if command == 'make train' else tiny}"]
+    if verb in ("inspect", "plan") and "medquad" in command:
+        more = [f"ARGS={tiny}"]
+    if verb in ("ask", "chat"):
         more = ["TOKENS=4"]
-    if command.startswith("make eval"):
-        more = ["ROWS=2"]
-    if command.startswith("make benchmark"):
+    if verb == "benchmark":
         more = ["LIMIT=2"]
+    if "RUN=gentle" in command and verb == "eval":
+        # As many as the quickstart was asked last: only then can they be compared
+        more = ["ROWS=10"]
     if "my.jsonl" in command:
         (outputs / "my.jsonl").write_text("".join(SAMPLE.open().readlines()[:3]))
-        more = ["ROWS=2", f"DATA={outputs / 'my.jsonl'}"]
-    done = make(command, outputs, *more)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    if command.startswith("make plan"):
-        assert "micro-batch" in done.stdout and "written: " in done.stdout
-    if command.startswith("make train"):
+        more = [f"DATA={outputs / 'my.jsonl'}"]
+    if command == "make train" or verb == "ask" or verb in LIGHT:
+        folder = real if command == "make train" or verb == "ask" else outputs
+        done = make(command, folder, *more)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        said, complained = done.stdout, done.stderr
+    else:
+        folder = outputs
+        said, complained = make_here(command, folder, *more)
+    assert "Traceback" not in complained
+    if verb == "plan":
+        assert "micro-batch" in said and "written: " in said
+    if verb == "train":
         run = words.get("RUN", words.get("RECIPE", "quickstart"))
-        assert f"Next:  make ask RUN={run}" in done.stdout
-        assert (outputs / run / "model" / "adapter_model.safetensors").is_file()
-    if command.startswith("make eval"):
-        assert "nats a token" in " ".join(done.stdout.split()) and "results.json, rows.jsonl" in done.stdout
-    if command.startswith("make benchmark"):
-        assert "2 questions" in done.stdout and "points" in done.stdout
-    if command.startswith("make compare"):
-        assert "Test metrics" in done.stdout and "comparison.json" in done.stdout
-    if command.startswith(("make ask", "make chat")):
-        assert "[base]" in done.stdout and "[tuned]" in done.stdout and "Not a medical device" in done.stdout
-        assert "in the training data" in done.stdout
+        assert f"Next:  make ask RUN={run}" in said
+        assert (folder / run / "model" / "adapter_model.safetensors").is_file()
+        processes = 2 if "ACCELERATE=cpu-2" in command else 1
+        assert json.loads((folder / run / "environment.json").read_text())["processes"] == processes
+    if verb == "eval":
+        assert "nats a token" in " ".join(said.split()) and "results.json, rows.jsonl" in said
+    if verb == "benchmark":
+        assert "2 questions" in said and "points" in said
+    if verb == "compare":
+        assert "Test metrics" in said and "comparison.json" in said
+    if verb in ("ask", "chat"):
+        assert "[base]" in said and "[tuned]" in said and "Not a medical device" in said
+        assert "in the training data" in said
 
 
 def test_every_target_that_documents_name_exists():

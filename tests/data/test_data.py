@@ -381,27 +381,24 @@ print(json.dumps([len(said), prepared.fingerprint, prepared.split["fingerprint"]
 """
 
 
-def test_two_processes_at_once_make_it_once_and_alike(prepared_of):
+def test_two_processes_at_once_make_it_once_and_alike(prepared_of, recipe_of, make_tokenizer):
     here = prepared_of()
     shutil.rmtree(here.folder.parent)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # Text hashes differ between this process and the other, as they do between any two
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # Text hashes differ between the two, as they do between any two processes
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PREPARE], env=environment | {"PYTHONHASHSEED": seed}, **pipes)
-        for seed in ("1", "2")
-    ]
-    for process in processes:
-        # transformers says first that W&B is offline
-        assert "ready\n" in iter(process.stdout.readline, "")
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        results.append(json.loads(out.splitlines()[-1]))
+    process = subprocess.Popen([sys.executable, "-c", PREPARE], env=environment, **pipes)
+    # transformers says first that W&B is offline
+    assert "ready\n" in iter(process.stdout.readline, "")
+    recipe, tokenizer, said = recipe_of(), make_tokenizer("smollm2"), []
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    ours = prepare(recipe, tokenizer, said.append)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    results = [json.loads(out.splitlines()[-1])]
+    results += [[len(said), ours.fingerprint, ours.split["fingerprint"], len(ours.load("train"))]]
     made, read = sorted(results, key=lambda result: -result[0])
     assert made[0] > 0 and read[0] == 0
     assert made[1:] == read[1:]

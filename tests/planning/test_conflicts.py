@@ -125,6 +125,7 @@ SAME = [
     "training.load_best_model_at_end=false",
 ]
 SAME += ["training.train_sampling_strategy=random", "training.activation_checkpointing=true", "tracking=null"]
+SAME += ["evaluation.questions=['What is anemia?']", "evaluation.max_new_tokens=2"]
 SHARDED = {
     "lora": ["quantization=null"],
     "nf4": ["quantization.bnb_4bit_quant_storage=float32"],

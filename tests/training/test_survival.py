@@ -25,6 +25,11 @@ from medibot.training.session import train
 pytestmark = pytest.mark.slow
 
 
+def own_environment() -> dict[str, str]:
+    """This process's environment, without its W&B service: that would hold on to the run of a process that is killed."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 @pytest.fixture
 def launch(make_model, workplace):
     """launch(name, hardware): `medibot train` of 40 short steps as its users start it, on that accelerate config.
@@ -47,7 +52,7 @@ def launch(make_model, workplace):
             *more,
         ]
         command += ["--run", name, "--accelerate", config]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = own_environment() | {"PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, env=environment, **pipes)
 
@@ -57,7 +62,7 @@ def launch(make_model, workplace):
 
 
 def wait_for_steps(name: str, count: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while len(losses(name)) < count:
         assert time.monotonic() < end, "no step was taken"
         time.sleep(0.01)
@@ -67,7 +72,7 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_signal_stops_at_a_step_with_code_75_and_the_run_goes_on_from_there(launch):
+def test_signal_stops_at_a_step_with_code_75_a_kill_is_said_in_a_line_and_the_run_goes_on_from_both(launch):
     launch.whole("whole")
     stopped = launch("stopped", "cpu")
     wait_for_steps("stopped", 3)
@@ -80,13 +85,21 @@ def test_signal_stops_at_a_step_with_code_75_and_the_run_goes_on_from_there(laun
     assert this.last_checkpoint().name == f"checkpoint-{record['step']}" and not this.weights.exists()
     assert f"stopped at step {record['step']} of 40; the same command goes on" in said[1] and "Traceback" not in said[1]
     assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    resumed = launch("stopped", "cpu")
-    said = resumed.communicate(timeout=200)
-    assert resumed.returncode == 0 and f"going on from {this.checkpoints}/checkpoint-{record['step']}" in said[0]
+    killed = launch("stopped", "cpu")
+    wait_for_steps("stopped", record["step"] + 2)
+    (process,) = psutil.Process(killed.pid).children()
+    process.kill()
+    said = killed.communicate(timeout=60)
+    assert killed.returncode == 128 + signal.SIGKILL
+    assert f"going on from {this.checkpoints}/checkpoint-{record['step']}" in said[0]
+    assert (
+        "training ended by signal 9 (9 is often the system's, out of memory); run the same command to resume" in said[1]
+    )
+    launch.whole("stopped")
     assert losses("stopped") == losses("whole") and len(losses("whole")) == 40
     assert_same(adapter("stopped"), adapter("whole"))
     assert [line["step"] for line in read_lines(this.metrics) if "loss" in line] == list(range(1, 41))
-    assert len(list((this.folder / "wandb").glob("offline-run-*"))) == 2
+    assert len(list((this.folder / "wandb").glob("offline-run-*"))) == 3
     names = {path.name.rpartition("-")[2] for path in (this.folder / "wandb").glob("offline-run-*")}
     assert len(names) == 1
 
@@ -100,39 +113,6 @@ def test_signal_before_the_training_began_ends_it_and_leaves_nothing(launch):
     assert started.returncode == 128 + signal.SIGTERM
     assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not open_run("early").folder.exists()
-
-
-def test_a_process_that_dies_takes_the_run_down_and_the_run_goes_on(launch):
-    saves = ["training.save_strategy=steps", "training.save_steps=1", "training.max_steps=12"]
-    torn = launch("torn", "cpu-2", *saves)
-    wait_for_steps("torn", 3)
-    ranks = [
-        p for p in descendants(torn) if "medibot" in p.cmdline() and "accelerate.commands.launch" not in p.cmdline()
-    ]
-    victim = next(process for process in ranks if process.environ().get("LOCAL_RANK") == "1")
-    victim.kill()
-    killed = time.monotonic()
-    said = torn.communicate(timeout=60)
-    assert torn.returncode != 0 and time.monotonic() - killed < 30
-    assert "Signal 9 (SIGKILL)" in said[1], said[1]
-    # Either the other process noticed first, or torchrun ended it
-    ended = ("another process of this run ended", "training ended with exit code 1 (see above)")
-    assert any(line in said[1] for line in ended), said[1]
-    assert open_run("torn").record()["status"] == "running" and not open_run("torn").weights.exists()
-    again = launch("torn", "cpu-2", *saves)
-    said = again.communicate(timeout=200)
-    assert again.returncode == 0 and "going on from" in said[0], said[1][-3000:]
-    assert len(losses("torn")) == 12
-
-
-def test_a_single_process_that_is_killed_is_said_in_a_line(launch):
-    killed = launch("killed", "cpu")
-    wait_for_steps("killed", 2)
-    (process,) = psutil.Process(killed.pid).children()
-    process.kill()
-    said = killed.communicate(timeout=60)[1]
-    assert killed.returncode == 128 + signal.SIGKILL
-    assert "training ended by signal 9 (9 is often the system's, out of memory); run the same command to resume" in said
 
 
 SRUN = """#!/usr/bin/env bash
@@ -151,9 +131,29 @@ if [ "$1" = show ]; then printf '127.0.0.1\\nother\\n'; else echo "$@" >> requeu
 """
 
 
-def test_the_slurm_script_trains_on_two_nodes_stops_at_the_signal_and_goes_on(launch, make_model, workplace):
-    same = ["training.optim=sgd", "lora.lora_dropout=0.0", "training.max_steps=20"]
+def test_two_processes_one_of_which_dies_go_on_on_two_nodes_of_slurm_and_give_the_weights_of_one(
+    launch, workplace, capsys
+):
+    same = ["training.optim=sgd", "training.learning_rate=0.1", "lora.lora_dropout=0.0", "training.max_steps=20"]
+    same += ["training.train_sampling_strategy=random", "training.save_strategy=steps", "training.save_steps=1"]
     launch.whole("whole", *same)
+    assert "2 per device x 1 accumulated x 1 processes = 2 rows a step" in capsys.readouterr().out
+    torn = launch("nodes", "cpu-2", *same)
+    wait_for_steps("nodes", 3)
+    ranks = [
+        p for p in descendants(torn) if "medibot" in p.cmdline() and "accelerate.commands.launch" not in p.cmdline()
+    ]
+    victim = next(process for process in ranks if process.environ().get("LOCAL_RANK") == "1")
+    victim.kill()
+    killed = time.monotonic()
+    said = torn.communicate(timeout=60)
+    assert torn.returncode != 0 and time.monotonic() - killed < 30
+    assert "1 per device x 1 accumulated x 2 processes = 2 rows a step" in said[0]
+    assert "Signal 9 (SIGKILL)" in said[1], said[1]
+    # Either the other process noticed first, or torchrun ended it
+    ended = ("another process of this run ended", "training ended with exit code 1 (see above)")
+    assert any(line in said[1] for line in ended), said[1]
+    assert open_run("nodes").record()["status"] == "running" and not open_run("nodes").weights.exists()
     tools = workplace / "tools"
     tools.mkdir()
     medibot = f'#!/usr/bin/env bash\nexec {sys.executable} -m medibot "$@"\n'
@@ -162,7 +162,7 @@ def test_the_slurm_script_trains_on_two_nodes_stops_at_the_signal_and_goes_on(la
         (tools / name).chmod(0o755)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = os.environ | {
+    environment = own_environment() | {
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "MEDIBOT": str(tools / "medibot"),
         "MEDIBOT_PORT": str(port), "RUN": "nodes", "ACCELERATE": str(ROOT / "accelerate_configs" / "cpu-2.yaml"),
         "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7",
@@ -170,17 +170,17 @@ def test_the_slurm_script_trains_on_two_nodes_stops_at_the_signal_and_goes_on(la
     script = ROOT / "accelerate_configs" / "slurm" / "train.sbatch"
     command = ["bash", str(script), str(ROOT / "recipes" / "quickstart.yaml"), *launch.overrides, *same]
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_steps("nodes", 3)
+    wait_for_steps("nodes", len(losses("nodes")) + 2)
     step = next(process for process in psutil.Process(job.pid).children() if "srun" in " ".join(process.cmdline()))
     step.terminate()
     said = job.communicate(timeout=90)[0]
-    assert job.returncode == 75, said
+    assert job.returncode == 75 and "going on from" in said, said
     assert (workplace / "requeued").read_text() == "requeue 7\n"
     # torchrun logs a traceback, and goes on, where the first machine leaves its last barrier before the second has heard
     ours = [line for line in said.splitlines() if "torch/distributed/elastic/agent/server/api.py" not in line]
     assert open_run("nodes").record()["status"] == "stopped" and not any("Traceback" in line for line in ours), said
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr[-3000:]
     assert_same(adapter("nodes"), adapter("whole"), tolerance=1e-5)
     assert [line["step"] for line in read_lines(open_run("nodes").metrics) if "loss" in line] == list(range(1, 21))
     assert again.stdout.count("rows a step") == 1
@@ -221,7 +221,7 @@ with Signals() as signals:
 
 
 def test_random_kills_lose_nothing():
-    command = [sys.executable, str(ROOT / "tests" / "training" / "kills.py"), "--kills", "6"]
+    command = [sys.executable, str(ROOT / "tests" / "training" / "kills.py"), "--kills", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "weights equal: True; record equal: True" in done.stdout
