@@ -126,7 +126,7 @@ def fit(prepared: Prepared, texts: list[str], steps: int):
 def cost_under_own_prompt(prepared: Prepared, weights, test_rows: int) -> dict[str, float]:
     """Nats a token of the reference answers behind the hand-written prompt, without and with the adapter."""
     found = prepared.load("test")
-    asked = choose_questions(prepared.tokenizer, prepared.generation, found, test_rows, "test split")
+    asked = choose_questions(prepared, found, test_rows, "test split")
     rows = []
     for row in asked.rows:
         prompt, rest = written_by_hand(question(row), reference(row))

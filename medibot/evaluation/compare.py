@@ -11,18 +11,11 @@ from medibot.evaluation.report import Report, make_table, write_report
 from medibot.evaluation.scores import Rows
 from medibot.evaluation.statistics import compare_scores, interval_text
 from medibot.recipe import find_differences, load_recipe
+from medibot.recipe.files import read_data
 from medibot.run import Run, find_finished_run, outputs_folder, read_json, read_lines
 
-# What a training took: (label, key, unit, format)
-COSTS = (
-    ("supervised tokens", "supervised_tokens", 1, ",.0f"),
-    ("supervised tokens/s", "supervised_tokens_per_second", 1, ".1f"),
-    ("wall time (min)", "seconds", 60, ".1f"),
-    ("steps alone (min)", "training_seconds", 60, ".1f"),
-    ("peak memory (GB)", "peak_memory_bytes", 1e9, ".2f"),
-    ("trainable parameters", "trainable_parameters", 1, ",.0f"),
-    ("weights saved (MB)", "weights_bytes", 1e6, ".1f"),
-)
+# What a training took: [label, key, unit, format]
+COSTS = read_data(__file__, "costs.yaml")
 
 
 def compare(names: list[str], baseline: str = "base") -> Report:

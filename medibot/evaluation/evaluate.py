@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
         recipe = load_recipe(str(run.recipe))
         # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
         tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)
-        prepared = prepare(recipe)
+        prepared = replace(prepare(recipe), tokenizer=tokenizer, generation=config)
         if prepared.split["fingerprint"] != read_json(run.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"
             raise RecipeError.of(f"outputs/{name}", "the data is not what the run was split from", remedy)
         found, train, described = prepared.load("test"), None, f"test split of {recipe.data.path}"
         if data is not None:
             found, train, described = held_out_file(run, data, tokenizer), prepared.load("train"), data.name
-        questions = choose_questions(tokenizer, config, found, rows, described, train)
+        questions = choose_questions(prepared, found, rows, described, train)
         for row in questions.known:
             print(f"warning: row {row} of {questions.described} is in the training split")
         load, scored, seconds = model_loader(recipe, run, prepared.precision.dtype), {}, {}

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from medibot.cleaning.rules import fold
 from medibot.data.conversations import COLUMNS
 from medibot.data.gate import Audit
-from medibot.data.prepared import prepare
+from medibot.data.prepared import Prepared, prepare
 from medibot.data.splitting import find_near_texts, sha256
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model
@@ -61,12 +61,7 @@ def held_out_file(run: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> D
 
 
 def choose_questions(
-    tokenizer: PreTrainedTokenizerBase,
-    config: GenerationConfig,
-    found: Dataset | None,
-    most: int | None,
-    described: str,
-    train: Dataset | None = None,
+    prepared: Prepared, found: Dataset | None, most: int | None, described: str, train: Dataset | None = None
 ) -> Questions:
     """Return the rows to ask, chosen by a hash so that everybody asks the same, their labels proven as for training.
 
@@ -76,6 +71,7 @@ def choose_questions(
         raise RecipeError.of("eval", "the recipe keeps no test split (data.test is 0)", "give DATA=file.jsonl")
     order = sorted(range(len(found)), key=lambda place: sha256(f"{question(found[place])}\0{found[place]['row']}"))
     rows = found.select(sorted(order[:most]))
+    tokenizer, config = prepared.tokenizer, prepared.generation
     tokens = tokenize_rows(tokenizer, rows)
     Audit(tokens, rows, tokenizer, config.eos_token_id, None, "test").refuse_faults()
     known = []

@@ -25,12 +25,24 @@ RECIPE, RUN = re.compile(r"RECIPE=(\S+)"), re.compile(rf"RUN=(\S*{re.escape(RUN_
 def sweep(name: str, rows: int | None = None) -> Report | None:
     """Run the sweep file `name`; offline, return how the trainings compare on `rows` rows of the test split.
 
-    Here every cell is checked before the first is trained, and a training that fails does not stop the others.
+    Online, W&B's agent works on it, and more machines join with the printed command. Here every cell is checked before
+    the first is trained, and a training that fails does not stop the others.
     """
     file = find_by_name("SWEEP", name, search_folders("recipes/sweeps"))
     spec = read_sweep(file)
     if not tracking.offline():
-        run_online(spec)
+        import wandb
+
+        project = spec.get("project", "medibot")
+        try:
+            made = wandb.sweep(spec, project=project)
+        except Exception as error:  # wandb's and requests' errors have no base of their own
+            what = f"W&B refused it: {tracking.name_error(error)}"
+            raise RecipeError.of("SWEEP", what, "WANDB_MODE=offline runs it here") from error
+        print(f"on another machine: wandb agent {project}/{made}")
+        done = subprocess.run([sys.executable, "-m", "wandb", "agent", "--project", project, made])
+        if done.returncode:
+            raise RecipeError.of("SWEEP", f"W&B's agent ended with {done.returncode}", "see above")
         return None
     command = [str(word) for word in spec["command"]]
     recipe, run = (pattern.findall(" ".join(command))[0] for pattern in (RECIPE, RUN))
@@ -86,19 +98,3 @@ def grid_cells(file: Path, spec: dict[str, Any]) -> dict[str, list[str]]:
         name = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in settings.items())
         cells[re.sub(r"[^\w.-]+", "-", name)] = [f"{key}={value}" for key, value in settings.items()]
     return cells
-
-
-def run_online(spec: dict[str, Any]) -> None:
-    """Register the sweep with W&B and work on it until it is done; more machines join with the printed command."""
-    import wandb
-
-    project = spec.get("project", "medibot")
-    try:
-        made = wandb.sweep(spec, project=project)
-    except Exception as error:  # wandb's and requests' errors have no base of their own
-        what = f"W&B refused it: {tracking.name_error(error)}"
-        raise RecipeError.of("SWEEP", what, "WANDB_MODE=offline runs it here") from error
-    print(f"on another machine: wandb agent {project}/{made}")
-    done = subprocess.run([sys.executable, "-m", "wandb", "agent", "--project", project, made])
-    if done.returncode:
-        raise RecipeError.of("SWEEP", f"W&B's agent ended with {done.returncode}", "see above")
