@@ -24,10 +24,7 @@ WORDS = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
-NUMBER = re.compile(
-    r"(0o[0-7]+|0x[0-9a-fA-F]+|[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
-)
+NUMBER = re.compile(r"(0o[0-7]+|0x[\da-fA-F]+|[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(?i:inf|nan))\Z", re.ASCII)
 # PyYAML's words for the usual mistakes, and what to say instead
 COMPLAINTS = {
     r"'\\t'": ("a tab cannot indent", "use spaces"),

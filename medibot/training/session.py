@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
         if main:
             print(f"outputs/{name} is finished, made from exactly this; to train again: another RUN=name, or delete it")
         return run
-    with runs.locked(run, main):
+    with runs.locked(run) if main else nullcontext():
         plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_hardware(state.num_processes))
         if main and not anyway:
             plan.require_fit()
@@ -130,8 +130,7 @@ def explained(run: Run, trainer: CountingTrainer, plan: Plan) -> Generator[None]
             what = f"out of memory at {rows} rows of up to {plan.longest} tokens ({kept})"
             remedy = f"the plan was {needed:.1f} of {plan.device.capacity / GB:.1f} GB: {plan.advice()}"
             raise RecipeError.of("training", what, remedy) from error
-        if problem := runs.disk_error(run.folder, error, f"{kept}; make room: the same command then goes on"):
-            raise problem from error
+        runs.refuse_full_disk(run, error, f"{kept}; make room: the same command then goes on")
         if PartialState().num_processes > 1 and any(words in str(error) for words in PEER_LOST):
             what = f"another process of this run ended, or cannot be reached ({kept})"
             raise RecipeError.of("accelerate", what, "what it said is above; the same command goes on") from error
