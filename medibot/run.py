@@ -20,9 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from medibot.errors import RecipeError, one_line
 from medibot.recipe import ABSENT, Recipe, find_differences
-
-# Whose versions decide what is learned
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+from medibot.recipe.resolved import PACKAGES
 
 
 class Run:
@@ -127,8 +125,7 @@ def open_run(name: str) -> Run:
 def find_finished_run(name: str) -> Run:
     """Return the trained run called `name`; raise RecipeError, which says what there is, where it is not."""
     run = open_run(name)
-    record = run.record()
-    if not record:
+    if not (record := run.record()):
         found = ", ".join(sorted(file.parent.name for file in outputs_folder().glob("*/run.json")))
         remedy = f"found: {found}" if found else "run: make train"
         raise RecipeError.of("", f"run {name!r} not found in {outputs_folder()}/", remedy)
@@ -138,12 +135,12 @@ def find_finished_run(name: str) -> Run:
 
 
 @contextmanager
-def locked(run: Run, main_process: bool) -> Generator[None]:
-    """Hold the run; raise RecipeError where outputs cannot be written, or another process holds it, naming that one."""
-    if not main_process:
-        yield
-        return
-    file, command = run.folder.with_name(f".{run.name}.lock"), [Path(sys.argv[0]).name, *sys.argv[1:]]
+def locked(run: Run) -> Generator[None]:
+    """Hold the run, and remove its half-written folders at the end.
+
+    Raises RecipeError where outputs cannot be written, or another process holds the run, naming that one.
+    """
+    file = run.folder.with_name(f".{run.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a+", encoding="utf-8")
@@ -156,32 +153,24 @@ def locked(run: Run, main_process: bool) -> Generator[None]:
         raise RecipeError.of(str(file.parent), what, remedy) from error
     with lock:
         lock.truncate(0)
-        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        print(f"process {os.getpid()} on {os.uname().nodename} since {since}:", *command, end="", file=lock, flush=True)
-        yield
+        who, since = f"process {os.getpid()} on {os.uname().nodename}", time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        print(f"{who} since {since}:", *sys.argv, end="", file=lock, flush=True)
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            refuse_full_disk(run, error, "make room; the same command then starts over")
+            raise
+        finally:
+            for folder in run.folder.glob(".*.partial"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def removed_on_failure(run: Run) -> Generator[None]:
-    """Remove the folders that are half-written when the body ends early; say a full disk in a line."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if problem := disk_error(run.folder, error, "make room; the same command then starts over"):
-            raise problem from error
-        raise
-    finally:
-        for folder in run.folder.glob(".*.partial"):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def disk_error(folder: Path, error: Exception, remedy: str) -> RecipeError | None:
-    """Return the line for a full or read-only disk, as Python, torch and safetensors say it; None if it is no such."""
+def refuse_full_disk(run: Run, error: Exception, remedy: str) -> None:
+    """Raise RecipeError if the error is a full or read-only disk, as Python, torch and safetensors say it."""
     said = "PytorchStreamWriter|No space left|Disk quota|File too large|Read-only file|Permission denied|Input/output error"
-    if not re.search(said, str(error)):
-        return None
-    free = shutil.disk_usage(folder).free / 1e9
-    return RecipeError.of(str(folder), f"cannot be written, {free:.1f} GB free: {one_line(error)}", remedy)
+    if re.search(said, str(error)):
+        what = f"cannot be written, {shutil.disk_usage(run.folder.parent).free / 1e9:.1f} GB free: {one_line(error)}"
+        raise RecipeError.of(str(run.folder), what, remedy) from error
 
 
 def run_fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:

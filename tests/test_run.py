@@ -207,13 +207,11 @@ def test_only_numbered_folders_are_checkpoints(mine):
 
 
 def test_second_training_in_a_folder_is_refused_while_the_first_runs(mine):
-    with locked(mine, True):
+    with locked(mine):
         said = rf"another training is writing it now \(process {os.getpid()} on .* since 20.*\)"
-        with pytest.raises(RecipeError, match=said), locked(mine, True):
+        with pytest.raises(RecipeError, match=said), locked(mine):
             pass
-        with locked(mine, False):
-            pass
-    with locked(mine, True):
+    with locked(mine):
         pass
 
 

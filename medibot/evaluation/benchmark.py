@@ -40,7 +40,7 @@ def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
     run = find_finished_run(name)
     recipe = load_recipe(str(run.recipe))
     precision = choose_precision(recipe.model.get("dtype"))
-    with locked(run, True):
+    with locked(run):
         silence_upstream()
         rows = ask_both(run, recipe, precision, managers, limit)
         parts: dict[str, dict[str, Any]] = {}

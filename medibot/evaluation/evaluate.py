@@ -39,7 +39,7 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
     `rows` asks only so many, chosen by a hash of their text. Results go to outputs/<name>/eval/, or eval-<data>/.
     """
     run = find_finished_run(name)
-    with locked(run, True):
+    with locked(run):
         recipe = load_recipe(str(run.recipe))
         # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
         tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)

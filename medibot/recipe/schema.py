@@ -37,13 +37,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=0.5)]
-
-
-def whole_or_ratio(value: float) -> float:
-    """Check that steps are a whole number, or a share of the run below 1."""
-    if value > 1 and value != int(value):
-        raise ValueError("must be a whole number, or below 1 for a share of the run")
-    return int(value) if value >= 1 else value
+# A number of steps, or below 1 a share of the run
+Steps = Annotated[int | float, Field(gt=0)]
 
 
 def known_rule(rule: Any) -> Any:
@@ -53,7 +48,6 @@ def known_rule(rule: Any) -> Any:
     return rule
 
 
-Steps = Annotated[Positive, AfterValidator(whole_or_ratio)]
 # What text must look like, and how an error says it
 PATTERNS = {
     r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$": "a hub kernel (org/repo[@revision][:function])",
@@ -182,7 +176,7 @@ TRAINING_TYPES: dict[str, Any] = {
     **each("log_level log_level_replica", Literal["debug", "info", "warning", "error", "critical", "passive"]),
     "learning_rate": Annotated[float, Field(gt=0, le=1)],
     "max_steps": Literal[-1] | Count,
-    "warmup_steps": Annotated[NotNegative, AfterValidator(whole_or_ratio)],
+    "warmup_steps": Annotated[int | float, Field(ge=0)],
     "eval_steps": Steps | None,
     "debug": str,
     "seed": Seed,

@@ -71,9 +71,7 @@ def describe(value: Any) -> str:
     """Return a value as an error message may show it: short, and never a secret."""
     if isinstance(value, str):
         return "this text" if is_secret(value) else f"the text {value[:60]!r}"
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "a mapping"
-    return json.dumps(value)
+    return {list: "a list", dict: "a mapping"}.get(type(value)) or json.dumps(value)
 
 
 def unknown_name(key: str, written: str) -> Finding:

@@ -3,7 +3,8 @@
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
         if main:
             print(f"outputs/{name} is finished, made from exactly this; to train again: another RUN=name, or delete it")
         return run
-    with runs.locked(run, main):
+    with runs.locked(run) if main else nullcontext():
         plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_hardware(state.num_processes))
         if main and not anyway:
             plan.require_fit()
@@ -122,8 +123,7 @@ def explained(run: Run, plan: Plan) -> Generator[None]:
         kept = f"{last.name} is whole" if last else "no checkpoint is whole yet"
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise RecipeError.of("training", f"out of memory ({kept}); by the plan, {plan}", plan.advice()) from error
-        if problem := runs.disk_error(run.folder, error, f"{kept}; make room: the same command then goes on"):
-            raise problem from error
+        runs.refuse_full_disk(run, error, f"{kept}; make room: the same command then goes on")
         if PartialState().num_processes > 1 and any(words in str(error) for words in PEER_LOST):
             what = f"another process of this run ended, or cannot be reached ({kept})"
             raise RecipeError.of("accelerate", what, "what it said is above; the same command goes on") from error

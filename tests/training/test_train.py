@@ -259,7 +259,7 @@ def test_a_world_that_is_not_the_one_launched_is_refused(miniature, monkeypatch)
 
 
 def test_two_trainings_into_one_folder_are_refused(miniature):
-    with locked(open_run("mini"), True), pytest.raises(RecipeError, match="another training is writing it now"):
+    with locked(open_run("mini")), pytest.raises(RecipeError, match="another training is writing it now"):
         train(miniature("quickstart"), "mini")
     assert not (open_run("mini").folder / "run.json").exists()
 
