@@ -98,9 +98,8 @@ def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run) ->
         "trainable_parameters": trainable,
         "parameters": total,
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    shown = {"split": prepared.split | {"data": prepared.fingerprint}}
-    shown["environment"] = describe_environment(device) | decided
+    environment = describe_environment(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu") | decided
+    shown = {"split": prepared.split | {"data": prepared.fingerprint}, "environment": environment}
     ledger = {"ledger": prepared.ledger, "leaks": prepared.leaks}
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("recipe.yaml", dump_resolved_recipe(recipe, decided))
