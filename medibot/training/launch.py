@@ -116,7 +116,7 @@ def parse_launch(text: str, hardware: Hardware) -> tuple[list[str], int, int]:
         if min(known.num_processes, known.num_machines) < 1:
             raise ValueError(f"{text} starts nothing")
     except (ValueError, argparse.ArgumentError) as error:
-        remedy = "both numbers are a whole number from 1, and every quote is closed"
+        remedy = "--num_processes and --num_machines take a whole number from 1, and every quote is closed"
         raise RecipeError.of("LAUNCH", one_line(error), remedy) from error
     return words, known.num_processes, known.num_machines
 

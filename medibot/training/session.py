@@ -19,7 +19,6 @@ from medibot.planning.hardware import detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
-from medibot.run import Run
 from medibot.serving.evidence import FILE, build_evidence, require_columns
 from medibot.training.record import Record, count_parameters, summarize
 from medibot.training.signals import Signals
@@ -29,7 +28,7 @@ from medibot.training.trainer import CountingTrainer, audit_splits, build_traine
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
-def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
+def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     """Train `recipe` into outputs/<name> and return the run; a finished run is left as it is.
 
     Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
@@ -73,7 +72,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
     return run
 
 
-def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run) -> dict[str, Any]:
+def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: runs.Run) -> dict[str, Any]:
     """Print what is about to be trained, write what it is made from, and return that for the mirror."""
     recipe, precision, args, checkpoint = prepared.recipe, prepared.precision, trainer.args, run.last_checkpoint()
     rows, steps, ways = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -112,7 +111,7 @@ def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run) ->
 
 
 @contextmanager
-def explained(run: Run, plan: Plan) -> Generator[None]:
+def explained(run: runs.Run, plan: Plan) -> Generator[None]:
     """Turn what a machine runs out of into a RecipeError: memory, disk, the right to write, another process."""
     try:
         yield
@@ -129,7 +128,7 @@ def explained(run: Run, plan: Plan) -> Generator[None]:
         raise
 
 
-def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: tracking.Mirror, plan: Plan) -> None:
+def save(trainer: CountingTrainer, prepared: Prepared, run: runs.Run, mirror: tracking.Mirror, plan: Plan) -> None:
     """Write the trained weights with all that answering needs, mark the run finished, and send what it came to."""
     partial = run.folder / ".model.partial"
     trainer.save_model(str(partial))
@@ -155,7 +154,7 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: trackin
         mirror.artifact("model", f"{run.name}-adapter", [run.weights], found | of_run, {data: "dataset"})
 
 
-def print_next_steps(run: Run) -> None:
+def print_next_steps(run: runs.Run) -> None:
     """Print the fixed questions' answers before and after, and what to do next."""
     rows, summary = runs.read_lines(run.answers), run.record()["summary"]
     for question in dict.fromkeys(row["question"] for row in rows):
