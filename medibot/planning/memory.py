@@ -40,10 +40,7 @@ UNTRACED = 34
 
 @dataclass(frozen=True)
 class Parameters:
-    """Bytes: `base` by storage, `adapters`, what is `trained`, autocast's `casts`, the `optimizer`.
-
-    Counts of values: `trainable`, `total`.
-    """
+    """Bytes, `base` by storage, `casts` those of autocast's copies; `trainable` and `total` are counts of values."""
 
     base: dict[str, int]
     adapters: int

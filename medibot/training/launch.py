@@ -44,23 +44,19 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
         from medibot.data.prepared import prepare
 
         prepare(checked)
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    threads, command = str(max(1, (os.cpu_count() or 1) // processes)), [sys.executable]
     # accelerate's launcher passes OMP_NUM_THREADS on
-    environment, command = {"MEDIBOT_PROCESSES": str(processes), "OMP_NUM_THREADS": threads}, [sys.executable]
+    environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MEDIBOT_PROCESSES": str(processes)}
     if hardware.settings == ONE_CPU_PROCESS and not more:
         environment |= LAUNCHED_ON_CPU
     else:
         command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
         # argparse takes the last of an option that is given twice
         command += ["--num_processes", str(processes), *more]
-    return run_launcher([*command, "-m", "medibot", "train", recipe, *overrides, *options], environment)
-
-
-def run_launcher(command: list[str], environment: dict[str, str]) -> int:
-    """Run the command, pass the first signal on to what it starts, and return the exit code that the training left."""
+    command += ["-m", "medibot", "train", recipe, *overrides, *options]
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
-        environment = os.environ | environment | {"MEDIBOT_EXIT": str(code)}
+        environment["MEDIBOT_EXIT"] = str(code)
         # A session of its own: what is signalled to this process reaches the training only through it
         launcher = psutil.Popen(command, env=environment, start_new_session=True)
         with Signals(partial(stop, launcher), partial(stop, launcher, kill=True)) as signals:
@@ -120,7 +116,7 @@ def parse_launch(text: str, hardware: Hardware) -> tuple[list[str], int, int]:
         if min(known.num_processes, known.num_machines) < 1:
             raise ValueError(f"{text} starts nothing")
     except (ValueError, argparse.ArgumentError) as error:
-        remedy = "both numbers are a whole number from 1, and every quote is closed"
+        remedy = "--num_processes and --num_machines take a whole number from 1, and every quote is closed"
         raise RecipeError.of("LAUNCH", one_line(error), remedy) from error
     return words, known.num_processes, known.num_machines
 

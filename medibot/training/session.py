@@ -20,7 +20,6 @@ from medibot.planning.hardware import detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
-from medibot.run import Run
 from medibot.serving.evidence import FILE, build_evidence, require_columns
 from medibot.training.record import Record, count_parameters, summarize
 from medibot.training.signals import Signals
@@ -30,7 +29,7 @@ from medibot.training.trainer import CountingTrainer, audit_splits, build_traine
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
-def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
+def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     """Train `recipe` into outputs/<name> and return the run; a finished run is left as it is.
 
     Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
@@ -74,7 +73,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> Run:
     return run
 
 
-def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run) -> dict[str, Any]:
+def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: runs.Run) -> dict[str, Any]:
     """Print what is about to be trained, write what it is made from, and return that for the mirror."""
     recipe, precision, args, checkpoint = prepared.recipe, prepared.precision, trainer.args, run.last_checkpoint()
     rows, steps, ways = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -99,9 +98,8 @@ def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run) ->
         "trainable_parameters": trainable,
         "parameters": total,
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    shown = {"split": prepared.split | {"data": prepared.fingerprint}}
-    shown["environment"] = describe_environment(device) | decided
+    environment = describe_environment(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu") | decided
+    shown = {"split": prepared.split | {"data": prepared.fingerprint}, "environment": environment}
     ledger = {"ledger": prepared.ledger, "leaks": prepared.leaks}
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("recipe.yaml", dump_resolved_recipe(recipe, decided))
@@ -114,7 +112,7 @@ def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: Run) ->
 
 
 @contextmanager
-def explained(run: Run, plan: Plan) -> Generator[None]:
+def explained(run: runs.Run, plan: Plan) -> Generator[None]:
     """Turn what a machine runs out of into a RecipeError: memory, disk, the right to write, another process."""
     try:
         yield
@@ -130,7 +128,7 @@ def explained(run: Run, plan: Plan) -> Generator[None]:
         raise
 
 
-def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: tracking.Mirror, plan: Plan) -> None:
+def save(trainer: CountingTrainer, prepared: Prepared, run: runs.Run, mirror: tracking.Mirror, plan: Plan) -> None:
     """Write the trained weights with all that answering needs, mark the run finished, and send what it came to."""
     partial = run.folder / ".model.partial"
     trainer.save_model(str(partial))
@@ -156,7 +154,7 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: Run, mirror: trackin
         mirror.artifact("model", f"{run.name}-adapter", [run.weights], found | of_run, {data: "dataset"})
 
 
-def print_next_steps(run: Run) -> None:
+def print_next_steps(run: runs.Run) -> None:
     """Print the fixed questions' answers before and after, and what to do next."""
     rows, summary = runs.read_lines(run.answers), run.record()["summary"]
     for question in dict.fromkeys(row["question"] for row in rows):

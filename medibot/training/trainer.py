@@ -27,10 +27,7 @@ from medibot.training.cpu import optimize_for_cpu
 
 
 class CountingTrainer(SFTTrainer):
-    """TRL's trainer, which counts what a training comes to, and goes on counting from a checkpoint.
-
-    Supervised tokens are those that the loss has covered: the x-axis on which any two recipes compare.
-    """
+    """TRL's trainer, which counts what the loss has covered (supervised tokens), and counts on from a checkpoint."""
 
     num_supervised_tokens_seen = peak_memory = 0
     training_seconds = started = 0.0
