@@ -444,7 +444,7 @@ MODELS = [
         "/model\n",
         "/model\n  attn_implementation: flash_attention_2\n",
         "FlashAttention2",
-        "leave the setting out",
+        "leave it out",
         at="attn_implementation",
     ),
 ]

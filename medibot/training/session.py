@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch

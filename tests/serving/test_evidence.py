@@ -3,11 +3,10 @@
 import itertools
 import json
 
-import numpy as np
 import pytest
 
 from medibot.data.prepared import prepare
-from medibot.serving.evidence import Evidence, build_evidence, choose_threshold
+from medibot.serving.evidence import Evidence, build_evidence
 
 # Made-up diseases whose names share no part
 NAMES = [
@@ -17,23 +16,30 @@ NAMES = [
 ASKED = ("What is {}?", "What are the symptoms of {}?", "How is {} treated?", "Who gets {}?")
 
 
-@pytest.fixture(params=[0.25, 0.0], ids=["validation split", "no validation split"])
-def record(request, miniature, workplace):
-    rows = [
-        {"question": text.format(name), "answer": f"Answer {number} about {name} in its own words.", "topic": name}
-        for name in NAMES
-        for number, text in enumerate(ASKED)
-    ]
-    (workplace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"path": str(workplace / "rows.jsonl"), "prompt": "question", "completion": "answer", "clean": []}
-    data |= {"group_by": ["topic"], "validation": request.param, "test": 0.0}
-    overrides = ["quantization=null", "training.eval_strategy=no", "training.load_best_model_at_end=false"]
-    overrides += [f"data={json.dumps(data)}", "evaluation={evidence: {topic: topic}}"]
-    recipe = miniature("quickstart", *overrides)
-    return build_evidence(recipe, prepare(recipe))
+@pytest.fixture
+def make_record(miniature, workplace):
+    """make_record(validation, asked): the evidence of a run on rows that ask `asked` of each name."""
+
+    def make(validation: float, asked: tuple[str, ...]) -> dict:
+        rows = [
+            {"question": text.format(name), "answer": f"Answer {number} about {name} in its own words.", "topic": name}
+            for name in NAMES
+            for number, text in enumerate(asked)
+        ]
+        (workplace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"path": str(workplace / "rows.jsonl"), "prompt": "question", "completion": "answer", "clean": []}
+        data |= {"group_by": ["topic"], "validation": validation, "test": 0.0}
+        overrides = ["quantization=null", "training.eval_strategy=no", "training.load_best_model_at_end=false"]
+        overrides += [f"data={json.dumps(data)}", "evaluation={evidence: {topic: topic}}"]
+        recipe = miniature("quickstart", *overrides)
+        return build_evidence(recipe, prepare(recipe))
+
+    return make
 
 
-def test_the_threshold_is_measured_to_tell_known_topics_from_unknown_ones(record):
+@pytest.mark.parametrize("validation", [0.25, 0.0])
+def test_the_threshold_is_measured_to_tell_known_topics_from_unknown_ones(make_record, validation):
+    record = make_record(validation, ASKED)
     measured = record["measured"]
     assert measured["unseen_topics"] > 10 and measured["seen_topics"] > 10
     assert measured["unseen_below"] > 0.9 and measured["seen_close"] > 0.9
@@ -44,9 +50,7 @@ def test_the_threshold_is_measured_to_tell_known_topics_from_unknown_ones(record
     assert not evidence.find(["Where can I buy a bicycle?"])["close"]
 
 
-def test_the_threshold_lies_between_what_was_trained_on_and_what_was_not():
-    unseen, seen = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.7, 0.8, 0.9, 1.0])
-    assert choose_threshold(unseen, seen) == 0.7
-    # One of them alone: what 9 of 10 unknown questions stay below; with nothing known, only a whole topic is close
-    assert choose_threshold(unseen, np.array([])) == pytest.approx(0.37)
-    assert choose_threshold(np.array([]), seen) == 1.0
+def test_without_a_second_question_on_any_topic_nine_of_ten_unknown_ones_stay_below(make_record):
+    measured = make_record(0.25, ASKED[:1])["measured"]
+    assert measured["seen_topics"] == 0 and measured["seen_close"] is None
+    assert measured["unseen_topics"] > 5 and measured["unseen_below"] == pytest.approx(0.9, abs=0.1)
