@@ -23,6 +23,7 @@ from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
 from medibot.training.record import count_parameters
 from medibot.training.session import train
+from medibot.training.trainer import peak_memory
 
 pytestmark = pytest.mark.slow
 FLOAT = torch.float32
@@ -249,12 +250,15 @@ def test_after_a_run_planned_stands_beside_measured(recipe):
         "evaluation.questions=[]",
         "training.gradient_accumulation_steps=2",
     ]
+    # A process's peak is of its whole life: where an earlier test went higher, this training shows no peak of its own
+    before = peak_memory()
     train(recipe(*small, "training.max_steps=-1", "training.num_train_epochs=2", "training.save_steps=1"), "mini")
     run = open_run("mini")
     record, planned = run.record()["summary"], read_json(run.folder / "plan.json")
     assert planned["measured"] == record["memory"]
     assert record["memory"]["measured_bytes"] == record["cost"]["peak_memory_bytes"]
-    assert 0.5 < record["memory"]["planned_over_measured"] < 2
+    assert record["memory"]["planned_over_measured"] < 2
+    assert record["memory"]["planned_over_measured"] > 0.5 or record["memory"]["measured_bytes"] == before
     assert planned["steps"] == record["steps"] == 2
     assert planned["tokens"] == pytest.approx(read_lines(run.metrics)[-1]["num_input_tokens_seen"], rel=0.1)
 
