@@ -73,7 +73,7 @@ def read_sweep(file: Path) -> dict[str, Any]:
         raise RecipeError.of(str(file), f"not YAML: {one_line(error)}", "mend it") from error
     wanted, found = {"parameters": dict, "method": str, "command": list}, spec if isinstance(spec, dict) else {}
     lacks = [key for key, kind in wanted.items() if not isinstance(found.get(key), kind)]
-    text = " ".join(map(str, found.get("command") or []))
+    text = "" if lacks else " ".join(map(str, found["command"]))
     if lacks or not (ARGUMENTS in found["command"] and RECIPE.search(text) and RUN.search(text)):
         what = f"needs {', '.join(lacks or ['command'])}, with RECIPE=, RUN=…{RUN_ID} and {ARGUMENTS} in the command"
         raise RecipeError.of(str(file), what, "write it as recipes/sweeps/rank-and-rate.yaml")
@@ -88,8 +88,10 @@ def grid_cells(file: Path, spec: dict[str, Any]) -> dict[str, list[str]]:
     columns = []
     for key, written in spec["parameters"].items():
         match written:
-            case {"values": [_, *_] as values} | {"value": values}:
-                columns.append(values if "values" in written else [values])
+            case {"values": [_, *_] as values}:
+                columns.append(values)
+            case {"value": value}:
+                columns.append([value])
             case _:
                 raise RecipeError.of(str(file), f"{key} has no values", f"write {key}: {{values: [a, b]}}")
     cells = {}

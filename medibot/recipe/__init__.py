@@ -94,4 +94,8 @@ def find_differences(*sides: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Return (dotted key, value in each side…) of all that they say differently; ABSENT where one says nothing."""
     leaves = [{key: x for key, x in flattened(side) if not (x and isinstance(x, dict))} for side in sides]
     rows = [(key, *(side.get(key, ABSENT) for side in leaves)) for key in dict.fromkeys(itertools.chain(*leaves))]
-    return [(key, first, *others) for key, first, *others in rows if any(repr(first) != repr(x) for x in others)]
+    return [
+        (key, first, *others)
+        for key, first, *others in rows
+        if any(type(first) is not type(x) or first != x for x in others)
+    ]

@@ -106,6 +106,8 @@ def test_a_training_that_fails_does_not_stop_the_others(write, trained_once, tmp
         ({"parameters": {"lora.r": {"min": 1, "max": 8}}}, "lora.r has no values"),
         ({"parameters": {"lora.r": 8}}, "lora.r has no values"),
         ({"parameters": None}, "needs parameters"),
+        ({"command": 8}, "needs command"),
+        ({"parameters": {"lora.r": {"values": [], "other": 1}}}, "lora.r has no values"),
         (
             {"command": ["make", "train", "RECIPE=quickstart"]},
             "needs command, with RECIPE=, RUN=…$WANDB_RUN_ID and ${args_no_hyphens} in the command",
