@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, interleave_datasets
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from medibot.data.turns import Turns
 from medibot.errors import one_line
 from medibot.model.tokenizer import escape_markers, role_markers, writes_thinking
 from medibot.recipe import Recipe
+from medibot.recipe.sections import MixedSection
 
 
 def prepare_rows(
@@ -54,6 +56,10 @@ def prepare_rows(
     every = list(itertools.chain(*pools.values()))
     share = sum(shares) + sum(len(rows) for name, rows in pools.items() if name) / len(every)
     leaks["random_split"] = splitting.random_split_leaks(every, group_by, min(share, 1.0), data.seed)
+    if any(source.weight for source in data.sources):
+        names = [source.name for source in sources if source.held_out is None]
+        splits["train"], line = weigh_sources(recipe, dict(zip(names, data.sources, strict=True)), splits["train"])
+        leaking.append(line)
     chosen, limits = limit_rows(recipe, splits)
     sizes = {name: len(rows) for name, rows in chosen.items()}
     return chosen, {
@@ -125,6 +131,27 @@ def own_rule_files(recipe: Recipe) -> list[Path]:
     return sorted({own.rule_file(name, recipe.path.parent) for name in names if ":" in name})
 
 
+def weigh_sources(recipe: Recipe, sources: dict[str, MixedSection], rows: list[Row]) -> tuple[list[Row], LedgerLine]:
+    """Return training rows drawn from each source by its weight until the first source has none left.
+
+    No row is drawn twice; which rows of a source are drawn is decided as by `limit`.
+    """
+    weights = [source.weight or 0.0 for source in sources.values()]
+    places: dict[str, list[int]] = {name: [] for name in sources}
+    for place in sorted(range(len(rows)), key=lambda place: row_order(recipe, rows[place])):
+        places[rows[place]["source"]].append(place)
+    parts = [Dataset.from_dict({"place": found}) for found in places.values()]
+    shares = [weight / sum(weights) for weight in weights]
+    drawn = interleave_datasets(parts, probabilities=shares, seed=recipe.data.seed, stopping_strategy="first_exhausted")
+    left = [rows[place] for place in sorted(drawn["place"])]
+    return left, compare_rows("weights of sources", rows, left)
+
+
+def row_order(recipe: Recipe, row: Row) -> str:
+    """Return a hash that orders rows for those who take only some of them: a larger number only adds rows."""
+    return splitting.sha256(f"{recipe.data.seed}:{row['prompt']}:{row['row']}")
+
+
 def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[splitting.Splits, list[LedgerLine]]:
     """Return `data.limit` rows of a split, and a ledger line for each limit; refuse a split that is left empty.
 
@@ -133,7 +160,7 @@ def limit_rows(recipe: Recipe, splits: splitting.Splits) -> tuple[splitting.Spli
     data, chosen, lines = recipe.data, dict(splits), []
     limits = data.limit if isinstance(data.limit, dict) else {"train": data.limit} if data.limit else {}
     for name, most in limits.items():
-        ordered = sorted(splits[name], key=lambda row: splitting.sha256(f"{data.seed}:{row['prompt']}:{row['row']}"))
+        ordered = sorted(splits[name], key=lambda row: row_order(recipe, row))
         chosen[name] = sorted(ordered[:most], key=row_key)
         lines.append(compare_rows(f"limit {name} to {most:,}", splits[name], chosen[name]))
     for name, wanted in (("train", 1.0), ("validation", data.validation), ("test", data.test)):

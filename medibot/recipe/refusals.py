@@ -110,6 +110,10 @@ def find_shapes(data: dict[str, Any], flawed: set[str]) -> Iterator[Finding]:
     mixed = [("data", name) for name in (*SHAPE, "path", "name", "revision", "split") if sources and data.get(name)]
     for key, name in mixed:
         yield Finding(f"{key}.{name}", "cannot stand beside data.sources", "write it in each of them")
+    weighed = [bool(isinstance(source, dict) and source.get("weight")) for source in sources]
+    if any(weighed) and not all(weighed):
+        what = "is required where another source has one"
+        yield Finding(f"data.sources[{weighed.index(False)}].weight", what, "weigh each source, or none")
     sections = [(f"data.sources[{place}]", source) for place, source in enumerate(sources)] or [("data", data)]
     whole = [*sections]
     for name in ("validation", "test"):
