@@ -1,5 +1,6 @@
 """Check that the loss covers exactly the answers, by reading back the trainer's own dataset before step 1."""
 
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -49,10 +50,7 @@ class Audit:
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special or (token.content.strip() and token.content in tokenizer.chat_template)
         }
-        # What the template writes around the texts: the rows of a recipe have one sequence of roles
-        first = conversations[0]
-        roles = [{"role": message["role"], "content": "x"} for message in first["prompt"] + first["completion"]]
-        self.skeleton = self.template_ids(roles, **first["chat_template_kwargs"])
+        self.skeletons: dict[str, tuple[list[int], str, str]] = {}
         self.rows_in, self.rows_out = len(conversations), 0
         self.tokens = self.supervised = self.longest = 0
         self.violations: dict[str, list[int]] = {}
@@ -73,6 +71,25 @@ class Audit:
         if self.rows_in != self.rows_out:
             self.violations["lost"] = list(range(*sorted((self.rows_in, self.rows_out))))
 
+    def skeleton(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
+        """Return what the template writes around a row's texts: its token ids; the text before and behind the thought.
+
+        Rows differ in their roles, and in which messages hold a thought.
+        """
+        chat = [
+            {key: f"x{key}x" if text and key != "role" else text for key, text in message.items()}
+            for message in row["prompt"] + row["completion"]
+        ]
+        kwargs = row["chat_template_kwargs"]
+        kind = json.dumps([chat, kwargs])
+        if kind not in self.skeletons:
+            ids = self.template_ids(chat, **kwargs)
+            prompt = self.template_ids(chat[:-1], add_generation_prompt=True, **kwargs)
+            text = self.tokenizer.decode(ids[len(prompt) :])
+            before, thought, behind = text.partition(chat[-1].get("reasoning_content") or "xcontentx")
+            self.skeletons[kind] = (ids, before, behind.partition("xcontentx")[0]) if thought else (ids, "", "")
+        return self.skeletons[kind]
+
     def faults(self, ids: list[int], labels: list[int], row: dict[str, Any] | None) -> Iterator[str]:
         """Yield the keys of NAMES under which a row of the trainer's is at fault; `row` is its conversation."""
         trained = [place for place, label in enumerate(labels) if label != IGNORED]
@@ -88,11 +105,11 @@ class Audit:
             yield "stop"
         if labels[start:] != ids[start:] or row is None:
             yield "outside"
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ((ids[:1] == [bos]) != (self.skeleton[:1] == [bos]) or ids[:2] == [bos, bos]):
-            yield "bos"
         if row is None:
             return
+        bos, (skeleton, before, behind) = self.tokenizer.bos_token_id, self.skeleton(row)
+        if bos is not None and ((ids[:1] == [bos]) != (skeleton[:1] == [bos]) or ids[:2] == [bos, bos]):
+            yield "bos"
         prompt = self.template_ids(row["prompt"], add_generation_prompt=True, **row["chat_template_kwargs"])
         prefixed = ids[: len(prompt)] == prompt
         if not prefixed:
@@ -101,11 +118,14 @@ class Audit:
         while end > start and (ids[end - 1] in self.controls or not decode([ids[end - 1]]).strip()):
             end -= 1
         # Up to what tokenizers fold: white space, and characters that are compositions of others
-        texts = (decode(ids[start:end]), row["completion"][0]["content"])
+        message = row["completion"][0]
+        thought = message.get("reasoning_content") or ""
+        expected = before + thought + behind + message["content"] if thought else message["content"]
+        texts = (decode(ids[start:end]), expected)
         said, answer = ("".join(unicodedata.normalize("NFKC", text).split()) for text in texts)
         if said != answer or (prefixed and start != len(prompt)):
             yield "outside"
-        found, usual = (Counter(token for token in part if token in self.controls) for part in (ids, self.skeleton))
+        found, usual = (Counter(token for token in part if token in self.controls) for part in (ids, skeleton))
         if found != usual:
             yield "control"
 
