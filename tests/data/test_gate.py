@@ -500,18 +500,13 @@ def test_an_answer_of_which_the_template_drops_a_part_is_refused(
     row = {"question": "What closes a thought?", "answer": "The mark </think> does."}
     case = make_case(stored_tokenizer("qwen3", QWEN), [row, CLEAN_ROW], template=NO_THINKING)
     report, words = case.refusal()
-    assert report.violations == {"prefix": [0]}
+    # What is left differs in white space alone
+    assert report.violations == {"prefix": [0], "outside": [0]}
     assert "1 of 2 train" in words
 
 
 def test_letters_that_a_tokenizer_composes_are_still_the_answer(bpe: str, make_case: Callable) -> None:
-    from tokenizers import Tokenizer, normalizers
-
-    backend = Tokenizer.from_str(bpe)
-    backend.normalizer = normalizers.NFC()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.chat_template = FAMILIES["qwen"][0]
+    tokenizer = composing_tokenizer(bpe)
     row = {"question": "What is it called?", "answer": "Me\u0301nie\u0300re's disease."}
     case = make_case(tokenizer, [row, CLEAN_ROW])
     assert any("M\u00e9ni\u00e8re" in text for text in case.supervised())
@@ -657,6 +652,137 @@ def test_a_row_of_three_turns_with_other_labels_is_refused(change: Callable, cha
     assert "outside" in report.violations
     with pytest.raises(RecipeError, match="rows whose trained span is not exactly the answer"):
         report.refuse_faults()
+
+
+# --- every character counts -------------------------------------------------------------------------------------------
+
+CODE = "Do it so:\n\n\n```python\nif fever:\n    rest(days=2)  # two spaces\n\tdrink()\n```\n\n  - or else\u00a0wait "
+ODD = "\n First:  two spaces.\n\n\n\tThen a tab, \u00a0and   three. \n"
+QUESTION = [{"role": "user", "content": "What is to be done?"}]
+
+
+def make_row(answer: str, thought: str | None = None) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
+    return {"prompt": QUESTION, "completion": [message], "chat_template_kwargs": KWARGS}
+
+
+PLAIN_ROW, THINKING_ROW = make_row("Drink water."), make_row("Drink water.", "Water helps.")
+
+
+def composing_tokenizer(bpe: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that reads what can be one character as one."""
+    from tokenizers import Tokenizer, normalizers
+
+    backend = Tokenizer.from_str(bpe)
+    backend.normalizer = normalizers.NFC()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = FAMILIES["qwen"][0]
+    return tokenizer
+
+
+@pytest.fixture(params=[*FAMILIES, "metaspace", "composing"])
+def any_tokenizer(
+    request: pytest.FixtureRequest, make_tokenizer: Callable, metaspace_tokenizer: Any, bpe: str
+) -> PreTrainedTokenizerBase:
+    if request.param == "metaspace":
+        return metaspace_tokenizer
+    return composing_tokenizer(bpe) if request.param == "composing" else make_tokenizer(request.param)
+
+
+@pytest.fixture
+def thinker(stored_tokenizer: Callable) -> PreTrainedTokenizerBase:
+    return stored_tokenizer("qwen3", QWEN)
+
+
+def test_an_answer_keeps_its_indentation_blank_lines_and_spaces(
+    any_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [make_row(CODE), make_row("Me\u0301nie\u0300re's  disease."), PLAIN_ROW]
+    chats = make_chats(any_tokenizer, rows, tmp_path)
+    assert CODE.strip() in chats.taught()[0]
+    assert chats.audit().violations == {}
+
+
+def swapped(text: str, other: str) -> tuple[str, str]:
+    assert other != text
+    return text, other
+
+
+CHANGES = [
+    swapped(CODE, CODE.replace("  # two", " # two")),
+    swapped(CODE, CODE.replace("    rest", "   rest")),
+    swapped(CODE, CODE.replace("\tdrink", " drink")),
+    swapped(CODE, CODE.replace("\n\n\n", "\n\n")),
+    swapped(CODE, CODE.replace("\u00a0", " ")),
+    swapped("Take 5 µg.", "Take 5 μg."),
+    swapped("A ﬁne day, a\u0308 and 1\u2044 2.", "A fine day, a\u0308 and 1\u2044 2."),
+]
+
+
+@pytest.mark.parametrize(("written", "taught"), CHANGES)
+def test_an_answer_of_which_one_character_became_another_is_refused(
+    written: str, taught: str, any_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    right = make_chats(any_tokenizer, [PLAIN_ROW, make_row(written)], tmp_path)
+    wrong = make_chats(any_tokenizer, [PLAIN_ROW, make_row(taught)], tmp_path)
+    assert right.audit().violations == {}
+    report = right.audit(wrong.dataset)
+    assert report.violations == {"outside": [1]}
+
+
+@pytest.mark.parametrize("answer", [CODE, "Drink water."])
+def test_a_thought_keeps_its_white_space(answer: str, thinker: Any, tmp_path: Path) -> None:
+    chats = make_chats(thinker, [make_row(answer, ODD), THINKING_ROW], tmp_path)
+    assert chats.taught()[0].startswith(f"<think>\n{ODD.strip(chr(10))}\n</think>\n\n{answer}")
+    assert chats.audit().violations == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "thought", "kind"),
+    [
+        (CODE, ODD.replace(":  two", ": two"), "thinking"),
+        (CODE, ODD.replace("\n\n\n", "\n\n"), "thinking"),
+        (CODE, ODD.strip() + "\nAnd more.", "thinking"),
+        (CODE, "And more.\n" + ODD.strip(), "thinking"),
+        (CODE, ODD.strip() + "\n</think>\n\nAnd more.", "outside"),
+        (CODE.replace("  # two", " # two"), ODD, "outside"),
+    ],
+)
+def test_a_thought_or_an_answer_behind_it_that_became_another_is_refused(
+    answer: str, thought: str, kind: str, thinker: Any, tmp_path: Path
+) -> None:
+    right = make_chats(thinker, [THINKING_ROW, make_row(CODE, ODD)], tmp_path)
+    wrong = make_chats(thinker, [THINKING_ROW, make_row(answer, thought)], tmp_path)
+    report = right.audit(wrong.dataset)
+    assert kind in report.violations
+    assert set(map(tuple, report.violations.values())) == {(1,)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_thought_that_a_template_leaves_out_is_refused(family: str, make_tokenizer: Callable, tmp_path: Path) -> None:
+    chats = make_chats(make_tokenizer(family), [PLAIN_ROW, THINKING_ROW], tmp_path)
+    report = chats.audit()
+    assert report.violations == {"thinking": [1]}
+    with pytest.raises(RecipeError, match="1 of 2 train: rows whose thinking the template does not write"):
+        report.refuse_faults()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["reasoning_content | replace('  ', ' ')", "reasoning_content | truncate(20)", "reasoning_content | lower"],
+)
+def test_a_thought_that_a_template_changes_is_refused(change: str, thinker: Any, tmp_path: Path) -> None:
+    written = "reasoning_content.strip('\\n')"
+    assert written in thinker.chat_template
+    thinker.chat_template = thinker.chat_template.replace(written, change)
+    chats = make_chats(thinker, [make_row("Drink water.", "it rains"), make_row(CODE, ODD)], tmp_path)
+    assert chats.audit().violations == {"thinking": [1]}
+
+
+def test_an_answer_without_a_thought_beside_those_with_one_is_refused(thinker: Any, tmp_path: Path) -> None:
+    chats = make_chats(thinker, [THINKING_ROW, PLAIN_ROW], tmp_path)
+    assert chats.audit().violations == {"outside": [1]}
 
 
 # --- painted rows -----------------------------------------------------------------------------------------------------
