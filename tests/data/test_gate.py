@@ -500,11 +500,177 @@ def test_an_answer_of_which_the_template_drops_a_part_is_refused(
     row = {"question": "What closes a thought?", "answer": "The mark </think> does."}
     case = make_case(stored_tokenizer("qwen3", QWEN), [row, CLEAN_ROW], template=NO_THINKING)
     report, words = case.refusal()
-    assert report.violations == {"prefix": [0]}
+    # What is left differs in white space alone
+    assert report.violations == {"prefix": [0], "outside": [0]}
     assert "1 of 2 train" in words
 
 
 def test_letters_that_a_tokenizer_composes_are_still_the_answer(bpe: str, make_case: Callable) -> None:
+    tokenizer = composing_tokenizer(bpe)
+    row = {"question": "What is it called?", "answer": "Me\u0301nie\u0300re's disease."}
+    case = make_case(tokenizer, [row, CLEAN_ROW])
+    assert any("M\u00e9ni\u00e8re" in text for text in case.supervised())
+    assert case.audit().violations == {}
+
+
+# --- several turns ----------------------------------------------------------------------------------------------------
+
+WORDS = ["fever", "cough", "rash", "cramp"]
+THINKS = {"reasoning_content": "The word is plain.\n\nSay it briefly."}
+
+
+def make_turns(turns: int, system: str | None, thinks: dict[str, str]) -> dict[str, Any]:
+    """A prepared row of so many turns; its last answer alone has a thought."""
+    chat = [{"role": "system", "content": system}] if system else []
+    for word in WORDS[:turns]:
+        chat.append({"role": "user", "content": f"What is a {word}?"})
+        chat.append({"role": "assistant", "content": f"A {word} is a sign: see a doctor."})
+    return {"prompt": chat[:-1], "completion": [chat[-1] | thinks], "chat_template_kwargs": KWARGS}
+
+
+KWARGS = {"sanitize_control_tokens": True}
+TURNS = [1, 3, 2, 1, 2, 3]
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Conversations as they are handed to TRL, and the rows that it made of them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    conversations: Dataset
+    dataset: Dataset
+
+    def audit(self, dataset: Dataset | None = None) -> Audit:
+        return Audit(dataset or self.dataset, self.conversations, self.tokenizer, stop_ids(self.tokenizer), 2048)
+
+    def taught(self) -> list[str]:
+        return [
+            self.tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORED])
+            for ids, labels in spans(self.dataset)
+        ]
+
+    def tampered(self, row: int, change: Callable[[list[int], list[int]], list[int]]) -> Dataset:
+        """The trainer's dataset with other labels in one row."""
+
+        def apply(columns: dict[str, list[int]], index: int) -> dict[str, list[int]]:
+            return {"labels": change(columns["input_ids"], columns["labels"])} if index == row else columns
+
+        return self.dataset.map(apply, with_indices=True)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end token, and the end of turn of a family that has another."""
+    names = {"<end_of_turn>", "<|im_end|>", "<|eot_id|>"}
+    ends = [number for number, token in tokenizer.added_tokens_decoder.items() if token.content in names]
+    return [tokenizer.eos_token_id, *ends]
+
+
+def make_chats(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], folder: Path, **more: Any) -> Chats:
+    tokenizer.pad_token = tokenizer.eos_token
+    conversations = Dataset.from_list(rows)
+    switches = {"use_cpu": True, "bf16": False, "report_to": "none", "max_length": 2048} | more
+    trainer = SFTTrainer(
+        model=make_tiny_model(tokenizer),
+        args=SFTConfig(output_dir=str(folder), **switches),
+        train_dataset=conversations,
+        processing_class=tokenizer,
+    )
+    return Chats(tokenizer, conversations, trainer.train_dataset)
+
+
+@pytest.fixture(params=[*FAMILIES, "qwen3"])
+def chats(
+    request: pytest.FixtureRequest, make_tokenizer: Callable, stored_tokenizer: Callable, tmp_path: Path
+) -> Chats:
+    """Rows of one, two and three turns under each family's template; those of Qwen3 think."""
+    thinking = request.param == "qwen3"
+    tokenizer = stored_tokenizer("qwen3", QWEN) if thinking else make_tokenizer(request.param)
+    system = None if request.param == "gemma" else SYSTEM
+    return make_chats(tokenizer, [make_turns(n, system, THINKS if thinking else {}) for n in TURNS], tmp_path)
+
+
+def test_the_loss_covers_the_last_answer_alone_in_rows_of_several_turns(chats: Chats) -> None:
+    closing = chats.tokenizer.decode([stop_ids(chats.tokenizer)[-1]])
+    for turns, row, text in zip(TURNS, chats.conversations, chats.taught(), strict=True):
+        answer = row["completion"][0]
+        assert answer["content"] == f"A {WORDS[turns - 1]} is a sign: see a doctor."
+        thought = f"<think>\n{answer['reasoning_content']}\n</think>\n\n" if "reasoning_content" in answer else ""
+        assert text.strip() == thought + answer["content"] + closing
+    report = chats.audit()
+    assert report.violations == {}
+    assert report.rows_out == len(TURNS)
+
+
+def labelled(ids: list[int], labels: list[int], first: int, last: int) -> list[int]:
+    """Labels with loss on the tokens from `first` up to `last` too."""
+    return [*labels[:first], *ids[first:last], *labels[last:]]
+
+
+def place_of(chats: Chats, ids: list[int], text: str) -> slice:
+    """Where the tokens that spell `text` stand for the first time."""
+    spelled = [chats.tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+    at = spelled[-1].index(text)
+    first = next(end for end, written in enumerate(spelled) if len(written) > at) - 1
+    return slice(first, next(end for end, written in enumerate(spelled) if len(written) >= at + len(text)))
+
+
+def train_earlier_answer(chats: Chats, ids: list[int], labels: list[int]) -> list[int]:
+    span = place_of(chats, ids, "A fever is a sign")
+    return labelled(ids, labels, span.start, span.stop)
+
+
+def train_user_turn(chats: Chats, ids: list[int], labels: list[int]) -> list[int]:
+    span = place_of(chats, ids, "What is a cough?")
+    return labelled(ids, labels, span.start, span.stop)
+
+
+def mask(labels: list[int], place: int) -> list[int]:
+    return [*labels[:place], IGNORED, *labels[place + 1 :]]
+
+
+def mask_the_stop(chats: Chats, ids: list[int], labels: list[int]) -> list[int]:
+    stops = stop_ids(chats.tokenizer)
+    return mask(labels, max(place for place, token in enumerate(ids) if token in stops))
+
+
+def mask_one_of_the_answer(chats: Chats, ids: list[int], labels: list[int]) -> list[int]:
+    return mask(labels, place_of(chats, ids, "rash is a sign").stop - 1)
+
+
+def mask_the_first(_chats: Chats, _ids: list[int], labels: list[int]) -> list[int]:
+    return mask(labels, next(place for place, label in enumerate(labels) if label != IGNORED))
+
+
+@pytest.mark.parametrize(
+    "change", [train_earlier_answer, train_user_turn, mask_the_stop, mask_one_of_the_answer, mask_the_first]
+)
+def test_a_row_of_three_turns_with_other_labels_is_refused(change: Callable, chats: Chats) -> None:
+    dataset = chats.tampered(1, lambda ids, labels: change(chats, ids, labels))
+    assert dataset[1]["labels"] != chats.dataset[1]["labels"]
+    report = chats.audit(dataset)
+    assert set(map(tuple, report.violations.values())) == {(1,)}
+    assert "outside" in report.violations
+    with pytest.raises(RecipeError, match="rows whose trained span is not exactly the answer"):
+        report.refuse_faults()
+
+
+# --- every character counts -------------------------------------------------------------------------------------------
+
+CODE = "Do it so:\n\n\n```python\nif fever:\n    rest(days=2)  # two spaces\n\tdrink()\n```\n\n  - or else\u00a0wait "
+ODD = "\n First:  two spaces.\n\n\n\tThen a tab, \u00a0and   three. \n"
+QUESTION = [{"role": "user", "content": "What is to be done?"}]
+
+
+def make_row(answer: str, thought: str | None = None) -> dict[str, Any]:
+    message = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
+    return {"prompt": QUESTION, "completion": [message], "chat_template_kwargs": KWARGS}
+
+
+PLAIN_ROW, THINKING_ROW = make_row("Drink water."), make_row("Drink water.", "Water helps.")
+
+
+def composing_tokenizer(bpe: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that reads what can be one character as one."""
     from tokenizers import Tokenizer, normalizers
 
     backend = Tokenizer.from_str(bpe)
@@ -512,10 +678,111 @@ def test_letters_that_a_tokenizer_composes_are_still_the_answer(bpe: str, make_c
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = FAMILIES["qwen"][0]
-    row = {"question": "What is it called?", "answer": "Me\u0301nie\u0300re's disease."}
-    case = make_case(tokenizer, [row, CLEAN_ROW])
-    assert any("M\u00e9ni\u00e8re" in text for text in case.supervised())
-    assert case.audit().violations == {}
+    return tokenizer
+
+
+@pytest.fixture(params=[*FAMILIES, "metaspace", "composing"])
+def any_tokenizer(
+    request: pytest.FixtureRequest, make_tokenizer: Callable, metaspace_tokenizer: Any, bpe: str
+) -> PreTrainedTokenizerBase:
+    if request.param == "metaspace":
+        return metaspace_tokenizer
+    return composing_tokenizer(bpe) if request.param == "composing" else make_tokenizer(request.param)
+
+
+@pytest.fixture
+def thinker(stored_tokenizer: Callable) -> PreTrainedTokenizerBase:
+    return stored_tokenizer("qwen3", QWEN)
+
+
+def test_an_answer_keeps_its_indentation_blank_lines_and_spaces(
+    any_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [make_row(CODE), make_row("Me\u0301nie\u0300re's  disease."), PLAIN_ROW]
+    chats = make_chats(any_tokenizer, rows, tmp_path)
+    assert CODE.strip() in chats.taught()[0]
+    assert chats.audit().violations == {}
+
+
+def swapped(text: str, other: str) -> tuple[str, str]:
+    assert other != text
+    return text, other
+
+
+CHANGES = [
+    swapped(CODE, CODE.replace("  # two", " # two")),
+    swapped(CODE, CODE.replace("    rest", "   rest")),
+    swapped(CODE, CODE.replace("\tdrink", " drink")),
+    swapped(CODE, CODE.replace("\n\n\n", "\n\n")),
+    swapped(CODE, CODE.replace("\u00a0", " ")),
+    swapped("Take 5 µg.", "Take 5 μg."),
+    swapped("A ﬁne day, a\u0308 and 1\u2044 2.", "A fine day, a\u0308 and 1\u2044 2."),
+]
+
+
+@pytest.mark.parametrize(("written", "taught"), CHANGES)
+def test_an_answer_of_which_one_character_became_another_is_refused(
+    written: str, taught: str, any_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    right = make_chats(any_tokenizer, [PLAIN_ROW, make_row(written)], tmp_path)
+    wrong = make_chats(any_tokenizer, [PLAIN_ROW, make_row(taught)], tmp_path)
+    assert right.audit().violations == {}
+    report = right.audit(wrong.dataset)
+    assert report.violations == {"outside": [1]}
+
+
+@pytest.mark.parametrize("answer", [CODE, "Drink water."])
+def test_a_thought_keeps_its_white_space(answer: str, thinker: Any, tmp_path: Path) -> None:
+    chats = make_chats(thinker, [make_row(answer, ODD), THINKING_ROW], tmp_path)
+    assert chats.taught()[0].startswith(f"<think>\n{ODD.strip(chr(10))}\n</think>\n\n{answer}")
+    assert chats.audit().violations == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "thought", "kind"),
+    [
+        (CODE, ODD.replace(":  two", ": two"), "thinking"),
+        (CODE, ODD.replace("\n\n\n", "\n\n"), "thinking"),
+        (CODE, ODD.strip() + "\nAnd more.", "thinking"),
+        (CODE, "And more.\n" + ODD.strip(), "thinking"),
+        (CODE, ODD.strip() + "\n</think>\n\nAnd more.", "outside"),
+        (CODE.replace("  # two", " # two"), ODD, "outside"),
+    ],
+)
+def test_a_thought_or_an_answer_behind_it_that_became_another_is_refused(
+    answer: str, thought: str, kind: str, thinker: Any, tmp_path: Path
+) -> None:
+    right = make_chats(thinker, [THINKING_ROW, make_row(CODE, ODD)], tmp_path)
+    wrong = make_chats(thinker, [THINKING_ROW, make_row(answer, thought)], tmp_path)
+    report = right.audit(wrong.dataset)
+    assert kind in report.violations
+    assert set(map(tuple, report.violations.values())) == {(1,)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_thought_that_a_template_leaves_out_is_refused(family: str, make_tokenizer: Callable, tmp_path: Path) -> None:
+    chats = make_chats(make_tokenizer(family), [PLAIN_ROW, THINKING_ROW], tmp_path)
+    report = chats.audit()
+    assert report.violations == {"thinking": [1]}
+    with pytest.raises(RecipeError, match="1 of 2 train: rows whose thinking the template does not write"):
+        report.refuse_faults()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["reasoning_content | replace('  ', ' ')", "reasoning_content | truncate(20)", "reasoning_content | lower"],
+)
+def test_a_thought_that_a_template_changes_is_refused(change: str, thinker: Any, tmp_path: Path) -> None:
+    written = "reasoning_content.strip('\\n')"
+    assert written in thinker.chat_template
+    thinker.chat_template = thinker.chat_template.replace(written, change)
+    chats = make_chats(thinker, [make_row("Drink water.", "it rains"), make_row(CODE, ODD)], tmp_path)
+    assert chats.audit().violations == {"thinking": [1]}
+
+
+def test_an_answer_without_a_thought_beside_those_with_one_is_refused(thinker: Any, tmp_path: Path) -> None:
+    chats = make_chats(thinker, [THINKING_ROW, PLAIN_ROW], tmp_path)
+    assert chats.audit().violations == {"outside": [1]}
 
 
 # --- painted rows -----------------------------------------------------------------------------------------------------
