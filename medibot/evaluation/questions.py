@@ -46,6 +46,10 @@ class Questions:
         """Return a hash of what is asked and expected."""
         return sha256(json.dumps([[row["prompt"], row["completion"]] for row in self.rows]))
 
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens a text has."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
 
 def held_out_file(run: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return the rows of a file in the schema of the run's data, prepared as its own are."""
@@ -99,3 +103,8 @@ def question(row: dict[str, Any]) -> str:
 def reference(row: dict[str, Any]) -> str:
     """Return the answer that a row expects."""
     return row["completion"][0]["content"]
+
+
+def reference_thinking(row: dict[str, Any]) -> str:
+    """Return what a row expects to be thought before its answer."""
+    return row["completion"][0].get("reasoning_content") or ""

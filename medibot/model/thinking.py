@@ -14,8 +14,9 @@ MARKS = OPEN, CLOSE = "<think>", "</think>"
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase, template: dict[str, Any]) -> bool:
     """Return whether the generation prompt opens the trace, as DeepSeek's does, so that a text begins inside it."""
-    rendering = {"tokenize": False, "add_generation_prompt": True} | template
-    return tokenizer.apply_chat_template(SAMPLE_CHAT[:1], **rendering).rstrip().endswith(OPEN)
+    rendering = {"add_generation_prompt": True, "return_dict": True} | template
+    prompt = tokenizer.apply_chat_template(SAMPLE_CHAT[:1], **rendering)["input_ids"]
+    return tokenizer.decode(prompt).rstrip().endswith(OPEN)
 
 
 def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
