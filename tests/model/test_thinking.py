@@ -1,8 +1,10 @@
 """What a model thinks, parted from what it answers: whole, in pieces, and by every template that opens a trace."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,20 +60,32 @@ def test_what_is_known_to_be_trace_or_answer_is_not_held_back() -> None:
     assert settled("a <") == "a " and settled("a <x") == "a <x" and settled("a") == "a"
 
 
-QWEN3 = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+OFF = {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "opens"),
+    [
+        ("qwen3", {}, False),
+        # Its prompt holds a whole empty trace
+        ("qwen3", OFF, False),
+        ("qwen3_8", {}, True),
+        ("qwen3_8", OFF, False),
+        ("deepseek_r1_distill", {}, True),
+        ("deepseek_r1_distill", OFF, True),
+        ("nemotron_3_nano", {}, True),
+        ("nemotron_3_nano", OFF, False),
+        ("llama3_1", {}, False),
+    ],
 )
-
-
-def test_a_prompt_opens_the_trace_only_where_it_ends_inside_it(make_tokenizer: Callable) -> None:
+def test_a_prompt_opens_the_trace_only_where_it_ends_inside_it(
+    make_tokenizer: Callable, name: str, template: dict[str, bool], opens: bool
+) -> None:
     tokenizer = make_tokenizer("qwen")
-    assert not opens_thinking(tokenizer, {})
-    tokenizer.chat_template = QWEN3
-    assert not opens_thinking(tokenizer, {}) and not opens_thinking(tokenizer, {"enable_thinking": False})
-    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
-    assert opens_thinking(tokenizer, {}) and opens_thinking(tokenizer, {"sanitize_control_tokens": True})
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    # As template_kwargs gives them
+    assert opens_thinking(tokenizer, {"sanitize_control_tokens": True} | template) is opens
 
 
 def test_marks_that_are_tokens_stand_in_decoded_text(make_tokenizer: Callable) -> None:

@@ -790,7 +790,7 @@ def test_page_folds_what_is_thought_before_an_answer(browser, server, say):
             tab.get_by_role("status").filter(has_text="Done").wait_for()
             assert said_by(tab, "base") == said_by(tab, "tuned") == "A joint disease."
             thinking = column(tab, "tuned").locator(".thinking")
-            assert thinking.locator("summary").inner_text() == "Thinking 3 words"
+            assert thinking.locator("summary").inner_text() == "Thinking (3 words)"
             assert not thinking.locator("p").is_visible() and not column(tab, "base").locator(".thinking").is_visible()
             # By keyboard, as everything; a new question folds it again
             thinking.locator("summary").focus()
