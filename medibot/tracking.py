@@ -121,7 +121,7 @@ def start(recipe: Recipe, run: Run, config: dict[str, Any], job_type: str) -> An
     options: dict[str, Any] = {
         "project": "medibot",
         # What runs must share to be comparable: the data and its split, not the recipe
-        "group": f"{Path(recipe.data.path).stem}-{read_json(run.folder / 'split.json')['fingerprint'][:8]}",
+        "group": f"{Path(recipe.data.described).stem}-{read_json(run.folder / 'split.json')['fingerprint'][:8]}",
         "job_type": job_type,
         "name": run.name if job_type == "train" else f"{run.name}-{job_type}",
         "dir": str(run.folder),

@@ -53,6 +53,12 @@ MISTRAL = (
     "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] {{ system if loop.first else '' }}"
     "{{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# Thinking stands before the last answer, and earlier turns are written without theirs, as Qwen3 does
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>\n"
+    "{{ m.reasoning_content.strip('\n') }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # What each family ends an answer with
 STOPS = {
     "smollm2": "<|im_end|>",
@@ -61,6 +67,7 @@ STOPS = {
     "qwen": "<|im_end|>",
     "gemma": "<end_of_turn>",
     "mistral": "</s>",
+    "thinking": "<|im_end|>",
 }
 # family: (template, bos, eos, further special tokens)
 FAMILIES = {
@@ -75,6 +82,7 @@ FAMILIES = {
     "qwen": (CHATML, None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"]),
     "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"]),
     "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"]),
+    "thinking": (THINKING, None, "<|im_end|>", ["<|im_start|>", "<|endoftext|>", "<think>", "</think>"]),
 }
 
 

@@ -78,9 +78,10 @@ def with_row(number: int, **changes) -> dict[str, str]:
     return {"rows.jsonl": jsonl([row | changes if n == number else row for n, row in enumerate(ROWS)])}
 
 
-def with_columns(**extra) -> dict[str, str]:
-    """ROWS as rows.jsonl, with more columns."""
-    return {"rows.jsonl": jsonl([row | extra for row in ROWS])}
+def chats(*changed: list) -> dict[str, str]:
+    """Twelve conversations as rows.jsonl in the column `chat`, the first ones changed."""
+    good = [[{"role": "user", "content": f"Why {n}?"}, {"role": "assistant", "content": f"So {n}."}] for n in range(12)]
+    return {"rows.jsonl": jsonl([{"chat": chat} for chat in [*changed, *good[len(changed) :]]])}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ ONE, TWO = {"a.yaml": "num_processes: 1"}, {"a.yaml": "num_processes: 2"}
 STARTED = '{"status": "running", "fingerprint": "0", "parts": {"lora": {"r": 1}}}'
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LATIN = "question,answer\nWas heißt Anämie?,Blutarmut\n".encode("latin-1")
+LATIN_JSON = b'{"question": "Why?", "answer": "So."}\n' + '{"question": "Wo heißt es so?"}\n'.encode("latin-1")
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+PAIR = "  prompt: question\n  completion: answer\n"
+SOURCES = "  sources:\n    - {path: rows.jsonl, prompt: question, completion: answer}\n"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
 LONG = "word " * 400
 RULE = "drop_unanswered"
@@ -180,9 +185,23 @@ FILES = [
     in_recipe("other suffix", PATH, "path: rows.xlsx", "cannot read .xlsx", ".csv", files={"rows.xlsx": "PK"}),
     in_recipe("no suffix", PATH, "path: ./rows", "a file without suffix", ".jsonl", files={"rows": "{}"}),
     in_recipe(
-        "compressed", PATH, "path: rows.jsonl.gz", "cannot read .gz", files={"rows.jsonl.gz": gzip.compress(b"{}")}
+        "text named gzip",
+        PATH,
+        "path: rows.jsonl.gz",
+        "cannot be read: Not a gzipped file",
+        files={"rows.jsonl.gz": "{}"},
     ),
-    in_recipe("empty folder", PATH, "path: folder", "holds no .parquet, .jsonl, .csv file", files={"folder/": None}),
+    in_recipe("no file of a pattern", PATH, "path: rows*.csv", "rows*.csv holds no", at="path: rows"),
+    in_recipe("protocol that nobody knows", PATH, "path: tape://rows.csv", "cannot be read", "access"),
+    in_recipe(
+        "folder without the split",
+        PATH,
+        "path: folder\n  split: test",
+        "folder has no file for split 'test'",
+        at="path: folder",
+        files={"folder/train.jsonl": "{}"},
+    ),
+    in_recipe("empty folder", PATH, "path: folder", "holds no .parquet, .jsonl", files={"folder/": None}),
     in_recipe("folder of other files", PATH, "path: folder", "holds no .parquet", files={"folder/a.txt": "a"}),
     in_recipe(
         "one bad file in a folder",
@@ -201,7 +220,7 @@ FILES = [
     in_rows("empty CSV", ".csv", "", "rows.csv has no rows", at="path: rows"),
     in_rows("CSV of a header", ".csv", "topic,question,answer\n", "rows.csv has no rows", at="path: rows"),
     in_rows("parquet without rows", ".parquet", parquet(ROWS, 0), "rows.parquet has no rows", at="path: rows"),
-    in_rows("JSON lines not UTF-8", ".jsonl", LATIN, "rows.jsonl:2: not UTF-8", "save it as UTF-8"),
+    in_rows("JSON lines not UTF-8", ".jsonl", LATIN_JSON, "rows.jsonl:2: not UTF-8", "save it as UTF-8"),
     in_rows("CSV not UTF-8", ".csv", LATIN, "rows.csv:2: not UTF-8", "save it as UTF-8"),
     in_rows("UTF-16", ".csv", "question,answer\na,b\n".encode("utf-16"), "rows.csv:1: not UTF-8"),
     in_rows("NUL in JSON lines", ".jsonl", '{"a": "\0"}\n', "rows.jsonl:1: ", "NUL"),
@@ -240,7 +259,21 @@ FILES = [
         "rows.jsonl:1: not JSON",
         "one JSON object a line",
     ),
-    in_rows("JSON array", ".jsonl", json.dumps(ROWS), "rows.jsonl:1: a list", "one JSON object a line"),
+    in_rows("JSON array", ".jsonl", json.dumps(ROWS), "rows.jsonl:1: a list", "each row is a JSON object"),
+    in_rows(
+        "array of texts",
+        ".json",
+        '[{"question": "Why?", "answer": "So."},\n "So."]',
+        "rows.json:2: a str",
+        "each row is a JSON object",
+    ),
+    in_rows(
+        "array without a comma", ".json", '[{"a": 1}\n\n{"a": 2}]', "rows.json:3: not JSON", "an array of JSON objects"
+    ),
+    in_rows("array without an end", ".json", json.dumps(ROWS[:2])[:-1].replace("}, ", "},\n"), "rows.json:2: not JSON"),
+    in_rows("array of nothing", ".json", "[]", "rows.json has no rows", at="path: rows"),
+    in_rows("ragged TSV", ".tsv", "question\tanswer\na\tb\tc\n", "rows.tsv:2: 3 cells under 2 columns"),
+    in_rows("text named Arrow", ".arrow", jsonl(ROWS), "rows.arrow cannot be read", at="path: rows"),
     in_rows("bottomless JSON", ".jsonl", jsonl(ROWS[:1]) + "[" * 100_000, "rows.jsonl:2: not JSON"),
     in_rows("lone surrogate", ".jsonl", jsonl([ROWS[0] | {"answer": "\ud83d"}]), "rows.jsonl:1: not JSON", "surrogate"),
     in_rows(
@@ -271,19 +304,123 @@ CONTENT = [
         "no such group column", "[topic]", "[focus]", "data.group_by: rows.jsonl has no column 'focus'", at="group_by"
     ),
     in_recipe("one column for both", "n: answer", "n: question", "the same column as data.prompt", at="completion"),
-    in_content(
-        "number for an answer", with_row(3, answer=7), "row 3 holds int, not text, in column 'answer'", "convert"
-    ),
-    in_content("list for an answer", with_row(0, answer=["a"]), "row 0 holds list, not text, in column 'answer'"),
-    in_content(
-        "mapping for a question", with_row(11, question={"en": "a"}), "row 11 holds dict", "in column 'question'"
-    ),
-    in_content("truth for a question", with_row(2, question=True), "row 2 holds bool, not text"),
     *(
-        in_content(
-            f"column {name}", with_columns(**{name: "x"}), f"column '{name}' has a name that MediBot gives", "rename it"
+        in_recipe(
+            name,
+            PAIR,
+            "  messages: chat\n",
+            f"rows.jsonl:1: {says}",
+            "1 of 12",
+            at="",
+            files=chats(chat),
         )
-        for name in ("prompt", "completion", "row", "group", "part", "tokens", "chat_template_kwargs")
+        for name, chat, says in (
+            ("no answer", [USER], "it has no assistant turn"),
+            ("two questions", [USER, USER, ANSWER], "two user turns in a row"),
+            ("two answers", [USER, ANSWER, ANSWER], "two assistant turns in a row"),
+            ("unknown role", [USER, {"role": "narrator", "content": "Then."}], "unknown role 'narrator'"),
+            ("empty turn", [USER, {"role": "assistant", "content": " "}], "an empty assistant turn"),
+            ("greeting", [ANSWER, USER, ANSWER], "it begins with an assistant turn"),
+            (
+                "system inside",
+                [USER, {"role": "system", "content": "Be kind."}, ANSWER],
+                "a system turn after the first",
+            ),
+            ("tool calls", [USER, ANSWER | {"tool_calls": [{"id": "1"}]}], "it calls tools, which are not trained"),
+            (
+                "picture",
+                [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER],
+                "a user turn holds list, not text",
+            ),
+            ("no list", "Why?", "it is no list of messages"),
+        )
+    ),
+    in_recipe(
+        "no such chat column",
+        PAIR,
+        "  messages: talk\n",
+        "no column 'talk'",
+        "it has chat",
+        at="messages",
+        files=chats(),
+    ),
+    in_recipe(
+        "chat and question",
+        "  prompt: question\n",
+        "  prompt: question\n  messages: chat\n",
+        "cannot stand beside prompt",
+        at="messages",
+    ),
+    in_recipe(
+        "answer left out", "  completion: answer\n", "", "data.completion: is required", "or messages", at="data"
+    ),
+    in_recipe(
+        "template without column", "prompt: question", 'prompt: "{}"', "a pair of braces without a column", at="prompt"
+    ),
+    in_recipe(
+        "template not closed", "prompt: question", 'prompt: "{question"', "no template", "{{ for a brace", at="prompt"
+    ),
+    in_recipe(
+        "no such template column", "prompt: question", 'prompt: "{question} {more}"', "no column 'more'", at="prompt"
+    ),
+    in_recipe(
+        "no such system column", "system: Be careful.", "system: {column: persona}", "no column 'persona'", at="system"
+    ),
+    in_recipe(
+        "system column of a number",
+        "system: Be careful.",
+        "system: {column: 5}",
+        "data.system.column: must be text",
+        at="column: 5",
+    ),
+    in_recipe(
+        "thinking that the template drops",
+        "  prompt: question\n",
+        "  prompt: question\n  thinking: thought\n",
+        "does not write reasoning_content",
+        "take a reasoning model",
+        at="thinking",
+        files=with_row(2, thought="Let me see."),
+    ),
+    in_recipe("sources beside a path", PAIR, SOURCES, "cannot stand beside data.sources", at="path: rows"),
+    in_recipe(
+        "held out nothing",
+        "  validation: 0.3",
+        "  validation: {name: x}",
+        "says neither path nor split",
+        at="validation",
+    ),
+    in_recipe(
+        "held out typo",
+        "  validation: 0.3",
+        "  validation: {pat: x}",
+        "data.validation.pat: no such",
+        "did you mean path?",
+        at="pat: x",
+    ),
+    in_recipe(
+        "held out file missing",
+        "  validation: 0.3",
+        "  validation: {path: more.jsonl}",
+        "no file or folder 'more.jsonl'",
+        at="path: more",
+    ),
+    in_recipe("own rule without a file", RULE, "mine:drop", "mine:drop: there is no file", at="mine:drop"),
+    *(
+        in_recipe(f"own rule {name}", RULE, "mine:drop", says, at=at, files={"mine.py": code})
+        for name, code, says, at in (
+            ("without a function", "def keep(row): ...", "defines no function drop; it has keep", "mine:drop"),
+            ("that is no Python", "def drop(row:", "is not Python", "mine:drop"),
+            ("of another form", "def drop(text): ...", "the first parameter of drop must be row or rows", "mine:drop"),
+            (
+                "that raises",
+                "def drop(row): return row['status']",
+                "mine:drop failed at row 0: KeyError: 'status'",
+                "clean",
+            ),
+            ("that returns text", "def drop(row): return row['prompt']", "must return a row with text", "clean"),
+            ("that raises on import", "import nothing_here\ndef drop(row): ...", "ModuleNotFoundError", "clean"),
+        )
     ),
     in_recipe(
         "every row dropped", RULE, "{drop_short: {min_words: 99}}", "no row is left after drop_short", at="clean"

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from medibot.cleaning import medquad, rules
-from medibot.cleaning.ledger import LedgerLine, compare_rows
+from medibot.cleaning import medquad, own, rules
+from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
+from medibot.cleaning.own import RuleFailed
 from medibot.cleaning.rules import Row
 
 RuleItem = str | dict[str, dict[str, Any]]
@@ -25,7 +26,7 @@ RULES: dict[str, Callable[..., Any]] = {
     prefix + name: found
     for prefix, module in (("", rules), ("medquad.", medquad))
     for name, found in vars(module).items()
-    if inspect.isfunction(found) and next(iter(inspect.signature(found).parameters)) in ("row", "rows")
+    if inspect.isfunction(found) and next(iter(inspect.signature(found).parameters)) in own.FIRST
 }
 # One name for a list that several recipes share
 NAMED_LISTS: dict[str, list[RuleItem]] = yaml.safe_load(Path(__file__).with_name("lists.yaml").read_bytes())
@@ -37,32 +38,81 @@ def expand(items: Iterable[RuleItem]) -> Iterator[RuleItem]:
         yield from NAMED_LISTS.get(item, [item]) if isinstance(item, str) else [item]
 
 
-def clean(rows: list[Row], items: Iterable[RuleItem]) -> tuple[list[Row], list[LedgerLine]]:
+def clean(rows: list[Row], items: Iterable[RuleItem], folder: Path | None = None) -> tuple[list[Row], list[LedgerLine]]:
     """Apply rules in order and return the rows left with one ledger line a rule.
 
-    A rule is a name in RULES or NAMED_LISTS, or {name: {keyword arguments}}.
+    A rule is a name in RULES or NAMED_LISTS, a function of an author's own ("file:function", in `folder`), or one of them
+    with settings: {name: {keyword arguments}}.
     """
     ledger = []
     for item in expand(items):
-        if problem := rule_problem(item):
+        if problem := rule_problem(item, folder):
             raise ValueError(problem)
-        name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items()))
-        cleaned = apply_rule(name, rows, **(settings or {}))
+        name, settings = split_item(item)
+        cleaned = apply_rule(name, rows, folder, **settings)
         ledger.append(compare_rows(name, rows, cleaned))
         rows = cleaned
     return rows, ledger
 
 
-def apply_rule(name: str, rows: list[Row], **settings: Any) -> list[Row]:
+def split_item(item: RuleItem) -> tuple[str, dict[str, Any]]:
+    """Return name and settings of an entry of `data.clean`."""
+    name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items()))
+    return name, settings or {}
+
+
+def apply_rule(name: str, rows: list[Row], folder: Path | None = None, **settings: Any) -> list[Row]:
     """Return the rows that a rule leaves, whether it takes one row or all of them."""
+    if ":" in name:
+        return apply_own_rule(name, rows, folder or Path(), settings)
     rule = RULES[name]
     if next(iter(inspect.signature(rule).parameters)) == "rows":
         return rule(rows, **settings)
     return [kept for row in rows if (kept := rule(row, **settings)) is not None]
 
 
-def rule_problem(item: Any) -> str | None:
-    """Return what is wrong with an entry of `data.clean`, in one line, or None."""
+def apply_own_rule(name: str, rows: list[Row], folder: Path, settings: dict[str, Any]) -> list[Row]:
+    """Return the rows that an author's own rule leaves; it works on copies, so that what it changes is counted."""
+    rule, where = own.import_rule(name, folder), ""
+    kept: Any = []
+    try:
+        if next(iter(inspect.signature(rule).parameters)) == "rows":
+            kept = rule([dict(row) for row in rows], **settings)
+        else:
+            for row in rows:
+                where = f" at row {row['row']}"
+                kept += [left] if (left := rule(dict(row), **settings)) is not None else []
+    except Exception as error:
+        raise RuleFailed(f"{name} failed{where}: {type(error).__name__}: {error}") from error
+    for left in kept if isinstance(kept, list) else [kept]:
+        texts = [left.get(column) for column in ("prompt", "completion")] if isinstance(left, dict) else [0]
+        if not all(isinstance(text, str | None) for text in texts) or "row" not in left:
+            raise RuleFailed(
+                f"{name} must return a row with text as prompt and completion, or None; it gave {left!r:.200}"
+            )
+    # A row that is left as it was shall not count as changed
+    before = {row_key(row): row for row in rows}
+    return [before[row_key(left)] if before.get(row_key(left)) == left else left for left in kept]
+
+
+def columns_read(items: Iterable[RuleItem], folder: Path | None = None) -> set[str]:
+    """Return every text in the rules' code and settings that could be the name of a column that they read."""
+    found: set[str] = set()
+    for name, settings in map(split_item, expand(items)):
+        rule: Any = own.import_rule(name, folder or Path()) if ":" in name else RULES[name]
+        codes = [rule.__code__]
+        for code in codes:
+            codes += [part for part in code.co_consts if inspect.iscode(part)]
+            found |= {part for part in code.co_consts if isinstance(part, str)}
+        found |= {value for value in settings.values() if isinstance(value, str)}
+    return found
+
+
+def rule_problem(item: Any, folder: Path | None = None) -> str | None:
+    """Return what is wrong with an entry of `data.clean`, in one line, or None.
+
+    Without the recipe's `folder` a rule of an author's own passes.
+    """
     if isinstance(item, dict) and len(item) != 1:
         return f"a rule with settings has one key, as in {{drop_short: {{min_words: 5}}}}; here are {len(item)}"
     name, settings = next(iter(item.items())) if isinstance(item, dict) else (item, {})
@@ -70,6 +120,8 @@ def rule_problem(item: Any) -> str | None:
         return f"a rule is a name or {{name: {{setting: value}}}}, not {name!r}"
     if name in NAMED_LISTS:
         return f"{name} stands for several rules and has no settings" if settings else None
+    if ":" in name:
+        return own.own_rule_problem(name, folder) if folder else None
     if name not in RULES:
         known = [*NAMED_LISTS, *RULES]
         near = difflib.get_close_matches(name, known, n=1)

@@ -1,6 +1,6 @@
 """Count what a rule dropped, changed and added, and show three examples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -20,16 +20,37 @@ class LedgerLine:
     examples: list[dict[str, Any]]
 
 
-def row_key(row: Row) -> tuple[int, int]:
-    """Return what names a row: its index in the source and its part (the number of one of several made from a row)."""
-    return row["row"], row.get("part", 0)
+@dataclass
+class Tally:
+    """A ledger line in the making: how many rows something happened to, with the first three as examples."""
+
+    rule: str
+    count: int = 0
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, row: int, **shown: tuple[Any, Any]) -> None:
+        """Count a row, of which an example shows columns before and after."""
+        self.count += 1
+        if len(self.examples) < 3:
+            texts = {name: [None if one is None else str(one)[:400] for one in pair] for name, pair in shown.items()}
+            self.examples.append(
+                {"row": row} | {name: dict(zip(("before", "after"), pair, strict=True)) for name, pair in texts.items()}
+            )
+
+    def line(self, rows: int, dropped: int = 0, changed: int = 0, added: int = 0) -> LedgerLine:
+        """Return the ledger's line for `rows` rows."""
+        return LedgerLine(self.rule, rows, dropped, changed, added, rows - dropped + added, self.examples)
+
+
+def row_key(row: Row) -> tuple[str, int, int]:
+    """Return what names a row: its source, its index in it, and its part (the number of one of several made from a row)."""
+    return row.get("source", ""), row["row"], row.get("part", 0)
 
 
 def compare_rows(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
     """Compare the rows before and after a rule by "row" and "part"."""
     left = {row_key(row): row for row in after}
-    remaining = {row["row"] for row in after}
-    dropped = [row for row in before if row["row"] not in remaining]
+    dropped = [row for row in before if row_key(row) not in left]
     pairs = [(row, left[row_key(row)]) for row in before if row_key(row) in left]
     changed = [(old, new) for old, new in pairs if old is not new and old != new]
     affected = [*changed, *((row, None) for row in dropped)]

@@ -18,6 +18,11 @@ def fold(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
 
 
+def asked(old: Row) -> str:
+    """Return all that a row asks, by its words: the question with what was said before it."""
+    return fold(" ".join([*(turn["content"] for turn in old.get("history", [])), old["prompt"] or ""]))
+
+
 def with_text(old: Row, column: str, text: str) -> Row:
     """The row itself when `text` already stands in `column`, else a copy that holds it."""
     return old if text == (old[column] or "") else {**old, column: text}
@@ -67,12 +72,12 @@ def drop_repetitive(row: Row, window: int = 8, share: float = 0.25) -> Row | Non
 
 def drop_duplicates(rows: list[Row]) -> list[Row]:
     """Keep the first row of each pair of question and answer, compared by their words."""
-    return first_copies(((fold(row["prompt"] or ""), fold(row["completion"] or "")) for row in rows), rows)
+    return first_copies(((asked(row), fold(row["completion"] or "")) for row in rows), rows)
 
 
 def drop_repeated_questions(rows: list[Row], per: str | None = None) -> list[Row]:
     """Keep the first row of each question; with `per`, of each question in each value of that column."""
-    return first_copies(((fold(row["prompt"] or ""), row.get(per) if per else None) for row in rows), rows)
+    return first_copies(((asked(row), row.get(per) if per else None) for row in rows), rows)
 
 
 def limit_repeated_answers(rows: list[Row], copies: int = 3) -> list[Row]:

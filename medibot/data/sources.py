@@ -1,113 +1,146 @@
-"""Read rows from a hub data set, a file or a folder of files."""
+"""Find where a recipe's rows come from: hub data sets, and files here or far away.
 
-import csv
+fsspec finds and opens files, so that a path may hold `*` or be a URL.
+"""
+
 import hashlib
-import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet
+import fsspec
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from medibot.cleaning import Row
-from medibot.errors import RecipeError
+from medibot.data.files import COMPRESSED, READERS, Placed, read_files, suffix
+from medibot.errors import RecipeError, one_line
 from medibot.recipe import Recipe
 from medibot.recipe.files import find_file
+from medibot.recipe.sections import DataSection, SourceSection
 
-SUFFIXES = (".parquet", ".jsonl", ".csv")
+# Files of a folder that are about its rows: what `save_to_disk` and the hub write
+NO_ROWS = {"state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json"}
+SPLIT_NAMES = {"train": "train", "validation": "validation|valid|val|dev", "test": "test|eval"}
+
+COLUMNS = {"prompt", "completion", "messages", "thinking"}
 
 
-def open_source(recipe: Recipe) -> tuple[str, Callable[[], list[Row]]]:
-    """Return (hash of the data's bytes, a function that reads its rows): nothing is parsed if the cache has it."""
-    data, path = recipe.data, find_file(recipe.data.path)
-    if not path.exists():
-        if path.suffix in SUFFIXES or data.path.startswith((".", "/", "~")) or data.path.count("/") != 1:
-            raise recipe.error("data.path", f"no file or folder {data.path!r}", "check the path, seen from here")
-        try:
-            rows = load_dataset(data.path, data.name, revision=data.revision, split=data.split).to_list()
-        except (OSError, ValueError, DatasetsError) as error:
-            what = f"cannot load {data.path!r} from the hub: {str(error).strip().splitlines()[0]}"
-            remedy = "check name, revision and network; or point data.path to a local file"
-            raise recipe.error("data.path", what, remedy) from error
-        return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(), lambda: rows
-    files = sorted(file for file in (path.iterdir() if path.is_dir() else [path]) if file.suffix in SUFFIXES)
-    if not files:
-        kinds, suffix = ", ".join(SUFFIXES), path.suffix or "a file without suffix"
-        what = f"folder {path} holds no {kinds} file" if path.is_dir() else f"cannot read {suffix}"
-        raise recipe.error("data.path", what, f"use {kinds}")
+@dataclass(frozen=True)
+class Source:
+    """Rows that a recipe's `section` at `key` names: a hash of their bytes, and a function that reads them.
+
+    `held_out` is the split that they are, None where MediBot makes the splits.
+    """
+
+    key: str
+    name: str
+    section: SourceSection
+    digest: str
+    read: Callable[[], Iterator[Placed]]
+    held_out: str | None = None
+
+
+def open_sources(recipe: Recipe) -> list[Source]:
+    """Return all sources of a recipe, each under a name of its own; those of validation and test come last."""
+    opened = []
+    for key, section, held_out in source_sections(recipe.data):
+        source = open_source(recipe, key, section, held_out)
+        name = f"{source.name}/{held_out}" if held_out else source.name
+        while any(name == other.name for other in opened):
+            name += "+"
+        opened.append(replace(source, name=name))
+    return opened
+
+
+def source_sections(data: DataSection) -> Iterator[tuple[str, SourceSection, str | None]]:
+    """Yield (key in the recipe, what it says with what it leaves to section data, the split that it is)."""
+    own = {name: vars(data)[name] for name in data.model_fields_set & SourceSection.model_fields.keys() - {"clean"}}
+    common = {name: own[name] for name in own.keys() & {"system", "turns", "malformed"}}
+    if not data.sources:
+        yield "data", SourceSection(**own), None
+    for place, source in enumerate(data.sources):
+        written = {name: vars(source)[name] for name in source.model_fields_set & SourceSection.model_fields.keys()}
+        yield f"data.sources[{place}]", SourceSection(**(common | written)), None
+    for split in ("validation", "test"):
+        held = vars(data)[split]
+        if isinstance(held, SourceSection):
+            written = {name: vars(held)[name] for name in held.model_fields_set}
+            # Columns of its own take the place of the others, a path of its own that of the hub's names
+            gone = COLUMNS if written.keys() & COLUMNS else set()
+            gone = gone | ({"name", "revision", "split"} if "path" in written else set())
+            left = {name: value for name, value in own.items() if name not in gone}
+            yield f"data.{split}", SourceSection(**(left | written)), split
+
+
+def open_source(recipe: Recipe, key: str, section: SourceSection, held_out: str | None = None) -> Source:
+    """Return a source whose bytes are hashed, and whose rows are parsed only when they are read."""
+    path = str(section.path)
+    name = section.name or Path(path.rstrip("/")).name.partition(".")[0]
+    where = str(find_file(path))
+    if is_hub_id(path):
+        return open_hub(recipe, key, section, held_out)
+    if "*" not in path and "://" not in path and not Path(where).exists():
+        raise recipe.error(f"{key}.path", f"no file or folder {path!r}", "check the path, seen from here")
+    try:
+        files, digest = find_files(recipe, f"{key}.path", path, where, section.split), hashlib.sha256()
+        for file in files:
+            digest.update(Path(file).name.encode() + b"\0")
+            with fsspec.open(file) as opened:
+                while chunk := opened.read(1 << 20):
+                    digest.update(chunk)
+    except RecipeError:
+        raise
+    except Exception as error:  # a network's libraries have exceptions of their own
+        what = f"{path!r} cannot be read: {one_line(error) or type(error).__name__}"
+        raise recipe.error(f"{key}.path", what, "check path, network and access") from error
+    return Source(key, name, section, digest.hexdigest(), lambda: read_files(recipe, f"{key}.path", files), held_out)
+
+
+def open_hub(recipe: Recipe, key: str, section: SourceSection, held_out: str | None) -> Source:
+    """Return a split of a hub data set as a source."""
+    path = str(section.path)
+    try:
+        rows: Any = load_dataset(path, section.name, revision=section.revision, split=section.split)
+    except (OSError, ValueError, DatasetsError) as error:
+        what = f"cannot load {path!r} from the hub: {str(error).strip().splitlines()[0]}"
+        remedy = "check name, revision and network; or point data.path to a local file"
+        raise recipe.error(f"{key}.path", what, remedy) from error
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest(), lambda: read_files(recipe, files)
+    for row in rows:
+        digest.update(json.dumps(row, default=str).encode())
+
+    def read() -> Iterator[Placed]:
+        for number, row in enumerate(rows):
+            yield f"{path}: row {number}", row
+
+    return Source(key, path, section, digest.hexdigest(), read, held_out)
 
 
-def read_files(recipe: Recipe, files: list[Path]) -> list[Row]:
-    """Return the rows of all files, each with every column of any of them; an error names file and line."""
-    readers = {".parquet": lambda file: pyarrow.parquet.read_table(file).to_pylist(), ".jsonl": read_jsonl}
-    found: list[Row] = []
-    for file in files:
-        try:
-            rows = readers.get(file.suffix, read_csv)(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            what = f"{file} cannot be read: {str(error).splitlines()[0]}"
-            raise recipe.error("data.path", what, "name a whole, readable file") from error
-        if not rows:
-            raise recipe.error("data.path", f"{file} has no rows", "name a file with rows")
-        found += rows
-    columns = list(dict.fromkeys(column for row in found for column in row))
-    return [{column: row.get(column) for column in columns} for row in found]
+def is_hub_id(path: str) -> bool:
+    """Tell whether a path names a data set on the hub: it has one slash, and there is no such file."""
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and suffix(path) not in READERS
+    return bool(named) and not find_file(path).exists()
 
 
-def read_jsonl(file: Path) -> list[Row]:
-    """Return the rows of a file of one JSON object a line."""
-    rows = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "\\ud" in line.lower():
-                json.dumps(row, ensure_ascii=False).encode()  # half an escaped pair is no character
-        except (ValueError, RecursionError) as error:
-            raise RecipeError.of(f"{file}:{number}", f"not JSON: {error}", "one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise RecipeError.of(f"{file}:{number}", f"a {type(row).__name__}", "one JSON object a line")
-        rows.append(row)
-    return rows
-
-
-def read_csv(file: Path) -> list[Row]:
-    """Return the rows of a CSV file, all of them text; an empty cell is None."""
-    csv.field_size_limit(1 << 27)
-    records = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
-    header: list[str] = []
-    rows, start = [], 1
-    try:
-        for cells in records:
-            header = header or cells
-            if len(set(header)) != len(header):
-                raise RecipeError.of(f"{file}:{start}", "a column name stands twice in the header", "rename one")
-            if cells and len(cells) != len(header):
-                what = f"{len(cells)} cells under {len(header)} columns"
-                raise RecipeError.of(f"{file}:{start}", what, "quote cells that hold commas or line breaks")
-            if cells:
-                rows.append({column: cell or None for column, cell in zip(header, cells, strict=True)})
-            start = records.line_num + 1
-    except csv.Error as error:
-        remedy = "close each quote, and double those inside a cell"
-        raise RecipeError.of(f"{file}:{start}", f"not CSV: {error}", remedy) from error
-    return rows[1:]  # the header is the first of them
-
-
-def read_text(file: Path) -> str:
-    """Return the file as UTF-8 text; raise RecipeError at the line of what is none."""
-    try:
-        return (
-            file.read_bytes().replace(b"\0", b"\xff").decode("utf-8-sig")
-        )  # no text has a NUL, UTF-16 is full of them
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        remedy = "save it as UTF-8, not compressed"
-        raise RecipeError.of(f"{file}:{line}", "not UTF-8 text, or with a NUL character", remedy) from error
+def find_files(recipe: Recipe, key: str, path: str, where: str, split: str) -> list[str]:
+    """Return the files of a path, a folder, a pattern or a URL; of a folder with a file for each split, that split's."""
+    system, root = fsspec.core.url_to_fs(path if "://" in path else where)
+    folder = "*" not in root and system.isdir(root)
+    found = system.glob(root) if "*" in root else system.ls(root, detail=False) if folder else [root]
+    files = sorted(file for file in found if suffix(file) in READERS and Path(file).name not in NO_ROWS)
+    if not files:
+        kinds = ", ".join(READERS)
+        what = f"cannot read {suffix(path) or 'a file without suffix'}"
+        if folder or "*" in root:
+            what = f"{'folder ' if folder else ''}{path} holds no {kinds} file"
+        raise recipe.error(key, what, f"use {kinds}, also with {', '.join(COMPRESSED)}")
+    named = {name: [f for f in files if re.match(rf"({words})\b", Path(f).name)] for name, words in SPLIT_NAMES.items()}
+    if folder and (split != "train" or any(named.values())):
+        files = named.get(split, [])
+    if not files:
+        what = f"{path} has no file for split {split!r}"
+        raise recipe.error(key, what, f"name one {split}.jsonl, or give the path of the file")
+    return [system.unstrip_protocol(file) for file in files]

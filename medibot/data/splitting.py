@@ -44,8 +44,9 @@ def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
     for (column, text), group in zip(places, group_of, strict=True):
         name = (column, sha256(f"{columns[column]}\0{text}"))
         names[group] = min(name, names.get(group, name))
-    # A row without a value is a group of its own, named after its text
-    own = (sha256(json.dumps([row["prompt"], row["completion"]])) for row in rows)
+    # A row without a value is a group of its own, named after its text; a conversation's turns after how it opens
+    texts = ([opening(row)] if "part" in row else [row["prompt"], row["completion"]] for row in rows)
+    own = (sha256(json.dumps(text)) for text in texts)
     return [names[group_of[places[found[0]]]][1] if found else key for found, key in zip(values, own, strict=True)]
 
 
@@ -53,10 +54,15 @@ def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
     """Return the row's values as (place of the column, folded text), empty ones left out."""
     values = []
     for place, column in enumerate(columns):
-        value = row.get(column)
+        value = opening(row) if column == "prompt" else row.get(column)
         entries = value if isinstance(value, list) else [value]
         values += [(place, fold(str(entry))) for entry in entries if entry is not None]
     return [(place, text) for place, text in values if text]
+
+
+def opening(row: Row) -> str:
+    """Return the question that a row's conversation opens with: a later one, such as "And then?", tells nothing apart."""
+    return row["history"][0]["content"] if row.get("history") else row["prompt"]
 
 
 def sha256(text: str) -> str:
@@ -123,6 +129,25 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
     return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
 
 
+def hold_out(splits: Splits, name: str, rows: list[Row], group_by: list[str]) -> tuple[Splits, LedgerLine]:
+    """Make `rows`, which the author holds out, the split `name`; rows of other splits that share something with them go."""
+    held = [row | {"group": group} for row, group in zip(rows, group_rows(rows, group_by), strict=True)]
+    held.sort(key=row_key)
+    left = {other: drop_known(found, held, group_by) for other, found in splits.items() if other != name}
+    before, after = (list(itertools.chain(*(part[other] for other in left))) for part in (splits, left))
+    return splits | left | {name: held}, compare_rows(f"splitting.known_in_{name}", before, after)
+
+
+def drop_known(rows: list[Row], held: list[Row], group_by: list[str], threshold: float = NEAR) -> list[Row]:
+    """Return the rows that share no value of a column, no question and no near answer with those `held` out by an author."""
+    columns = list(dict.fromkeys([*group_by, "prompt"]))
+    known = {value for row in held for value in row_values(row, columns)}
+    left = [row for row in rows if known.isdisjoint(row_values(row, columns))]
+    texts = [fold(row["completion"]) for row in left]
+    near = find_near_texts(texts, [fold(row["completion"]) for row in held], threshold)
+    return [row for row, text in zip(left, texts, strict=True) if text not in near]
+
+
 def leak_report(splits: Splits, group_by: list[str]) -> dict[str, dict[str, int]]:
     """Return, for each held-out split against each earlier one, how many of its rows share what with the other."""
     pairs = (("validation", "train"), ("test", "train"), ("test", "validation"))
@@ -150,5 +175,10 @@ def random_split_leaks(rows: list[Row], group_by: list[str], share: float, seed:
 
 def split_fingerprint(splits: Splits) -> str:
     """Return a sha256 over which text is in which split; any moved, edited, added or dropped row changes it."""
-    texts = [[name, *row_key(row), row["prompt"], row["completion"]] for name, rows in splits.items() for row in rows]
+    extra = ("system", "history", "thinking")
+    texts = [
+        [name, *row_key(row), row["prompt"], row["completion"], *map(row.get, extra)]
+        for name, rows in splits.items()
+        for row in rows
+    ]
     return sha256("\n".join(sorted(map(json.dumps, texts))))

@@ -91,7 +91,7 @@ def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str,
     settings = {"batch_size": recipe.training.get("per_device_eval_batch_size", 8)}
     settings |= {"chat_template_args": recipe.data.chat_template_kwargs}
     asked = {"num_fewshot": 0, "limit": limit, "bootstrap_iters": 0, "verbosity": "ERROR"}
-    asked |= {"apply_chat_template": True, "system_instruction": recipe.data.system}
+    asked |= {"apply_chat_template": True, "system_instruction": recipe.data.common_system}
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for which in ("base", "tuned"):
         with load(which) as model:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from medibot import tracking
+from medibot.data.columns import kept_name
 from medibot.data.conversations import COLUMNS
 from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
@@ -56,7 +57,7 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
         if prepared.split["fingerprint"] != read_json(run.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"
             raise RecipeError.of(f"outputs/{name}", "the data is not what the run was split from", remedy)
-        found, train, described = prepared.load("test"), None, f"test split of {recipe.data.path}"
+        found, train, described = prepared.load("test"), None, f"test split of {recipe.data.described}"
         if data is not None:
             found, train, described = held_out_file(run, data, tokenizer), prepared.load("train"), data.name
         questions = choose_questions(prepared, found, rows, described, train)
@@ -115,11 +116,13 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
         f"perplexity {perplexity['baseline']:.2f} -> {perplexity['value']:.2f}."
     )
     for column in recipe.evaluation.by:
-        if column not in lines[0]:
+        # The name of a source, where there are several, before a column that is called so
+        kept = column if column == "source" and "source" in lines[0] else kept_name(column)
+        if kept not in lines[0]:
             print(f"warning: no column {column!r} to break the results down by")
             continue
-        parts = sorted({str(line[column]) for line in lines})
-        by[column] = {part: compare_lines([line for line in lines if str(line[column]) == part]) for part in parts}
+        parts = sorted({str(line[kept]) for line in lines})
+        by[column] = {part: compare_lines([line for line in lines if str(line[kept]) == part]) for part in parts}
     return {
         "run": run.name,
         "verdict": verdict,

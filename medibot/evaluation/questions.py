@@ -55,8 +55,16 @@ def held_out_file(run: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> D
     """Return the rows of a file in the schema of the run's data, prepared as its own are."""
     if not file.is_file():
         raise RecipeError.of("DATA", f"{str(file)!r} not found", "give a .jsonl, .csv or .parquet file")
-    unlimited = ["data.limit=null"] if load_recipe(str(run.recipe)).data.limit else []
-    overrides = [*AS_IT_IS, *unlimited, f"data.path={json.dumps(str(file))}"]
+    written = load_recipe(str(run.recipe))
+    overrides = [*AS_IT_IS, *(["data.limit=null"] if written.data.limit else [])]
+    if written.data.sources:
+        # Of several sources the first says what columns are
+        first = {
+            k: v for k, v in written.as_dict()["data"]["sources"][0].items() if k not in ("clean", "weight", "name")
+        }
+        overrides.append(f"data.sources={json.dumps([first | {'path': str(file)}])}")
+    else:
+        overrides.append(f"data.path={json.dumps(str(file))}")
     prepared = prepare(load_recipe(str(run.recipe), overrides), tokenizer)
     for line in prepared.ledger:
         if line["dropped"]:

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
 from markdown_it import MarkdownIt
 
-from medibot.data.sources import SUFFIXES
+from medibot.data.sources import is_hub_id
 from medibot.errors import one_line
 from medibot.model.loading import method_name
 from medibot.recipe import Recipe, load_recipe
@@ -43,7 +43,7 @@ def write_cards(name: str, html: Path | None = None) -> list[Path]:
 def render_card(run: Run, recipe: Recipe, folder: Path) -> str:
     """Return front matter and text of the card that belongs into `folder`."""
     path, record = recipe.model["pretrained_model_name_or_path"], run.record()
-    base, data = without_folders(path), without_folders(recipe.data.path)
+    base, data = without_folders(path), " + ".join(map(without_folders, recipe.data.paths))
     try:
         source = path if "hub" in record["parts"]["base"] else Path(path).expanduser() / "README.md"
         base_card = ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
@@ -59,16 +59,21 @@ def render_card(run: Run, recipe: Recipe, folder: Path) -> str:
     facts["written"] = yaml.safe_dump(without_folders(recipe.as_dict()), sort_keys=False, allow_unicode=True, width=120)
     text = re.sub(r"\n{3,}", "\n\n", TEMPLATES.get_template("card.md.j2").render(facts))
     # Results name files by their whole path
-    text = f"---\n{front_matter(facts).to_yaml()}\n---\n\n{text}".replace(recipe.data.path, data)
-    return text.replace(path, base)
+    text = f"---\n{front_matter(facts).to_yaml()}\n---\n\n{text}"
+    for long in (*recipe.data.paths, path):
+        text = text.replace(long, without_folders(long))
+    return text
 
 
 def front_matter(facts: dict[str, Any]) -> ModelCardData:
     """Return what the hub reads: licence, base, data, language, library, and each metric of the tuned model."""
     base, base_card = facts["record"]["parts"]["base"].get("hub"), facts["base_card"]
-    path, adapter = facts["recipe"].data.path, facts["adapter"]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and Path(path).suffix not in SUFFIXES and not Path(path).exists()
-    about: dict[str, Any] = {"task_type": "text-generation", "dataset_type": path if on_hub else "held-out"}
+    adapter, paths = facts["adapter"], facts["recipe"].data.paths
+    on_hub = [path for path in paths if is_hub_id(path)]
+    about: dict[str, Any] = {
+        "task_type": "text-generation",
+        "dataset_type": on_hub[0] if len(paths) == len(on_hub) == 1 else "held-out",
+    }
     about |= {"dataset_name": facts["data"], "dataset_split": "test"}
     measured = [
         EvalResult(metric_type=key, metric_name=found["label"], metric_value=found["value"], **about)
@@ -81,7 +86,7 @@ def front_matter(facts: dict[str, Any]) -> ModelCardData:
         license_link=base_card.get("license_link"),
         base_model=base,
         base_model_relation=relation if base else None,
-        datasets=[path] if on_hub else None,
+        datasets=on_hub or None,
         language=facts["recipe"].data.language,
         library_name="gguf" if facts["kind"] == "gguf" else library,
         pipeline_tag="text-generation",

@@ -35,13 +35,13 @@ def render_modelfile(
 
     `adds_bos` says whether the file makes engines put the first token in themselves: the template must not, then.
     """
-    parts = take_apart(tokenizer, recipe.data.chat_template_kwargs, recipe.data.system is not None)
+    parts = take_apart(tokenizer, recipe.data.chat_template_kwargs, recipe.data.common_system is not None)
     if adds_bos and tokenizer.bos_token:
         parts |= {name: parts[name].removeprefix(tokenizer.bos_token) for name in ("start_user", "start_system")}
     decoding = {"num_predict": config.max_new_tokens, "repeat_penalty": config.repetition_penalty or 1.0}
     decoding["temperature"] = (config.temperature or 1.0) if config.do_sample else 0
     stops = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    values = {"file": file, "parts": parts, "system": recipe.data.system, "stops": stops, "decoding": decoding}
+    values = {"file": file, "parts": parts, "system": recipe.data.common_system, "stops": stops, "decoding": decoding}
     return TEMPLATES.get_template("Modelfile.j2").render(values)
 
 

@@ -68,7 +68,7 @@ def held_out_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tupl
     if not questions:
         remedy = "bring back the data, or write evaluation.questions in the run's recipe.yaml"
         raise RecipeError.of("merge", "no validation split and no fixed question to prove a merge with", remedy)
-    return "fixed questions", [make_prompt(text, recipe.data.system, markers) for text in questions]
+    return "fixed questions", [make_prompt(text, recipe.data.common_system, markers) for text in questions]
 
 
 def logit_distance(trained: torch.Tensor, other: torch.Tensor) -> dict[str, float]:

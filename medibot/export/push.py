@@ -42,7 +42,7 @@ def push(name: str, repo: str, what: str = "", public: bool = False, yes: bool =
     lines = [f"{folder} -> {repo} ({'PUBLIC' if public else 'private'})"]
     lines += [f"  {size:10.2f} MB  {file}" for file, size in (sizes | {"in all": sum(sizes.values())}).items()]
     lines += [*kept_back, f"licence of the weights: {ModelCard.load(folder / 'README.md').data.license}"]
-    lines.append(f"data: {recipe.data.path}, {recipe.data.license}; {recipe.data.attribution or 'no attribution'}")
+    lines.append(f"data: {recipe.data.described}, {recipe.data.license}; {recipe.data.attribution or 'no attribution'}")
     if not (run.folder / "eval" / "results.json").is_file():
         lines.append(f"warning: not evaluated, so the card holds no metrics (make eval RUN={name})")
     if not yes:
@@ -64,7 +64,7 @@ def find_obstacles(run: Run, recipe: Recipe, folder: Path) -> Iterator[tuple[str
     data, file = recipe.data, folder / "README.md"
     if data.license is None:
         remedy = f"if you may share what is made of it, write data.license (and data.attribution) into {run.recipe}"
-        yield f"the licence of {data.path} is not known", remedy
+        yield f"the licence of {data.described} is not known", remedy
     elif data.license.startswith("cc-by") and data.attribution is None:
         yield f"{data.license} asks for the names of the data's authors", f"write data.attribution into {run.recipe}"
     card = ModelCard.load(file, ignore_metadata_errors=True).data if file.is_file() else None

@@ -52,6 +52,13 @@ def template_kwargs(recipe: Recipe) -> dict[str, Any]:
     return {"sanitize_control_tokens": True} | recipe.data.chat_template_kwargs
 
 
+def writes_thinking(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> bool:
+    """Tell whether the chat template writes a message's `reasoning_content`, as reasoning models' templates do."""
+    question, answer = SAMPLE_CHAT
+    chat = [question, answer | {"reasoning_content": "reason"}]
+    return "reason" in tokenizer.apply_chat_template(chat, tokenize=False, **kwargs)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sha256 over the tokenizer's own serialization and its chat template."""
     # Padding and truncation are call-time state that transformers leaves in the backend

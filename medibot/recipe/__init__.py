@@ -9,16 +9,18 @@ setting that nobody wrote.
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medibot.cleaning import rule_problem
 from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.document import ABSENT, apply_override, place_of, read_document
 from medibot.recipe.files import find_by_name, search_folders
 from medibot.recipe.refusals import check, flattened
-from medibot.recipe.schema import DataSection, EvaluationSection, section_models
+from medibot.recipe.schema import section_models
+from medibot.recipe.sections import DataSection, EvaluationSection, SourceSection
 from medibot.recipe.suggestions import describe
 
 __all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe", "find_differences", "list_recipes", "load_recipe"]
@@ -43,6 +45,15 @@ class Recipe:
     def error(self, key: str, what: str, remedy: str = "") -> RecipeError:
         """Make a mistake at `key`, to be raised; an absent key is placed at the nearest thing around it."""
         return RecipeError([Problem(*place_of(key, self.places, str(self.path)), key, what, remedy)])
+
+    def rules(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield each list of cleaning rules with its key."""
+        yield "data.clean", self.data.clean
+        for place, source in enumerate(self.data.sources):
+            yield f"data.sources[{place}].clean", source.clean
+        for name, held in (("validation", self.data.validation), ("test", self.data.test)):
+            if isinstance(held, SourceSection):
+                yield f"data.{name}.clean", held.clean
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return what the recipe says as plain values: equal for two recipes that say the same, in any order."""
@@ -76,7 +87,12 @@ def load_recipe(name: str, overrides: Sequence[str] = (), root: Path | None = No
         "data": DataSection(**written["data"]),
         "evaluation": EvaluationSection(**written.get("evaluation", {})),
     }
-    return Recipe(path.stem, path, places=document.places, written=written, **sections)
+    recipe = Recipe(path.stem, path, places=document.places, written=written, **sections)
+    for key, rules in recipe.rules():
+        for place, item in enumerate(rules):
+            if problem := rule_problem(item, path.parent):
+                raise recipe.error(f"{key}[{place}]", problem)
+    return recipe
 
 
 def list_recipes(root: Path | None = None) -> list[tuple[str, str]]:

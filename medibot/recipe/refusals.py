@@ -13,6 +13,9 @@ from medibot.recipe.renames import NEEDS, REFUSED_VALUES
 from medibot.recipe.schema import NULL_IS_A_VALUE, SECTIONS, Finding, section_models
 from medibot.recipe.suggestions import explain
 
+# The columns that make a conversation
+SHAPE = ("prompt", "completion", "messages", "thinking")
+
 
 def check(values: dict[str, Any]) -> list[Finding]:
     """Return all mistakes of a recipe's values, one for each key."""
@@ -25,6 +28,8 @@ def check(values: dict[str, Any]) -> list[Finding]:
         if key in SECTIONS or (key not in flawed and (value is not None or key in NULL_IS_A_VALUE))
     }
     findings += find_clashes(settings)
+    if isinstance(values.get("data"), dict):
+        findings += find_shapes(values["data"], flawed)
     if all("." in key or key in SECTIONS for key in flawed):  # what is missing may stand in a misspelt section
         on = {key for key, value in settings.items() if value is not False}
         for key, others, what, remedy in NEEDS:
@@ -52,10 +57,11 @@ def find_wrong_values(values: dict[str, Any]) -> Iterator[Finding]:
         for item in error.errors():
             key, value = "", values
             # The location also names steps into a union's members
-            for step in item["loc"]:
+            last = len(item["loc"]) - 1
+            for place, step in enumerate(item["loc"]):
                 if isinstance(value, list) and isinstance(step, int):
                     key, value = f"{key}[{step}]", value[step]
-                elif isinstance(value, dict) and (step in value or item["type"] == "missing"):
+                elif isinstance(value, dict) and (step in value or (item["type"] == "missing" and place == last)):
                     key, value = f"{key}.{step}".lstrip("."), value.get(step)
             grouped.setdefault(key, (value, []))[1].append(item)
     # The mistake inside is the one to show, not that the whole is of another type
@@ -91,11 +97,47 @@ def find_clashes(s: dict[str, Any]) -> Iterator[Finding]:
     if s.get("quantization.load_in_4bit") and str(start).startswith(("pissa", "mica", "orthogonal", "loftq")):
         what = f"{start} cannot be computed from 4-bit weights"
         yield Finding("lora.init_lora_weights", what, "leave one of them out")
-    validation = s.get("data.validation", 0.05)
+    validation, test = s.get("data.validation", 0.05), s.get("data.test", 0.05)
     if validation == 0 and s.get("training.eval_strategy", "no") != "no":
         yield Finding("training.eval_strategy", "evaluates, but data.validation is 0", "change one of them")
-    if validation + s.get("data.test", 0.05) >= 1:
+    if isinstance(validation, float) and isinstance(test, float) and validation + test >= 1:
         yield Finding("data.test", "leaves no row to train on", "it must be below 1 together with data.validation")
+
+
+def find_shapes(data: dict[str, Any], flawed: set[str]) -> Iterator[Finding]:
+    """Yield what is missing, or said twice, of where rows come from and which columns make a conversation."""
+    sources = data.get("sources") or []
+    mixed = [("data", name) for name in (*SHAPE, "path", "name", "revision", "split") if sources and data.get(name)]
+    for key, name in mixed:
+        yield Finding(f"{key}.{name}", "cannot stand beside data.sources", "write it in each of them")
+    weighed = [bool(isinstance(source, dict) and source.get("weight")) for source in sources]
+    if any(weighed) and not all(weighed):
+        what = "is required where another source has one"
+        yield Finding(f"data.sources[{weighed.index(False)}].weight", what, "weigh each source, or none")
+    sections = [(f"data.sources[{place}]", source) for place, source in enumerate(sources)] or [("data", data)]
+    whole = [*sections]
+    for name in ("validation", "test"):
+        if isinstance(held := data.get(name), dict) and f"data.{name}" not in flawed:
+            if not held.get("path") and not held.get("split"):
+                yield Finding(f"data.{name}", "says neither path nor split", "write {path: …} or {split: …}")
+            if sources or held.keys() & {"prompt", "completion", "messages"}:
+                whole.append((f"data.{name}", held))
+    for key, section in whole:
+        if flawed & {f"{key}.{name}" for name in SHAPE} or not isinstance(section, dict):
+            continue
+        if not section.get("path") and key == "data":
+            yield Finding(f"{key}.path", "is required", "name a hub data set, a file or a folder")
+        chat, pair = section.get("messages"), [name for name in ("prompt", "completion") if section.get(name)]
+        if chat and (pair or section.get("thinking")):
+            what = f"cannot stand beside {(pair or ['thinking'])[0]}"
+            yield Finding(
+                f"{key}.messages", what, "name the column of whole conversations, or those of question and answer"
+            )
+        elif not chat and len(pair) < 2:
+            missing = "completion" if pair == ["prompt"] else "prompt"
+            yield Finding(f"{key}.{missing}", "is required", "or messages, the column of whole conversations")
+        elif pair and section["prompt"] == section["completion"]:
+            yield Finding(f"{key}.completion", f"the same column as {key}.prompt", "name the answers' column")
 
 
 def find_upstream(section: str, values: dict[str, Any]) -> Iterator[Finding]:

@@ -10,10 +10,25 @@ from enum import Enum
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
-from medibot.cleaning import rule_problem
 from medibot.recipe.renames import REFUSED, RENAMED
+from medibot.recipe.sections import (
+    PISSA_STEPS,
+    BelowOne,
+    Count,
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    Natural,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Steps,
+    Text,
+    TrackingSection,
+)
 
 SECTIONS = ("model", "quantization", "lora", "data", "training", "evaluation", "tracking")
 REQUIRED = ("model", "data", "training")
@@ -27,136 +42,6 @@ class Finding(NamedTuple):
     key: str
     what: str
     remedy: str = ""
-
-
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=0.5)]
-# A number of steps, or below 1 a share of the run
-Steps = Annotated[int | float, Field(gt=0)]
-
-
-def known_rule(rule: Any) -> Any:
-    """Check that a cleaning rule exists and has the settings that it is given."""
-    if problem := rule_problem(rule):
-        raise ValueError(problem)
-    return rule
-
-
-# What text must look like, and how an error says it
-PATTERNS = {
-    r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?$": "a hub kernel (org/repo[@revision][:function])",
-    r"^pissa_niter_\d+$": "pissa_niter_<steps>",
-    r"^[a-z]{2,3}$": "a language as ISO 639 writes it, such as en",
-    r"^[a-z0-9][a-z0-9.+-]*$": "a licence as the hub writes it, such as cc-by-4.0",
-}
-HUB_KERNEL, PISSA_STEPS, LANGUAGE, LICENCE = PATTERNS
-
-
-class Section(BaseModel):
-    """Nothing is converted and nothing unknown passes: what the recipe says is what the constructor gets."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelSection(Section):
-    """Keyword arguments of AutoModelForCausalLM.from_pretrained."""
-
-    pretrained_model_name_or_path: Text
-    """Hub id or local folder of the base model."""
-    revision: Text | None = None
-    """Commit, tag or branch on the hub; a commit makes the run repeatable."""
-    subfolder: Text | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Absent: the machine decides, and the resolved recipe says what it chose."""
-    attn_implementation: (
-        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
-        | Annotated[str, Field(pattern=HUB_KERNEL)]
-        | None
-    ) = None
-    trust_remote_code: bool = False
-    use_kernels: bool = False
-    local_files_only: bool = False
-    cache_dir: Text | None = None
-    variant: Text | None = None
-
-
-class DataSection(Section):
-    """Where the rows come from and how they become conversations."""
-
-    path: Text
-    """Hub id, or a local file or folder."""
-    name: Text | None = None
-    """Configuration of the hub data set."""
-    revision: Text | None = None
-    """Commit, tag or branch of the hub data set."""
-    split: Text = "train"
-    """The upstream split to read; MediBot makes its own train, validation and test out of it."""
-    prompt: Text
-    """Column that holds the question."""
-    completion: Text
-    """Column that holds the answer: the loss covers it and nothing else."""
-    system: Text | None = None
-    """System message put before every question; null for none."""
-    chat_template_kwargs: dict[str, Any] = {}
-    """Arguments for the model's chat template, such as enable_thinking: false for a reasoning model."""
-    clean: list[Annotated[str | dict[str, Any], AfterValidator(known_rule)]] = []
-    """Cleaning rules in order: a rule's name, or the name with its arguments."""
-    group_by: list[Text] = []
-    """Columns whose equal values must never fall into different splits."""
-    validation: Share = 0.05
-    """Share of the groups kept for choosing checkpoints."""
-    test: Share = 0.05
-    """Share of the groups that only `evaluate` opens."""
-    limit: Count | dict[Literal["train", "validation"], Count] | None = None
-    """Use at most so many rows, of the training split or of each one named."""
-    too_long: Literal["error", "drop"] = "error"
-    """What happens to a conversation longer than training.max_length."""
-    seed: Natural = 0
-    """Decides the order of the rows and which groups are held out."""
-    license: Annotated[str, Field(pattern=LICENCE)] | None = None
-    """The data's licence, as the hub writes it (cc-by-4.0); without one, nothing made of the data is pushed."""
-    language: Annotated[str, Field(pattern=LANGUAGE)] | None = None
-    """Language of questions and answers, for the model card."""
-    attribution: Text | None = None
-    """Who made the data and where it is from, in the words that its licence asks for."""
-
-
-class EvaluationSection(Section):
-    """What is asked during and after training."""
-
-    questions: list[Text] = []
-    """Fixed questions, answered at every evaluation."""
-    generate: dict[str, Any] = {}
-    """Settings of transformers.GenerationConfig; greedy unless do_sample is true."""
-    max_new_tokens: Count = 256
-    """The longest answer, in tokens."""
-    by: list[Text] = []
-    """Columns of the data whose values get figures of their own in an evaluation."""
-    evidence: dict[Literal["topic", "source", "document", "url"], Text] = {}
-    """Columns of the data that say what a training question is about and where it comes from, shown under answers."""
-    caveat: Text | None = None
-    """What people who read answers are told about the data, after the notice that this is no medical device."""
-    emergency_notice: bool = True
-    """Whether a question that describes an emergency is answered with where to call first."""
-
-
-class TrackingSection(Section):
-    """Keyword arguments of wandb.init that an author may choose."""
-
-    project: Text | None = None
-    entity: Text | None = None
-    group: Text | None = None
-    job_type: Text | None = None
-    name: Text | None = None
-    notes: Text | None = None
-    tags: list[Text] | None = None
-    mode: Literal["online", "offline", "disabled", "shared"] | None = None
 
 
 def each(names: str, value: Any) -> dict[str, Any]:

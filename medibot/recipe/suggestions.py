@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from medibot.recipe.renames import ALIASES, REFUSED, RENAMED, SECTION_ALIASES
-from medibot.recipe.schema import PATTERNS, REQUIRED, SECTIONS, Finding, section_models
+from medibot.recipe.schema import REQUIRED, SECTIONS, Finding, section_models
+from medibot.recipe.sections import PATTERNS, MixedSection, SourceSection, SystemColumn
 
 # What pydantic wanted to see, by the type of its error
 WANTED = {
@@ -82,7 +83,10 @@ def unknown_name(key: str, written: str) -> Finding:
     if name == "<<":
         return Finding(key, "merge keys are not read", "write the settings out")
     models = section_models()
-    names = list(models[section].model_fields)
+    # Sections of one shape inside of section data: {column: …}, and where rows come from
+    inner = {"system": SystemColumn, "sources": MixedSection, "validation": SourceSection, "test": SourceSection}
+    last = re.sub(r"\[\d+\]", "", section.rpartition(".")[2])
+    names = list((models[section] if section in models else inner[last]).model_fields)
     known = ALIASES | ({} if section else SECTION_ALIASES) | {ours: ours for ours in names}
     homes = [home for home, model in models.items() if home and name in model.model_fields]
     remedy = ""

@@ -65,8 +65,8 @@ class Assistant:
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Return token ids of the conversation as training rendered it; control tokens in content are plain text."""
-        if messages[0]["role"] != "system" and self.recipe.data.system:
-            messages = [{"role": "system", "content": self.recipe.data.system}, *messages]
+        if messages[0]["role"] != "system" and self.recipe.data.common_system:
+            messages = [{"role": "system", "content": self.recipe.data.common_system}, *messages]
         safe = [message | {"content": escape_markers(message["content"], self.markers)} for message in messages]
         rendering = {"add_generation_prompt": True, "return_dict": True} | template_kwargs(self.recipe)
         with self.tokenizing:

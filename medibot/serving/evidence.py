@@ -16,6 +16,7 @@ from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.metrics import roc_curve
 from sklearn.pipeline import make_pipeline
 
+from medibot.data.columns import kept_name
 from medibot.data.prepared import Prepared
 from medibot.recipe import Recipe
 from medibot.run import Run, read_json
@@ -94,8 +95,8 @@ def normalize(text: str) -> str:
 def require_columns(recipe: Recipe, train: Dataset) -> None:
     """Raise RecipeError where the recipe names a column for evidence that its data does not have."""
     for name, column in recipe.evaluation.evidence.items():
-        if column not in train.column_names:
-            what = f"{recipe.data.path} has no column {column!r}"
+        if kept_name(column) not in train.column_names:
+            what = f"{recipe.data.described} has no column {column!r}"
             raise recipe.error(f"evaluation.evidence.{name}", what, f"it has {', '.join(train.column_names)}")
 
 
@@ -139,7 +140,7 @@ def build_evidence(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
 
 def read_questions(recipe: Recipe, split: Dataset) -> tuple[list[dict[str, Any]], numpy.ndarray]:
     """Return (question and sources of each row, its group of the split)."""
-    named = recipe.evaluation.evidence
+    named = {name: kept_name(column) for name, column in recipe.evaluation.evidence.items()}
     rows = []
     for row in split.select_columns(["prompt", "group", *named.values()]):
         sources = {name: row[named[name]] if name in named else None for name in COLUMNS}

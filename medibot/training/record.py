@@ -83,7 +83,7 @@ class Record(TrainerCallback):
         questions, file = recipe.evaluation.questions, self.run.answers
         if not questions or any(row["global_step"] == step for row in read_lines(file)):
             return
-        prompts = [make_prompt(question, recipe.data.system, role_markers(tokenizer)) for question in questions]
+        prompts = [make_prompt(question, recipe.data.common_system, role_markers(tokenizer)) for question in questions]
         answers = generate_answers(model, tokenizer, prompts, self.prepared.generation, template_kwargs(recipe))
         for question, got in zip(questions, answers, strict=True):
             if PartialState().is_main_process:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from medibot import run as runs
 from medibot import tracking
+from medibot.data.preparation import own_rule_files
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import identify_base, method_name, weights_dtype
@@ -102,6 +103,12 @@ def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: runs.Ru
     ledger = {"ledger": prepared.ledger, "leaks": prepared.leaks}
     run.folder.mkdir(parents=True, exist_ok=True)
     run.write("recipe.yaml", dump_resolved_recipe(recipe, decided))
+    # The recipe's own rules stand beside it, there as here
+    for file in own_rule_files(recipe):
+        copy = run.folder / file.relative_to(recipe.path.parent)
+        if copy.resolve() != file.resolve():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
     run.write(FILE, build_evidence(recipe, prepared))
     for name, content in (shown | {"ledger": ledger, "plan": plan.as_dict()}).items():
         run.write(f"{name}.json", content)

@@ -17,7 +17,7 @@ from conftest import ROOT, SAMPLE
 
 from medibot.cleaning import NAMED_LISTS
 from medibot.data.prepared import PREPARED, Prepared, prepare
-from medibot.data.sources import open_source
+from medibot.data.sources import open_sources
 from medibot.errors import RecipeError
 from medibot.recipe import Recipe, load_recipe
 
@@ -66,7 +66,7 @@ def prepared_of(recipe_of, make_tokenizer):
 
 
 def rows_of(recipe: Recipe) -> list[dict]:
-    return open_source(recipe)[1]()
+    return [row for source in open_sources(recipe) for _, row in source.read()]
 
 
 def conversations(prepared: Prepared) -> dict[str, list[dict]]:
@@ -86,7 +86,7 @@ def test_parquet_json_lines_and_csv_give_the_same_rows(recipe_of):
         {"focus": "gout", "question": 'Is it "gout", or not?', "answer": "Näh:\nno.\u2028"},
         {"focus": None, "question": "Why?", "answer": None},
     ]
-    write_rows([rows[0], {"question": "Why?"}])
+    write_rows(rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "rows.parquet")
     Path("rows.csv").write_text(
         'focus,question,answer\ngout,"Is it ""gout"", or not?","Näh:\nno.\u2028"\n,Why?,\n', encoding="utf-8"
@@ -108,9 +108,9 @@ def test_folder_reads_its_files_in_name_order_and_every_column(recipe_of):
     write_rows([{"question": "first", "url": "x"}], "folder/a.jsonl")
     Path("folder/README.md").write_text("no data")
     assert rows_of(recipe_of("data.path=folder")) == [
-        {"question": "first", "url": "x", "answer": None},
-        {"question": "second", "url": None, "answer": "yes"},
-        {"question": "third", "url": None, "answer": None},
+        {"question": "first", "url": "x"},
+        {"question": "second", "answer": "yes"},
+        {"question": "third"},
     ]
 
 
@@ -338,7 +338,7 @@ def test_prepared_rows_change_only_with_their_version(prepared_of):
         for split in SPLITS
         for row in prepared.load(split).select_columns(["row", "prompt", "completion"])
     ]
-    golden = {1: "336fe7bc86f3056c"}
+    golden = {2: "336fe7bc86f3056c"}
     now = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
     assert now == golden.get(PREPARED), f"prepared rows changed: raise PREPARED to {PREPARED + 1} and write {now} here"
 

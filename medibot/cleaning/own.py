@@ -1,0 +1,49 @@
+"""Find rules of an author's own: functions in a Python file beside the recipe."""
+
+import ast
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class RuleFailed(Exception):
+    """A rule of an author's own that cannot be imported, that raises, or that returns something else than rows."""
+
+
+# The first parameter of a rule: one row, or all of them
+FIRST = ("row", "rows")
+
+
+def rule_file(name: str, folder: Path) -> Path:
+    """Return the file of a rule such as "my_rules:drop_drafts"."""
+    return folder / f"{name.partition(':')[0].replace('.', '/')}.py"
+
+
+def own_rule_problem(name: str, folder: Path) -> str | None:
+    """Return what is wrong with a rule of an author's own, in one line, or None; reads its file and runs nothing."""
+    file, function = rule_file(name, folder), name.partition(":")[2]
+    if not file.is_file():
+        return f"{name}: there is no file {file}"
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError) as error:
+        return f"{name}: {file} is not Python: {error}"
+    defined = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    if function not in defined:
+        return f"{name}: {file} defines no function {function}; it has {', '.join(defined) or 'none'}"
+    first = [argument.arg for argument in defined[function].args.args[:1]]
+    if first not in (["row"], ["rows"]):
+        return f"{name}: the first parameter of {function} must be row or rows"
+    return None
+
+
+def import_rule(name: str, folder: Path) -> Callable[..., Any]:
+    """Return the function that a rule of an author's own names; raise RuleFailed for what its file raises."""
+    file = rule_file(name, folder)
+    module = types.ModuleType(file.stem)
+    try:
+        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
+    except Exception as error:
+        raise RuleFailed(f"{file} failed: {type(error).__name__}: {error}") from error
+    return vars(module)[name.partition(":")[2]]
