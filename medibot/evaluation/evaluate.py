@@ -22,9 +22,8 @@ from medibot.evaluation.questions import (
     Questions,
     choose_questions,
     held_out_file,
+    part_reference,
     question,
-    reference,
-    reference_thinking,
 )
 from medibot.evaluation.report import Report, difference_table, write_report
 from medibot.evaluation.scores import Rows, model_loader, score_rows
@@ -85,10 +84,11 @@ def describe_rows(questions: Questions, scored: dict[str, Rows], opened: bool) -
     Only where a reference or an answer thinks do they tell of thinking.
     """
     parted = {which: [split_thinking(row["text"], opened) for row in rows] for which, rows in scored.items()}
-    thinks = any(map(reference_thinking, questions.rows)) or any(trace for part in parted.values() for trace, _ in part)
+    parted["reference"] = [part_reference(row) for row in questions.rows]
+    thinks = any(trace for part in parted.values() for trace, _ in part)
     lines = []
     for place, row in enumerate(questions.rows):
-        expected, thought = reference(row), reference_thinking(row)
+        thought, expected = parted["reference"][place]
         line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
         line |= {"question": question(row), "reference": expected}
         if thinks:

@@ -17,6 +17,7 @@ from medibot.data.prepared import Prepared, prepare
 from medibot.data.splitting import find_near_texts, sha256
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model
+from medibot.model.thinking import split_thinking
 from medibot.recipe import load_recipe
 from medibot.run import Run
 
@@ -110,9 +111,14 @@ def question(row: dict[str, Any]) -> str:
 
 def reference(row: dict[str, Any]) -> str:
     """Return the answer that a row expects."""
-    return row["completion"][0]["content"]
+    return part_reference(row)[1]
 
 
-def reference_thinking(row: dict[str, Any]) -> str:
-    """Return what a row expects to be thought before its answer."""
-    return row["completion"][0].get("reasoning_content") or ""
+def part_reference(row: dict[str, Any]) -> tuple[str, str]:
+    """Return (trace, answer) that a row expects; a trace stands in the answer where the template knows no thinking."""
+    said = row["completion"][0]
+    trace, answer = split_thinking(said["content"])
+    if trace and answer:
+        return trace, answer
+    # As templates write it, and as traces of models are counted
+    return (said.get("reasoning_content") or "").strip("\n"), said["content"]

@@ -251,55 +251,43 @@ def test_without_thinking_nothing_tells_of_it(trained, say):
     assert "<summary>Thinking" not in (report.folder / "report.html").read_text()
 
 
-# As Qwen3 renders the thinking of its last turn, and of no other
-REASONING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}"
-    "\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 def thinking_questions(tokenizer) -> Questions:
-    """Two questions; only the second's reference thinks."""
-    answers = [
-        {"content": "Rest.", "reasoning_content": None},
-        {"content": "Water, 2 l.", "reasoning_content": "é  7?"},
-    ]
+    """Three questions; the first's reference does not think, the last's stands in its answer."""
+    parts = [("Rest.", None), ("Water, 2 l.", "é  7?"), ("<think>\nHm.\n</think>\n\nRest.", None)]
     rows = [
         {
             "row": place,
             "group": f"g{place}",
             "prompt": [{"role": "user", "content": "What helps?"}],
-            "completion": [{"role": "assistant"} | answer],
+            "completion": [{"role": "assistant", "content": content, "reasoning_content": thinking}],
             "chat_template_kwargs": {},
         }
-        for place, answer in enumerate(answers)
+        for place, (content, thinking) in enumerate(parts)
     ]
     found = Dataset.from_list(rows)
-    return Questions(found, found, 2, "two rows", [], tokenizer, None)
+    return Questions(found, found, 3, "three rows", [], tokenizer, None)
 
 
 def test_a_references_thinking_is_in_the_likelihood_and_in_no_comparison_of_texts(make_tokenizer):
-    tokenizer = make_tokenizer("qwen")
-    tokenizer.chat_template = REASONING
+    tokenizer = make_tokenizer("thinking")
     questions = thinking_questions(tokenizer)
     labels = [[label for label in row["labels"] if label != -100] for row in tokenize_rows(tokenizer, questions.rows)]
     assert tokenizer.decode(labels[1]) == "<think>\né  7?\n</think>\n\nWater, 2 l.<|im_end|>\n"
     said = {"nll": 3.0, "tokens": 4, "correct": 1, "answer_tokens": 9, "stopped": True}
-    scored = [said | {"text": "Rest."}, said | {"text": "Hm.\n</think>\nWater, 2 l. or 7."}]
+    scored = [said | {"text": text} for text in ("Rest.", "Hm.\n</think>\nWater, 2 l. or 7.", "</think>Rest.")]
     lines = describe_rows(questions, {"base": scored, "tuned": scored}, opened=True)
-    assert [line["tuned"]["bytes"] for line in lines] == [5, len("é  7?Water, 2 l.".encode())]
-    assert [line["reference"] for line in lines] == ["Rest.", "Water, 2 l."]
-    assert [line["reference_thinking"] for line in lines] == ["", "é  7?"]
+    assert [line["tuned"]["bytes"] for line in lines] == [5, len("é  7?Water, 2 l.".encode()), 8]
+    assert [line["reference"] for line in lines] == ["Rest.", "Water, 2 l.", "Rest."]
+    assert [line["reference_thinking"] for line in lines] == ["", "é  7?", "Hm."]
     # A prompt that opens the trace: what is never closed is all thought
-    assert [line["tuned"]["thinking"] for line in lines] == ["Rest.", "Hm."]
+    assert [line["tuned"]["thinking"] for line in lines] == ["Rest.", "Hm.", ""]
     # A number of the reference's thinking is foreign to its answer
     assert lines[1]["tuned"]["foreign_numbers"] == 1 and lines[1]["tuned"]["reference_words"] == 3
     found = compare_lines(lines)["metrics"]
-    assert found["bits_per_byte"]["value"] == pytest.approx(6 / math.log(2) / (5 + 17))
+    assert found["bits_per_byte"]["value"] == pytest.approx(9 / math.log(2) / (5 + 17 + 8))
     counts = [len(tokenizer(text)["input_ids"]) for text in ("é  7?", "Rest.", "Hm.")]
-    assert summarize_thinking(lines) == {"reference_thinking_tokens": counts[0] / 2}
-    assert found["thinking_tokens"]["value"] == (counts[1] + counts[2]) / 2
+    assert summarize_thinking(lines) == {"reference_thinking_tokens": (counts[0] + counts[2]) / 3}
+    assert found["thinking_tokens"]["value"] == (counts[1] + counts[2]) / 3
     assert name_references(lines) == "reference answers with their thinking"
     assert name_references(lines[:1]) == "reference answers"
     assert "thinking" in found["nll"]["definition"] and "thinking" in found["bits_per_byte"]["definition"]
