@@ -353,3 +353,37 @@ def speaker(trained_once, tmp_path_factory):
         patch.setenv("MEDIBOT_OUTPUTS", str(folder / "outputs"))
         patch.setenv("MEDIBOT_CACHE", str(folder / "cache"))
         yield Assistant(open_run("talker"))
+
+
+@pytest.fixture
+def say(make_tokenizer: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """say(tuned, base): from here on the models of family smollm2 generate these texts, whatever they are asked."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import GenerationMixin, LogitsProcessor
+
+    class Script(LogitsProcessor):
+        """Allow a script's next token alone."""
+
+        def __init__(self, ids: list[int]) -> None:
+            self.left = iter(ids)
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, next(self.left)] = 0.0
+            return scores
+
+    tokenizer, listed = make_tokenizer("smollm2"), GenerationMixin._get_logits_processor
+
+    def force(tuned: str, base: str | None = None) -> None:
+        def processors(self, *args, **kwargs):
+            off = any(isinstance(module, BaseTunerLayer) and module.disable_adapters for module in self.modules())
+            text = base if off and base is not None else tuned
+            ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            found = listed(self, *args, **kwargs)
+            found.append(Script(ids))
+            return found
+
+        monkeypatch.setattr(GenerationMixin, "_get_logits_processor", processors)
+
+    return force

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from medibot.errors import RecipeError
-from medibot.evaluation.metrics import METRICS, Metric
+from medibot.evaluation.metrics import MEASURES, METRICS, Metric, name_references
 from medibot.evaluation.page import comparison_page
 from medibot.evaluation.report import Report, make_table, write_report
 from medibot.evaluation.scores import Rows
@@ -25,7 +25,7 @@ def compare(names: list[str], baseline: str = "base") -> Report:
     if baseline not in {"base", *names}:
         raise RecipeError.of("BASELINE", f"{baseline!r} is none of the runs", f"choose base or {', '.join(names)}")
     runs = {name: find_finished_run(name) for name in names}
-    first, asked = read_comparable(list(runs.values()), baseline)
+    first, asked, left_out = read_comparable(list(runs.values()), baseline)
     rows = {name: read_lines(run.folder / "eval" / "rows.jsonl") for name, run in runs.items()}
     which = "base" if baseline == "base" else "tuned"
     against = rows if baseline == "base" else dict.fromkeys(names, rows[baseline])
@@ -45,7 +45,7 @@ def compare(names: list[str], baseline: str = "base") -> Report:
         "runs": names,
         "sentence": verdict(rows, compared, baseline, asked),
         **{key: first[key] for key in ("fingerprint", "rows", "of", "groups")},
-        "left_out": [metric.name for metric in METRICS if metric not in asked],
+        "left_out": left_out,
         "differences": [[v if isinstance(v, str) else json.dumps(v) for v in row] for row in differences],
         "metrics": {name: metrics for name, metrics in compared.items() if name != baseline},
         # Each [supervised tokens, seconds, loss]
@@ -58,8 +58,11 @@ def compare(names: list[str], baseline: str = "base") -> Report:
     return write_report(folder, files, comparison["sentence"], show_tables(comparison, costs))
 
 
-def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], list[Metric]]:
-    """Return the first run's results, and the metrics that all share; refuse other questions, or another base."""
+def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], list[Metric], list[str]]:
+    """Return the first run's results, the metrics that all share, and those that only differing tokenizers leave out.
+
+    Refuse other questions, or another base.
+    """
     found, name = [], runs[0].name
     for run in runs:
         file = run.folder / "eval" / "results.json"
@@ -73,9 +76,11 @@ def read_comparable(runs: list[Run], baseline: str) -> tuple[dict[str, Any], lis
         if baseline == "base" and found[0]["base"] != found[-1]["base"]:
             what = f"{name} and {run.name} have different base models"
             raise RecipeError.of("BASELINE", what, f"name a run: BASELINE={name}")
+    shared = [metric for metric in MEASURES if all(metric.name in each["metrics"] for each in found)]
     one_tokenizer = all(each["tokenizer"] == found[0]["tokenizer"] for each in found)
     # A token is something else to another tokenizer
-    return found[0], [metric for metric in METRICS if one_tokenizer or metric.denominator != "tokens"]
+    asked = [metric for metric in shared if one_tokenizer or not metric.counts_tokens]
+    return found[0], asked, [metric.name for metric in shared if metric not in asked]
 
 
 def pair(rows: Rows, others: Rows, asked: list[Metric], which: str = "tuned") -> dict[str, dict[str, Any]]:
@@ -90,9 +95,10 @@ def verdict(rows: dict[str, Rows], compared: dict[str, Any], baseline: str, aske
     best, second, *_ = sorted(rows, key=lambda name: compared[name][key]["value"])
     found, against = pair(rows[best], rows[second], asked)[key], compared[best][key]
     by = f"{found['difference']:+.4f} {unit} (95 %: {interval_text(found)})"
+    expected = name_references(rows[best])
     text = f"The data cannot tell {best} from {second}: {by}"
     if found["verdict"] == "better":
-        text = f"{best} predicts the reference answers best, {by} against {second}"
+        text = f"{best} predicts the {expected} best, {by} against {second}"
     if best != baseline:
         text += f"; {against['difference']:+.4f} (95 %: {interval_text(against)}) against {baseline}"
         text += f", {against['verdict']}"

@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
@@ -15,22 +16,29 @@ from medibot.data.conversations import COLUMNS
 from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
-from medibot.evaluation.metrics import METRICS, score_answer
+from medibot.evaluation.metrics import choose_metrics, name_references, score_answer
 from medibot.evaluation.page import evaluation_page
-from medibot.evaluation.questions import Questions, choose_questions, held_out_file, question, reference
+from medibot.evaluation.questions import (
+    Questions,
+    choose_questions,
+    held_out_file,
+    part_reference,
+    question,
+)
 from medibot.evaluation.report import Report, difference_table, write_report
 from medibot.evaluation.scores import Rows, model_loader, score_rows
 from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
-from medibot.model.tokenizer import tokenizer_fingerprint
+from medibot.model.thinking import opens_thinking, split_thinking
+from medibot.model.tokenizer import template_kwargs, tokenizer_fingerprint
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json
 
 # By likelihood: how the answers themselves read, the other metrics say
 CLAIMS = {
-    "better": "{} predicts the reference answers better than its base model",
-    "worse": "{} predicts the reference answers worse than its base model",
-    "no evidence": "no evidence that {} predicts the reference answers better or worse than its base model",
+    "better": "{} predicts the {} better than its base model",
+    "worse": "{} predicts the {} worse than its base model",
+    "no evidence": "no evidence that {} predicts the {} better or worse than its base model",
 }
 
 
@@ -59,15 +67,7 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
             started = time.monotonic()
             scored[which] = score_rows(which, load, recipe, run, questions, prepared.precision)
             seconds[which] = round(time.monotonic() - started, 1)
-        lines = []
-        for place, row in enumerate(questions.rows):
-            expected = reference(row)
-            line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
-            line |= {"question": question(row), "reference": expected}
-            for which, scores in scored.items():
-                size = {"bits": scores[place]["nll"] / math.log(2), "bytes": len(expected.encode())}
-                line[which] = scores[place] | size | score_answer(scores[place]["text"], expected)
-            lines.append(line)
+        lines = describe_rows(questions, scored, opens_thinking(tokenizer, template_kwargs(recipe)))
         results = summarize(recipe, run, questions, lines)
         results |= {"precision": prepared.precision.name, "seconds": seconds}
         table = difference_table(["metric"], [([m["label"]], m) for m in results["metrics"].values()])
@@ -78,6 +78,32 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
     return report
 
 
+def describe_rows(questions: Questions, scored: dict[str, Rows], opened: bool) -> Rows:
+    """Return the lines of rows.jsonl: each row with its scores by either model; `opened`: see `split_thinking`.
+
+    Only where a reference or an answer thinks do they tell of thinking.
+    """
+    parted = {which: [split_thinking(row["text"], opened) for row in rows] for which, rows in scored.items()}
+    parted["reference"] = [part_reference(row) for row in questions.rows]
+    thinks = any(trace for part in parted.values() for trace, _ in part)
+    lines = []
+    for place, row in enumerate(questions.rows):
+        thought, expected = parted["reference"][place]
+        line = {key: value for key, value in row.items() if key not in {*COLUMNS, "tokens"}}
+        line |= {"question": question(row), "reference": expected}
+        if thinks:
+            line |= {"reference_thinking": thought, "reference_thinking_tokens": questions.count_tokens(thought)}
+        for which, scores in scored.items():
+            trace, answer = parted[which][place]
+            # The likelihood is that of all labels, which hold the trace
+            size = {"bits": scores[place]["nll"] / math.log(2), "bytes": len((thought + expected).encode())}
+            line[which] = scores[place] | {"text": answer} | size | score_answer(answer, expected)
+            if thinks:
+                line[which] |= {"thinking": trace, "thinking_tokens": questions.count_tokens(trace)}
+        lines.append(line)
+    return lines
+
+
 def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> dict[str, Any]:
     """Return the content of results.json; only runs with equal `fingerprint`, of rows and decoding, are compared."""
     config, by = questions.config, {}
@@ -85,7 +111,7 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
     whole = compare_lines(lines)
     nll, perplexity = whole["metrics"]["nll"], whole["metrics"]["perplexity"]
     verdict = (
-        f"{CLAIMS[nll['verdict']].format(run.name)}: {nll['difference']:+.3f} nats a token (95 %: {interval_text(nll, 3)}) "
+        f"{CLAIMS[nll['verdict']].format(run.name, name_references(lines))}: {nll['difference']:+.3f} nats a token (95 %: {interval_text(nll, 3)}) "
         f"on {whole['rows']} questions of {whole['groups']} groups never seen in training; "
         f"perplexity {perplexity['baseline']:.2f} -> {perplexity['value']:.2f}."
     )
@@ -114,14 +140,22 @@ def summarize(recipe: Recipe, run: Run, questions: Questions, lines: Rows) -> di
         "confidence": CONFIDENCE,
         "by": by,
         "found_in_training": questions.known,
-    }
+    } | summarize_thinking(lines)
+
+
+def summarize_thinking(lines: Rows) -> dict[str, float]:
+    """Return how many tokens the references think for, mean over rows, where anything thinks."""
+    if "reference_thinking" not in lines[0]:
+        return {}
+    return {"reference_thinking_tokens": fmean(line["reference_thinking_tokens"] for line in lines)}
 
 
 def compare_lines(lines: Rows) -> dict[str, Any]:
     """Return how many rows there are, of how many groups of the split, and base against tuned on each metric."""
     base, tuned, group = ([line[key] for line in lines] for key in ("base", "tuned", "group"))
-    definitions = {metric.name: {"definition": metric.definition} for metric in METRICS}
-    metrics = {name: found | definitions[name] for name, found in compare_scores(base, tuned, group).items()}
+    asked = choose_metrics(lines)
+    definitions = {metric.name: {"definition": metric.definition} for metric in asked}
+    metrics = {name: found | definitions[name] for name, found in compare_scores(base, tuned, group, asked).items()}
     return {"rows": len(lines), "groups": len(set(group)), "metrics": metrics}
 
 
@@ -130,7 +164,15 @@ def mirror(recipe: Recipe, run: Run, report: Report, lines: Rows) -> None:
     results, metrics, record = report.results, report.results["metrics"], run.record()
     manifest = {"run": run.name, "run_fingerprint": record["fingerprint"]}
     config = {"recipe": recipe.as_dict()} | manifest | {k: v for k, v in results.items() if k not in {"metrics", "by"}}
-    scores = [(which, key) for which in ("base", "tuned") for key in ("text", "nll", "tokens", "rouge_l", "stopped")]
+    scored = (
+        "text",
+        *(("thinking",) if "thinking" in lines[0]["tuned"] else ()),
+        "nll",
+        "tokens",
+        "rouge_l",
+        "stopped",
+    )
+    scores = [(which, key) for which in ("base", "tuned") for key in scored]
     shown = ("row", "group", "question", "reference")
     with tracking.tracked(recipe, run, config, True, job_type="eval") as mirrored:
         flat = {f"test/{name}/{key}": metric[key] for name, metric in metrics.items() for key in FIGURES}

@@ -1,7 +1,7 @@
 """Score one answer against its reference."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,22 +27,40 @@ class Metric:
     """`numerator` and `denominator` name keys of a row's scores; without a denominator it is a mean over rows.
 
     The value on some rows is the ratio of the two sums, or its exponential. A ratio of scale "log_distance" is best at
-    1: it is compared by the absolute value of its logarithm.
+    1: it is compared by the absolute value of its logarithm. Where neither more nor less is better, values only differ.
     """
 
     name: str
     label: str
     numerator: str
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher", "neither"]
     definition: str
     denominator: str | None = None
     scale: Literal["ratio", "exp", "log_distance"] = "ratio"
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Return whether the value depends on what a tokenizer calls a token."""
+        return not {"tokens", "thinking_tokens"}.isdisjoint((self.numerator, self.denominator))
 
-METRICS = tuple(
+
+MEASURES = tuple(
     Metric(name, **said | {"definition": said["definition"].format(chrf=CHRF.get_signature())})
     for name, said in read_data(__file__, "metrics.yaml").items()
 )
+# The last is thinking tokens
+METRICS = MEASURES[:-1]
+
+
+def choose_metrics(lines: Sequence[Row]) -> tuple[Metric, ...]:
+    """Return what these lines of rows.jsonl are measured by: their thinking too, where anything thinks."""
+    return MEASURES if "reference_thinking" in lines[0] else METRICS
+
+
+def name_references(lines: Sequence[Row]) -> str:
+    """Return in words what the likelihood is of."""
+    thought = any(line.get("reference_thinking") for line in lines)
+    return f"reference answers{' with their thinking' if thought else ''}"
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ from medibot.data.prepared import Prepared, prepare
 from medibot.data.splitting import find_near_texts, sha256
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model
+from medibot.model.thinking import split_thinking
 from medibot.recipe import load_recipe
 from medibot.run import Run
 
@@ -45,6 +46,10 @@ class Questions:
     def fingerprint(self) -> str:
         """Return a hash of what is asked and expected."""
         return sha256(json.dumps([[row["prompt"], row["completion"]] for row in self.rows]))
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens a text has."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def held_out_file(run: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -106,4 +111,14 @@ def question(row: dict[str, Any]) -> str:
 
 def reference(row: dict[str, Any]) -> str:
     """Return the answer that a row expects."""
-    return row["completion"][0]["content"]
+    return part_reference(row)[1]
+
+
+def part_reference(row: dict[str, Any]) -> tuple[str, str]:
+    """Return (trace, answer) that a row expects; a trace stands in the answer where the template knows no thinking."""
+    said = row["completion"][0]
+    trace, answer = split_thinking(said["content"])
+    if trace and answer:
+        return trace, answer
+    # As templates write it, and as traces of models are counted
+    return (said.get("reasoning_content") or "").strip("\n"), said["content"]

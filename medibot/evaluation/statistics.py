@@ -45,7 +45,8 @@ def compare_scores(
         if drawn is not None:
             low, high = np.quantile(measure(metric, drawn[:, index])[2], tails(count)).tolist()
             if not low <= 0.0 <= high:
-                verdict = "better" if (high < 0.0) == (metric.better == "lower") else "worse"
+                gain = "better" if (high < 0.0) == (metric.better == "lower") else "worse"
+                verdict = "differs" if metric.better == "neither" else gain
         figures = dict(zip(FIGURES, (of_a, of_b, gained, low, high, verdict), strict=True))
         results[metric.name] = {"label": metric.label, "better": metric.better} | figures
     return results

@@ -3,7 +3,7 @@
 import copy
 import re
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, Stopp
 from medibot.errors import RecipeError
 from medibot.model.loading import load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
+from medibot.model.thinking import opens_thinking, split_thinking, stream_thinking
 from medibot.model.tokenizer import escape_markers, role_markers, template_kwargs
 from medibot.recipe import load_recipe
 from medibot.run import Run, find_finished_run
@@ -53,6 +54,7 @@ class Assistant:
         self.weights: dict[str, PreTrainedModel | PeftModel] = {"base": base, "tuned": tuned}
         self.window: int = tuned.config.max_position_embeddings
         self.markers = role_markers(self.tokenizer)
+        self.opens_thinking = opens_thinking(self.tokenizer, template_kwargs(self.recipe))
         self.turns = Turns()
         # Upstream's tokenizer changes its own state while it reads control tokens as text
         self.tokenizing = threading.Lock()
@@ -75,8 +77,10 @@ class Assistant:
     ) -> "Reply":
         """Return the answer of "base" or "tuned" to a conversation that ends with a user's message, not yet begun.
 
-        The oldest turns are left out until prompt and answer fit the context window, unless the `whole` is wanted.
+        The oldest turns are left out until prompt and answer fit the context window, unless the `whole` is wanted. What
+        was thought before an earlier answer is left out, whatever the template would do with it.
         """
+        messages = [without_thinking(message) for message in messages]
         roles = " ".join(message["role"] for message in messages)
         if not re.fullmatch(r"(system )?(user assistant )*user", roles):
             remedy = "a system message or none, then user and assistant in turn, the user last"
@@ -100,6 +104,7 @@ class TooLong(RecipeError):
 class Reply:
     """One answer: iterating makes it and yields its text in pieces; `cancel` ends it, from any thread.
 
+    The text is all that the model says; `parts` tells what it thinks from what it answers.
     Afterwards `completion_tokens` counts its tokens, the stop token included, and `finish_reason` says "stop" (ended by
     itself or at a stop text), "length" (cut at max_new_tokens) or "cancelled". `dropped` messages were left out.
     """
@@ -143,6 +148,10 @@ class Reply:
             raise RuntimeError("the model failed while it answered") from self.failure
         if ends:
             self.finish_reason = "stop"
+
+    def parts(self) -> Iterator[tuple[str, str]]:
+        """Make the answer, and yield (trace, answer) in pieces."""
+        return stream_thinking(self, self.assistant.opens_thinking)
 
     def generate(self) -> None:
         """Generate in this thread, holding the model for a token at a time."""
@@ -213,6 +222,13 @@ class Turns:
         with self.changed:
             self.given += 1
             self.changed.notify_all()
+
+
+def without_thinking(message: Message) -> Message:
+    """Return a message without the trace that an assistant's may begin with."""
+    if message["role"] != "assistant":
+        return message
+    return message | {"content": split_thinking(message["content"])[1]}
 
 
 def generation_config(config: GenerationConfig, decoding: Decoding) -> GenerationConfig:

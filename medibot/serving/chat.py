@@ -6,11 +6,15 @@ import signal
 import sys
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from medibot.errors import RecipeError
 from medibot.serving.assistant import MODELS, Assistant, Decoding, Message, Reply
 from medibot.serving.evidence import Evidence
 
 HELP = """/base, /tuned, /both   who answers from here on: the base model, the tuned one, or both
+/thinking              show what was thought before the last answers
 /clear                 forget the conversation
 /help                  show this
 /quit                  end the chat (or Ctrl-D); Ctrl-C stops an answer"""
@@ -25,6 +29,8 @@ class Chat:
         self.evidence = Evidence.of(assistant.run)
         # Each model goes on from its own answers; what it did not answer has the other model's answer
         self.messages: dict[str, list[Message]] = {which: [] for which in MODELS}
+        # What was thought before the last answers
+        self.traces: dict[str, str] = {}
         # What Ctrl-C ends: the answers being made, or the line being typed
         self.replies: dict[str, Reply] = {}
         self.prompting = False
@@ -57,6 +63,9 @@ class Chat:
         if line in ("/base", "/tuned", "/both"):
             self.who = MODELS if line == "/both" else (line[1:],)
             write(f"from here on: {' and '.join(self.who)}")
+        elif line == "/thinking":
+            thought = [f"[{which}]\n{trace}" for which, trace in self.traces.items() if trace]
+            write("\n".join(thought) or "nothing was thought before the last answers")
         elif line == "/clear":
             self.messages = {which: [] for which in MODELS}
             write("the conversation is forgotten")
@@ -77,14 +86,11 @@ class Chat:
             write(f"{warning}\n")
         if dropped := max(reply.dropped for reply in self.replies.values()):
             write(f"[the oldest {dropped} messages no longer fit the model's {self.assistant.window:,} tokens]")
-        said = {}
+        said, self.traces = {}, {}
         for which, reply in self.replies.items():
             if self.who != ("tuned",):
                 write(f"[{which}]")
-            text = ""
-            for piece in reply:
-                text += piece
-                write(piece, end="")
+            self.traces[which], text = write_reply(reply)
             write(CUTS[reply.finish_reason].format(reply.completion_tokens))
             if text.strip():
                 said[which] = {"role": "assistant", "content": text.strip()}
@@ -123,6 +129,30 @@ def ask(run_name: str, question: str, max_new_tokens: int = 256) -> None:
     conversation = Chat(Assistant(run_name), Decoding(max_new_tokens), MODELS)
     write(f"{conversation.assistant.about}\n\n{question}\n")
     conversation.ask(question)
+
+
+def write_reply(reply: Reply) -> tuple[str, str]:
+    """Print an answer as it is made, with one line for all that is thought before it; return (trace, answer)."""
+    trace = text = ""
+    for thought, said in reply.parts():
+        trace += thought
+        if thought:
+            write_thinking(trace)
+        if said and trace and not text:
+            write_thinking(trace, over=True)
+        text += said
+        write(said, end="")
+    if trace and not text:
+        write_thinking(trace, over=True)
+    return trace, text
+
+
+def write_thinking(trace: str, over: bool = False) -> None:
+    """Print how much is thought so far, on a terminal the next over the last; elsewhere only when it is `over`."""
+    console = Console()
+    if over or console.is_terminal:
+        words = Text(f"thinking… ({len(trace.split()):,} words)", "dim")
+        console.print(words, end="\n" if over else "\r")
 
 
 def write(text: str, end: str = "\n") -> None:

@@ -76,6 +76,15 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(join_parts)]
+    # As this server returned it: taken back, and left out of what the model reads
+    reasoning_content: str = ""
+
+    @model_validator(mode="after")
+    def refuse_thinking_of_others(self) -> "ChatMessage":
+        """Return a message; refuse thinking where it would be ignored."""
+        if self.reasoning_content and self.role != "assistant":
+            raise ValueError("only an assistant's message has reasoning_content")
+        return self
 
 
 class StreamOptions(Strict):

@@ -122,7 +122,8 @@ class Answer:
             "model": request.model,
             "system_fingerprint": server.fingerprint,
         }
-        self.pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        # (trace, answer), each in pieces
+        self.pieces: asyncio.Queue[tuple[str, str] | None] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         # Kept here, for asyncio itself holds a task only weakly
         self.watcher: asyncio.Task[None] | None = None
@@ -132,7 +133,7 @@ class Answer:
     def make(self) -> None:
         """Pass the pieces on, in a worker's thread."""
         try:
-            for piece in self.reply:
+            for piece in self.reply.parts():
                 self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
         finally:
             self.loop.call_soon_threadsafe(self.server.answers.discard, self)
@@ -151,10 +152,12 @@ class Answer:
             pass
         self.leave()
 
-    async def text(self) -> AsyncGenerator[str]:
-        """Yield pieces as soon as they are made; raise ApiError (500, 503) where the model fails or the server stops."""
+    async def parts(self) -> AsyncGenerator[tuple[str, str]]:
+        """Yield (name in a message, text) as soon as it is made; raise ApiError (500, 503) when model or server stop."""
         while (piece := await self.pieces.get()) is not None:
-            yield piece
+            for name, text in zip(("reasoning_content", "content"), piece, strict=True):
+                if text:
+                    yield name, text
         if self.server.should_exit:
             raise ApiError(503, "the server is stopping", None, "stopping")
         if self.reply.failure is not None:
@@ -174,8 +177,8 @@ class Answer:
         """Yield the response as server-sent events; role and notices are sent before the model begins."""
         yield event(self.part(delta={"role": "assistant", "content": self.before}) | {"medibot": self.notes})
         try:
-            async for piece in self.text():
-                yield event(self.part(delta={"content": piece}))
+            async for name, text in self.parts():
+                yield event(self.part(delta={name: text}))
             yield event(self.part(self.reply.finish_reason, delta={}))
             if self.request.stream_options.include_usage:
                 yield event(self.head | {"choices": []} | self.usage())
@@ -217,7 +220,9 @@ def make_application(server: Server) -> ASGIApp:
         answer.watcher = asyncio.create_task(answer.leave_with_client(request))
         if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
-        message = {"role": "assistant", "content": answer.before + "".join([piece async for piece in answer.text()])}
+        message = {"role": "assistant", "content": answer.before}
+        async for name, text in answer.parts():
+            message[name] = message.get(name, "") + text
         whole = answer.part(answer.reply.finish_reason, message=message)
         return JSONResponse(whole | answer.usage() | {"medibot": answer.notes})
 

@@ -104,3 +104,23 @@ def test_what_cannot_be_compared_is_said_in_a_line(evaluated, trained):
     ):
         with pytest.raises(RecipeError, match=said):
             compare(names, baseline)
+
+
+def test_thinking_is_compared_where_every_run_tells_of_it_and_between_tokenizers_left_out(evaluated, say):
+    longer = "evaluation.max_new_tokens=64"
+    say(tuned="<think>\nHm.\n</think>\nRest.", base="Rest.")
+    evaluated("one", longer, rows=4)
+    say(tuned="<think>\nHm, and hm again.\n</think>\nRest.", base="Rest.")
+    evaluated("two", longer, "lora.r=4", rows=4)
+    found = compare(["one", "two"], baseline="one").results
+    thought = found["metrics"]["two"]["thinking_tokens"]
+    assert thought["difference"] > 0 and thought["verdict"] == "differs" and found["left_out"] == []
+    file = open_run("two").folder / "eval" / "results.json"
+    whole = read_json(file)
+    file.write_text(json.dumps(whole | {"tokenizer": "another"}))
+    assert "thinking_tokens" in compare(["one", "two"], baseline="one").results["left_out"]
+    # Nothing of it in one of them: that is no matter of tokenizers
+    whole["metrics"].pop("thinking_tokens")
+    file.write_text(json.dumps(whole))
+    found = compare(["one", "two"], baseline="one").results
+    assert "thinking_tokens" not in found["metrics"]["two"] and found["left_out"] == []

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SAMPLE, wandb_records
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.evaluation import scores
-from medibot.evaluation.evaluate import evaluate
-from medibot.evaluation.questions import question, reference, tokenize_rows
+from medibot.evaluation.evaluate import compare_lines, describe_rows, evaluate, summarize_thinking
+from medibot.evaluation.metrics import MEASURES, METRICS, name_references, score_answer
+from medibot.evaluation.questions import Questions, question, reference, tokenize_rows
 from medibot.evaluation.scores import likelihood
 from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
@@ -199,3 +201,93 @@ def test_a_file_name_with_a_space_names_an_artifact_that_wandb_takes(trained, tm
     evaluate("mine", data=file)
     logs = [wandb_records(log) for log in (this.folder / "wandb").glob("offline-run-*/run-*.wandb")]
     assert sum("mine-eval-my-questions" in log for log in logs) == 1 and "no more tables" not in capfd.readouterr().out
+
+
+LONGER = ("quantization=null", "evaluation.max_new_tokens=64")
+
+
+def test_an_answer_is_scored_without_what_was_thought_before_it(trained, say):
+    this = trained("mine", *LONGER)
+    tokenizer = AutoTokenizer.from_pretrained(this.weights)
+    say(tuned="Take 7 mg with water.", base="<think>\nHm.\n\n5 mg  or 6?\n</think>\n\nTake 7 mg with water.")
+    report = evaluate("mine", rows=4)
+    lines, found = read_lines(report.folder / "rows.jsonl"), report.results["metrics"]
+    for line in lines:
+        assert line["base"]["text"] == line["tuned"]["text"] == "Take 7 mg with water."
+        assert (line["base"]["thinking"], line["tuned"]["thinking"]) == ("Hm.\n\n5 mg  or 6?", "")
+        # What was thought costs tokens, and no more
+        assert line["base"]["answer_tokens"] > line["tuned"]["answer_tokens"] + line["base"]["thinking_tokens"]
+        assert {key: line["base"][key] for key in score_answer("", "")} == score_answer(
+            "Take 7 mg with water.", line["reference"]
+        )
+    for name in ("rouge_l", "chrf", "length_ratio", "repetition", "foreign_numbers", "foreign_doses", "stop_rate"):
+        assert found[name]["difference"] == 0.0, name
+    thought = len(tokenizer("Hm.\n\n5 mg  or 6?", add_special_tokens=False)["input_ids"])
+    assert found["thinking_tokens"]["baseline"] == thought and found["thinking_tokens"]["value"] == 0
+    assert found["thinking_tokens"]["verdict"] == "differs" and list(found) == [metric.name for metric in MEASURES]
+    assert report.results["reference_thinking_tokens"] == 0 and "reference answers better" in report.verdict
+    page = (report.folder / "report.html").read_text()
+    assert "<details><summary>Thinking (5 words)</summary><p>Hm.\n\n5 mg  or 6?</p></details>" in page
+
+
+def test_an_answer_cut_while_it_thinks_is_empty(trained, say):
+    trained("mine", *LONGER)
+    say(tuned="<think>\n" + "Take 7 mg. " * 40)
+    report = evaluate("mine", rows=2)
+    found, (line, _) = report.results["metrics"], read_lines(report.folder / "rows.jsonl")
+    assert line["tuned"]["text"] == "" and line["tuned"]["thinking"].startswith("Take 7 mg. Take 7 mg.")
+    assert found["rouge_l"]["value"] == found["stop_rate"]["value"] == found["foreign_doses"]["value"] == 0
+    assert found["thinking_tokens"]["value"] > 40
+
+
+def test_without_thinking_nothing_tells_of_it(trained, say):
+    trained("mine", *LONGER)
+    say(tuned="The mark <think> opens a trace and </think> closes it.")
+    report = evaluate("mine", rows=2)
+    (line, _) = read_lines(report.folder / "rows.jsonl")
+    assert line["tuned"]["text"] == "The mark <think> opens a trace and </think> closes it."
+    assert list(report.results["metrics"]) == [metric.name for metric in METRICS]
+    assert not [key for key in [*line, *line["tuned"], *report.results] if "thinking" in key]
+    assert "<summary>Thinking" not in (report.folder / "report.html").read_text()
+
+
+def thinking_questions(tokenizer) -> Questions:
+    """Three questions; the first's reference does not think, the last's stands in its answer."""
+    parts = [("Rest.", None), ("Water, 2 l.", "é  7?"), ("<think>\nHm.\n</think>\n\nRest.", None)]
+    rows = [
+        {
+            "row": place,
+            "group": f"g{place}",
+            "prompt": [{"role": "user", "content": "What helps?"}],
+            "completion": [{"role": "assistant", "content": content, "reasoning_content": thinking}],
+            "chat_template_kwargs": {},
+        }
+        for place, (content, thinking) in enumerate(parts)
+    ]
+    found = Dataset.from_list(rows)
+    return Questions(found, found, 3, "three rows", [], tokenizer, None)
+
+
+def test_a_references_thinking_is_in_the_likelihood_and_in_no_comparison_of_texts(make_tokenizer):
+    tokenizer = make_tokenizer("thinking")
+    questions = thinking_questions(tokenizer)
+    labels = [[label for label in row["labels"] if label != -100] for row in tokenize_rows(tokenizer, questions.rows)]
+    assert tokenizer.decode(labels[1]) == "<think>\né  7?\n</think>\n\nWater, 2 l.<|im_end|>\n"
+    said = {"nll": 3.0, "tokens": 4, "correct": 1, "answer_tokens": 9, "stopped": True}
+    scored = [said | {"text": text} for text in ("Rest.", "Hm.\n</think>\nWater, 2 l. or 7.", "</think>Rest.")]
+    lines = describe_rows(questions, {"base": scored, "tuned": scored}, opened=True)
+    assert [line["tuned"]["bytes"] for line in lines] == [5, len("é  7?Water, 2 l.".encode()), 8]
+    assert [line["reference"] for line in lines] == ["Rest.", "Water, 2 l.", "Rest."]
+    assert [line["reference_thinking"] for line in lines] == ["", "é  7?", "Hm."]
+    # A prompt that opens the trace: what is never closed is all thought
+    assert [line["tuned"]["thinking"] for line in lines] == ["Rest.", "Hm.", ""]
+    # A number of the reference's thinking is foreign to its answer
+    assert lines[1]["tuned"]["foreign_numbers"] == 1 and lines[1]["tuned"]["reference_words"] == 3
+    found = compare_lines(lines)["metrics"]
+    assert found["bits_per_byte"]["value"] == pytest.approx(9 / math.log(2) / (5 + 17 + 8))
+    counts = [len(tokenizer(text)["input_ids"]) for text in ("é  7?", "Rest.", "Hm.")]
+    assert summarize_thinking(lines) == {"reference_thinking_tokens": (counts[0] + counts[2]) / 3}
+    assert found["thinking_tokens"]["value"] == (counts[1] + counts[2]) / 3
+    assert name_references(lines) == "reference answers with their thinking"
+    assert name_references(lines[:1]) == "reference answers"
+    assert "thinking" in found["nll"]["definition"] and "thinking" in found["bits_per_byte"]["definition"]

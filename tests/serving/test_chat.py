@@ -113,6 +113,50 @@ def test_roles_cannot_be_forged_in_a_chat(chat, make_tokenizer, family):
     assert [decoded.count(marker) for marker in forged.markers] == [plain.count(marker) for marker in forged.markers]
 
 
+THOUGHT = "<think>\nHm: joints hurt.\n</think>\n\nA joint disease."
+
+
+def test_thinking_is_one_line_before_the_answer_and_is_shown_when_asked_for(speaker, say, capsys):
+    chat = Chat(speaker, Decoding(64))
+    chat.take("/thinking")
+    assert "nothing was thought" in capsys.readouterr().out
+    say(tuned=THOUGHT, base="A joint disease.")
+    chat.take("/both")
+    chat.take("What is gout?")
+    said = capsys.readouterr().out
+    assert "[base]\nA joint disease.\n[tuned]\nthinking… (3 words)\nA joint disease.\n" in said
+    assert "Hm" not in said and "think>" not in said and "\x1b" not in said and "\r" not in said
+    # The next turn is asked without it
+    assert chat.messages["tuned"][1] == {"role": "assistant", "content": "A joint disease."}
+    chat.take("/thinking")
+    assert capsys.readouterr().out == "[tuned]\nHm: joints hurt.\n"
+
+
+def test_an_answer_cut_while_it_thinks_is_not_kept(speaker, say, capsys):
+    chat = Chat(speaker, Decoding(20))
+    say(tuned="<think>\n" + "Hm. " * 40)
+    chat.take("What is gout?")
+    said = capsys.readouterr().out
+    assert re.search(r"^thinking… \(\d+ words\)\n … \[cut at 20 tokens\]\n\[no answer", said, re.MULTILINE)
+    assert chat.messages == {"base": [], "tuned": []}
+
+
+def test_a_terminal_counts_what_is_thought_on_one_dim_line(speaker, say, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    say(tuned=THOUGHT)
+    Chat(speaker, Decoding(64)).take("What is gout?")
+    first, *_ = sys.stdout.getvalue().split("A joint disease.")
+    counts = re.findall(r"\x1b\[2mthinking… \((\d) words\)\x1b\[0m([\r\n])", first)
+    assert counts[-1] == ("3", "\n") and {end for _, end in counts[:-1]} == {"\r"} and counts[0][0] == "1"
+    assert first.count("\n") == 1, "only the last line of them stays"
+
+
 def test_pipe_is_answered_line_by_line(speaker, monkeypatch, capsys):
     piped = io.TextIOWrapper(
         io.BytesIO(b"What is gout?\n\n/base\nWhat is \xff asthma?\n/quit\nnever\n"), encoding="utf-8"

@@ -119,6 +119,40 @@ def test_openai_client_gets_the_answers_of_the_speaker(server):
         assert all(chunk.usage is None for chunk in server.create(which, stream=True))
 
 
+THOUGHT = "<think>\nHm: joints\n\nhurt.\n</think>\n\nA joint disease."
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_thinking_is_returned_beside_the_answer_and_before_it_in_a_stream(server, say, monkeypatch, opened):
+    # As where the prompt has opened the trace
+    monkeypatch.setattr(server.speaker, "opens_thinking", opened)
+    say(tuned=THOUGHT.removeprefix("<think>\n") if opened else THOUGHT)
+    message = server.create(max_tokens=64, messages=EMERGENCY).choices[0].message
+    assert message.reasoning_content == "Hm: joints\n\nhurt."
+    assert message.content == f"{EMERGENCY_NOTICE}\n\nA joint disease."
+    deltas = [chunk.choices[0].delta for chunk in server.create(max_tokens=64, stream=True)]
+    names = [next(iter(delta.model_dump(exclude_unset=True))) for delta in deltas[1:-1]]
+    assert names == sorted(names, key=["reasoning_content", "content"].index) and len(set(names)) == 2
+    trace = "".join(getattr(delta, "reasoning_content", "") for delta in deltas)
+    assert (trace, "".join(delta.content or "" for delta in deltas)) == (message.reasoning_content, "A joint disease.")
+
+
+def test_without_thinking_a_message_has_no_such_name(server, say):
+    say(tuned="The mark <think> opens a trace.")
+    message = server.create(max_tokens=64).choices[0].message
+    assert message.content == "The mark <think> opens a trace." and not message.model_extra
+
+
+def test_the_model_does_not_read_what_was_thought_before_earlier_answers(server, say, monkeypatch):
+    seen, real = [], server.speaker.prompt_ids
+    monkeypatch.setattr(server.speaker, "prompt_ids", lambda messages: seen.append(messages) or real(messages))
+    say(tuned=THOUGHT)
+    answer = server.create(max_tokens=64).choices[0].message
+    server.create(max_tokens=64, messages=[*ASK, answer, *ASK])
+    server.create(max_tokens=64, messages=[*ASK, {"role": "assistant", "content": THOUGHT}, *ASK])
+    assert seen[1:] == [[*ASK, {"role": "assistant", "content": "A joint disease."}, *ASK]] * 2
+
+
 def test_models_are_listed_and_found_by_name(server):
     listed = server.client.models.list().data
     assert [model.id for model in listed] == ["base", "tuned"] and listed[1].root == "talker"
@@ -199,6 +233,7 @@ def test_curl_asks_and_streams(server):
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "the user last"),
         ({"messages": [*ASK, {"role": "system", "content": "x"}, *ASK]}, "messages", "in turn"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages", "empty"),
+        ({"messages": [ASK[0] | {"reasoning_content": "Hm."}]}, "messages[0]", "only an assistant's message"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(server, more, param, said):
@@ -343,7 +378,7 @@ class Scripted:
     def cancel(self):
         self.told.set()
 
-    def __iter__(self):
+    def parts(self):
         self.begun.append(self.number)
         self.told.wait(10)
         return iter(())
@@ -743,6 +778,35 @@ def test_page_shows_both_answers_as_they_are_made_by_keyboard_alone(browser, ser
         tab.keyboard.press("Enter")
         tab.get_by_role("button", name="Copy the tuned model's answer").get_by_text("Copied").wait_for()
         assert tab.evaluate("navigator.clipboard.readText()") == said_by(tab, "tuned")
+
+
+@in_a_browser
+def test_page_folds_what_is_thought_before_an_answer(browser, server, say):
+    say(tuned=THOUGHT, base="A joint disease.")
+    with opened(browser, server) as tab:
+        for _ in range(2):
+            tab.get_by_label("Your question").fill("What is gout?")
+            tab.keyboard.press("Enter")
+            tab.get_by_role("status").filter(has_text="Done").wait_for()
+            assert said_by(tab, "base") == said_by(tab, "tuned") == "A joint disease."
+            thinking = column(tab, "tuned").locator(".thinking")
+            assert thinking.locator("summary").inner_text() == "Thinking (3 words)"
+            assert not thinking.locator("p").is_visible() and not column(tab, "base").locator(".thinking").is_visible()
+            # By keyboard, as everything; a new question folds it again
+            thinking.locator("summary").focus()
+            tab.keyboard.press("Enter")
+            assert thinking.locator("p").inner_text() == "Hm: joints\n\nhurt."
+        tab.get_by_label("Copy the tuned model's answer").click()
+        tab.get_by_role("button", name="Copy the tuned model's answer").get_by_text("Copied").wait_for()
+        assert tab.evaluate("navigator.clipboard.readText()") == "A joint disease."
+        for scheme in ("light", "dark"):
+            tab.emulate_media(color_scheme=scheme)
+            assert min(tab.evaluate(CONTRASTS).values()) >= 4.5
+        say(tuned="<think>\n" + "Hm. " * 300)
+        tab.get_by_label("Your question").fill("What is gout?")
+        tab.keyboard.press("Enter")
+        tab.get_by_role("status").filter(has_text="Done").wait_for()
+        assert column(tab, "tuned").locator(".answer").get_attribute("data-empty") == "Cut while it thought."
 
 
 @in_a_browser
