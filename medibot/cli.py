@@ -13,8 +13,7 @@ import medibot
 from medibot.errors import RecipeError, Stopped
 from medibot.recipe import find_differences, list_recipes, load_recipe, names_data
 
-# A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
-STOPPED = 75
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped it, and a whole checkpoint is there to go on from
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_ERROR_REPORTING": "false"}
 app = typer.Typer(
     help="MediBot: recipes that turn a chat model into a medical question-answering assistant.",
@@ -115,7 +114,8 @@ def inspect(recipe: Name = "quickstart", overrides: Overrides = None, html: Page
     if names_data(recipe):
         from medibot.training.preview import preview_file
 
-        return show(preview_file(recipe, bare=not overrides and html is None and row is None))
+        show(preview_file(recipe, bare=not overrides and html is None and row is None))
+        return
     checked = load_recipe(recipe, overrides or [])
     from medibot.training.inspection import inspect_recipe
 

@@ -25,6 +25,8 @@ THOUGHTS = ("thinking", "reasoning", "reasoning_content", "thought", "cot", "com
 INPUTS = ("input", "context")
 # Words of a column's name that say that rows with the same value are about the same thing, the best first
 SAME = ("focus", "topic", "document", "url", "subject", "source", "category", "id")
+# Two words, or one in a script that may need no spaces; no address, and no list written as text
+PROSE = re.compile(r"(?!\s*(https?:|\[\{)).*(\S\s+\S|[^\x00-\x7f])", re.DOTALL)
 
 
 @dataclass
@@ -65,7 +67,8 @@ def guess(rows: list[Row]) -> Guess | None:
     # An empty name cannot be written in a recipe, and one with braces would be a template
     names = {name: None for row in rows[:SAMPLE] for name in row if name and not set(name) & {"{", "}"}}
     cells = {name: [row[name] for row in rows[:SAMPLE] if row.get(name) not in (None, "", [], {})] for name in names}
-    chats = [name for name, values in cells.items() if values and 2 * sum(map(holds_chat, values)) > len(values)]
+    cells = {name: values for name, values in cells.items() if values}
+    chats = [name for name, values in cells.items() if 2 * sum(map(holds_chat, values)) > len(values)]
     found = guess_pair(cells)
     if chats and not (found and set(chats) & set(found.columns)):
         column = find_name(chats, CHATS) or chats[0]
@@ -73,11 +76,12 @@ def guess(rows: list[Row]) -> Guess | None:
         found = Guess({"messages": column}, [column], spelling="ShareGPT" if "from" in first else "OpenAI")
     if found is None:
         return None
-    if system := find_name(cells, SYSTEMS):
+    plain = [name for name, values in cells.items() if all(map(is_plain, values))]
+    if system := find_name(plain, SYSTEMS):
         found.section["system"] = {"column": system}
         found.columns.append(system)
-    thinking = find_name(cells, THOUGHTS)
-    if thinking and "messages" not in found.section:
+    # Messages bring their own
+    if (thinking := find_name(plain, THOUGHTS)) and not set(chats) & set(found.columns):
         found.section["thinking"] = thinking
         found.columns.append(thinking)
         found.doubts["thinking"] = "for a reasoning model; any other refuses it"
@@ -107,12 +111,10 @@ def guess_pair(cells: dict[str, list[Any]]) -> Guess | None:
     known = {prompt, completion, find_name(cells, SYSTEMS), find_name(cells, THOUGHTS)}
     texts = [name for name, values in whole.items() if name not in known and is_prose(values)]
     texts.sort(key=lambda name: -sum(map(len, set(map(str, whole[name])))) / len(whole[name]))
-    doubts = {
-        key: "a guess from its text" for key, name in (("prompt", prompt), ("completion", completion)) if not name
-    }
-    if len(texts) < len(doubts):
+    missing = [key for key, name in (("prompt", prompt), ("completion", completion)) if not name]
+    if len(texts) < len(missing):
         return None
-    if len(doubts) == 2:
+    if len(missing) == 2:
         completion, prompt = texts[:2]
         if share_asked(whole[completion]) > share_asked(whole[prompt]) + 0.3:
             completion, prompt = prompt, completion
@@ -120,7 +122,7 @@ def guess_pair(cells: dict[str, list[Any]]) -> Guess | None:
     columns, more = [prompt, completion], find_name(whole, INPUTS)
     if prompt.strip().casefold() == "instruction" and more:
         columns, prompt = [prompt, more, completion], f"{{{prompt}}}\n\n{{{more}}}"
-    return Guess({"prompt": prompt, "completion": completion}, columns, doubts)
+    return Guess({"prompt": prompt, "completion": completion}, columns, dict.fromkeys(missing, "a guess from its text"))
 
 
 def is_plain(value: Any) -> bool:
@@ -130,9 +132,7 @@ def is_plain(value: Any) -> bool:
 
 def is_prose(values: list[Any]) -> bool:
     """Tell whether most of a column's values are sentences, in any language, and not always the same ones."""
-    texts = [
-        x for x in values if isinstance(x, str) and not x.startswith("http") and (" " in x.strip() or not x.isascii())
-    ]
+    texts = [value for value in values if isinstance(value, str) and PROSE.match(value)]
     return 2 * len(texts) > len(values) and 10 * len(set(texts)) > len(texts)
 
 

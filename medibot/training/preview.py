@@ -10,6 +10,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from medibot.cleaning.rules import Row
+from medibot.data.columns import kept_name
 from medibot.data.guess import Guess, guess
 from medibot.data.sources import open_source
 from medibot.data.turns import Turns
@@ -22,17 +23,17 @@ NEXT = "Next: write this in the place of a recipe's own data section (medibot li
 
 @dataclass(frozen=True)
 class Preview:
-    """What a file holds: a verdict, its first conversations as (role, text, learned), notes, and the section as YAML."""
+    """What a file holds: a verdict, its first rows' messages as (role, text, learned), notes, and the section as YAML."""
 
     verdict: str
-    painted: dict[str, list[tuple[str, str, bool]]]
+    painted: dict[int, list[tuple[str, str, bool]]]
     notes: list[str]
     section: str
 
     def __rich__(self) -> Group:
         parts: list[Any] = [self.verdict]
-        for title, messages in self.painted.items():
-            parts.append(Rule(title))
+        for row, messages in self.painted.items():
+            parts.append(Rule(f"row {row}"))
             for role, text, learned in messages:
                 # Without colours, as in a pipe, the word says it
                 label = f"{role}, learned: " if learned else f"{role}: "
@@ -53,17 +54,21 @@ def preview_file(path: str, bare: bool = True) -> Preview:
         placed = list(source.read())
     except RecipeError as error:
         # There is no such setting where no recipe is
-        raise RecipeError([replace(problem, key="") for problem in error.problems]) from error
+        problems = [replace(problem, key=problem.key.removeprefix("data.path")) for problem in error.problems]
+        raise RecipeError(problems) from error
     found = guess([row for _, row in placed])
     if found is None:
         has = ", ".join(dict.fromkeys(name for _, row in placed for name in row))
         what = "no column is known to hold questions, answers or conversations"
-        raise RecipeError.of(path, what, f"it has {has}; name the right ones in a recipe's data section")
+        remedy = f"it has {has}; name the right ones in a recipe's data section"
+        if any(str(value).startswith("[{'") for value in placed[0][1].values()):
+            remedy = "Python's text of lists, [{'…, is not JSON: write cells with json.dumps, or save as JSONL"
+        raise RecipeError.of(path, what, remedy)
     section = DataSection(path=path, malformed="drop", **found.section)
     turns = Turns(replace(recipe, data=section), replace(source, section=section, read=lambda: iter(placed)), True)
     conversations = [list(parts) for _, parts in itertools.groupby(turns, key=lambda row: row["row"])]
     notes = [*doubt_rows(found, turns, conversations), *notes_of(turns, found)]
-    firsts = {placed[parts[0]["row"]][0]: paint_conversation(parts) for parts in conversations[:3]}
+    firsts = {parts[0]["row"]: paint_conversation(parts) for parts in conversations[:3]}
     return Preview(verdict(path, found, len(placed), conversations), firsts, notes, found.as_yaml(path))
 
 
@@ -83,11 +88,13 @@ def doubt_rows(found: Guess, turns: Turns, conversations: list[list[Row]]) -> li
     """Write what these rows need into the section, so that a recipe takes it; return notes on what was wrong."""
     notes = []
     if count := turns.malformed.count:
-        place, fault = turns.fault
+        (place, fault), first = turns.fault, turns.malformed.examples[0]["row"]
         if not conversations:
             raise RecipeError.of(place, f"{fault} (all {count:,} conversations are malformed)", "mend them")
-        notes.append(f"malformed: {count:,} of {turns.rows:,} conversations; the first, {place}: {fault}")
-        found.section["malformed"], found.doubts["malformed"] = "drop", f"or mend or merge {count:,} conversations"
+        notes.append(
+            f"malformed: {count:,} of {turns.rows:,} conversations; the first is row {first}, {place}: {fault}"
+        )
+        found.section["malformed"], found.doubts["malformed"] = "drop", f"{count:,} of {turns.rows:,}; merge keeps more"
     rows = list(itertools.chain(*conversations))
     for column, rule in (("prompt", "drop_unasked"), ("completion", "drop_unanswered")):
         if empty := sum(not (row[column] or "").strip() for row in rows):
@@ -97,20 +104,21 @@ def doubt_rows(found: Guess, turns: Turns, conversations: list[list[Row]]) -> li
         share = 0.2 if len(conversations) >= 20 else 0
         found.section |= {"validation": share, "test": share}
         found.doubts["validation"] = (
-            "few rows: 0.05 of them could be none" if share else "too few rows to hold some back"
+            "of so few rows 0.05, the default, could be none" if share else "too few rows to hold some back"
         )
     return notes
 
 
 def notes_of(turns: Turns, found: Guess) -> list[str]:
     """Return what reading the rows as training does changed or left out."""
-    lines = turns.ledger({*found.section.get("group_by", []), *found.by})
+    lines = turns.ledger(set(map(kept_name, found.section.get("group_by", []))))
     unread = [
         line.rule.removeprefix("not read: ").removeprefix("column ")
         for line in lines
         if line.rule.startswith("not read: ")
     ]
-    changed = [f"{line.rule}: {line.changed + line.added:,}" for line in lines if line.changed + line.added]
+    changed = [f"{line.rule}: {line.changed:,}" for line in lines if line.changed]
+    changed += [f"{line.rule}: {line.added:,} rows more" for line in lines if line.added]
     return changed + ([f"not read: {', '.join(unread)}"] if unread else [])
 
 
