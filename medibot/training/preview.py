@@ -38,7 +38,9 @@ class Preview:
                 # Without colours, as in a pipe, the word says it
                 label = f"{role}, learned: " if learned else f"{role}: "
                 parts.append(Text.assemble((label, OTHER), (shorten(text, 500), LEARNED if learned else OTHER)))
-        return Group(*parts, Rule(), *self.notes, "", self.section, "", NEXT)
+        # A comment cut into two lines would be no YAML any more
+        section = Text(self.section, no_wrap=True, overflow="ignore")
+        return Group(*parts, Rule(), *self.notes, "", section, "", NEXT)
 
 
 def preview_file(path: str, bare: bool = True) -> Preview:

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
+from medibot import cli
 from medibot.data.guess import guess
 from medibot.data.prepared import prepare
 from medibot.errors import Place
@@ -264,6 +265,16 @@ def test_a_recipe_wins_over_a_folder_of_its_name(workplace):
     Path("my.yaml").touch()
     assert not names_data("quickstart") and not names_data("my.yaml") and not names_data("qwen2.5-3b")
     assert not names_data("") and not names_data("none") and names_data("mine")
+
+
+def test_the_section_is_not_cut_into_lines_of_a_narrow_terminal(workplace, monkeypatch, capsys):
+    rows = [
+        {"question": ask(n), "answer": answer(n), "a_very_long_name_of_a_topic": f"t{n // 2}"} for n in range(COUNT)
+    ]
+    monkeypatch.setenv("COLUMNS", "40")
+    cli.inspect(write("rows.jsonl", rows))
+    section = preview_file("rows.jsonl").section
+    assert max(map(len, section.splitlines())) > 80 and f"\n\n{section}\n\n" in capsys.readouterr().out
 
 
 def test_a_file_is_inspected_without_a_heavy_import(workplace):
