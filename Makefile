@@ -14,6 +14,7 @@ TASKS ?=
 LIMIT ?=
 SWEEP ?= rank-and-rate
 DATA ?=
+FILE ?=
 GPU ?=
 ANYWAY ?=
 TOKENS ?=
@@ -65,8 +66,8 @@ dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal 
 speed: .venv/.ready $(SMOLLM2)/config.json  ## rows/s beside trl sft, a plain loop and the notebook's: DATA=medquad.parquet
 	@$(BIN)/python benchmarks/speed.py $(if $(DATA),--data "$(DATA)")
 
-inspect: .venv/.ready $(NEEDED)  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"
-	@$(MEDIBOT) inspect $(RECIPE) $(ARGS)
+inspect: .venv/.ready $(if $(FILE),,$(NEEDED))  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"; a data file: FILE=my.csv
+	@$(MEDIBOT) inspect $(if $(FILE),"$(FILE)",$(RECIPE)) $(ARGS)
 
 ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
 	@$(MEDIBOT) ask --run $(or $(RUN),quickstart) --question "$$Q" $(if $(TOKENS),--max-new-tokens $(TOKENS))

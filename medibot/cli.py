@@ -11,10 +11,9 @@ import typer
 
 import medibot
 from medibot.errors import RecipeError, Stopped
-from medibot.recipe import find_differences, list_recipes, load_recipe
+from medibot.recipe import find_differences, list_recipes, load_recipe, names_data
 
-# A signal stopped it, and a whole checkpoint is there to go on from (EX_TEMPFAIL of sysexits.h)
-STOPPED = 75
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped it, and a whole checkpoint is there to go on from
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_ERROR_REPORTING": "false"}
 app = typer.Typer(
     help="MediBot: recipes that turn a chat model into a medical question-answering assistant.",
@@ -111,7 +110,12 @@ def rules(name: RuleList = None) -> None:
 
 @app.command()
 def inspect(recipe: Name = "quickstart", overrides: Overrides = None, html: Page = None, row: Row = None) -> None:
-    """Show ledger, leak report, loss-mask report and painted examples; load no weights."""
+    """Show ledger, leak report, loss mask and painted examples; of a data file, what it is and how to write it."""
+    if names_data(recipe):
+        from medibot.training.preview import preview_file
+
+        show(preview_file(recipe, bare=not overrides and html is None and row is None))
+        return
     checked = load_recipe(recipe, overrides or [])
     from medibot.training.inspection import inspect_recipe
 

@@ -175,6 +175,33 @@ RECIPES = [
         "there are: ",
         "quickstart",
     ),
+    case("data file that is not there", "inspect rows.csv", "rows.csv: no file or folder 'rows.csv'", "check the path"),
+    case(
+        "data of an unknown suffix", "inspect a.docx", "a.docx: cannot read .docx (use .parquet", files={"a.docx": "PK"}
+    ),
+    case("data without a row", "inspect a.csv", "a.csv: a.csv has no rows", files={"a.csv": "question,answer\n"}),
+    case("broken data", "inspect a.jsonl", "a.jsonl:2: not JSON", files={"a.jsonl": '{"a": 1}\n{'}),
+    case(
+        "data of an unknown shape",
+        "inspect a.csv",
+        "a.csv: no column is known to hold questions, answers or conversations (it has name, age; name the right ones",
+        files={"a.csv": "name,age\nAnn,7\n"},
+    ),
+    case(
+        "lists as Python writes them",
+        "inspect a.csv",
+        "a.csv: no column is known",
+        "write cells with json.dumps",
+        files={"a.csv": "id,chat\n1,\"[{'role': 'user', 'content': 'Why so?'}]\"\n"},
+    ),
+    case(
+        "only malformed conversations",
+        "inspect a.jsonl",
+        "a.jsonl:1: it begins with an assistant turn (all 2 conversations are malformed)",
+        files={"a.jsonl": jsonl([{"chat": [ANSWER, USER]}] * 2)},
+    ),
+    case("override of a data file", "inspect rows.jsonl data.turns=last", "rows.jsonl: data without a recipe takes no"),
+    case("row of a data file", "inspect rows.jsonl --row 3", "rows.jsonl: data without a recipe takes no", "--row"),
     case("unknown recipe to compare", "diff mine.yaml none", "RECIPE: none not found"),
     case("unknown recipe to check", "validate none", "RECIPE: none not found"),
 ]

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 
 from medibot.data.files import COMPRESSED, READERS, Placed, read_files, suffix
 from medibot.errors import RecipeError, one_line
@@ -101,6 +99,10 @@ def open_source(recipe: Recipe, key: str, section: SourceSection, held_out: str 
 
 def open_hub(recipe: Recipe, key: str, section: SourceSection, held_out: str | None) -> Source:
     """Return a split of a hub data set as a source."""
+    # Seconds of imports that files do without
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     path = str(section.path)
     try:
         rows: Any = load_dataset(path, section.name, revision=section.revision, split=section.split)

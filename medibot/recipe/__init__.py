@@ -17,13 +17,14 @@ from typing import Any
 from medibot.cleaning import rule_problem
 from medibot.errors import Place, Problem, RecipeError
 from medibot.recipe.document import ABSENT, apply_override, place_of, read_document
-from medibot.recipe.files import find_by_name, search_folders
+from medibot.recipe.files import find_by_name, names_data, search_folders
 from medibot.recipe.refusals import check, flattened
 from medibot.recipe.schema import section_models
 from medibot.recipe.sections import DataSection, EvaluationSection, SourceSection
 from medibot.recipe.suggestions import describe
 
-__all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe", "find_differences", "list_recipes", "load_recipe"]
+__all__ = ["ABSENT", "DataSection", "EvaluationSection", "Recipe"]
+__all__ += ["find_differences", "list_recipes", "load_recipe", "names_data"]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,15 @@ def find_file(path: str) -> Path:
     return shipped if shipped.exists() else written
 
 
+def names_data(name: str) -> bool:
+    """Tell whether what may name a recipe names data: a file, a folder, a pattern or a URL, and no recipe."""
+    ends = (".yaml", ".yml")
+    if name.endswith(ends) or any((at / f"{name}{end}").is_file() for at in search_folders("recipes") for end in ends):
+        return False
+    # A name such as qwen2.5-3b has no suffix, a file that is not there has one
+    return "*" in name or "://" in name or Path(name).suffix[1:].isalpha() or (name != "" and find_file(name).exists())
+
+
 def find_by_name(subject: str, name: str, folders: list[Path]) -> Path:
     """Return the YAML file of that name in `folders`, or of that path; raise RecipeError, which says what there is."""
     ends = (".yaml", ".yml")
