@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trl
 from conftest import FAMILIES, SAMPLE, STOPS
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -783,6 +783,70 @@ def test_a_thought_that_a_template_changes_is_refused(change: str, thinker: Any,
 def test_an_answer_without_a_thought_beside_those_with_one_is_refused(thinker: Any, tmp_path: Path) -> None:
     chats = make_chats(thinker, [THINKING_ROW, PLAIN_ROW], tmp_path)
     assert chats.audit().violations == {"outside": [1]}
+
+
+# --- every row --------------------------------------------------------------------------------------------------------
+
+
+def renamed(chats: Chats, change: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> Dataset:
+    """The trainer's dataset with other tokens in its second row."""
+
+    def apply(columns: dict[str, list[int]], index: int) -> dict[str, list[int]]:
+        ids, labels = columns["input_ids"], columns["labels"]
+        ids, labels = change(ids, labels) if index == 1 else (ids, labels)
+        return {"input_ids": ids, "labels": labels}
+
+    return chats.dataset.map(apply, with_indices=True)
+
+
+def test_a_row_that_stands_in_the_place_of_another_is_refused(chats: Chats) -> None:
+    order = [0, 1, 1, 3, 4, 5]
+    assert set(chats.audit(chats.dataset.select([5, 4, 3, 2, 1, 0])).violations) == set()
+    report = chats.audit(chats.dataset.select(order))
+    # The third of three equal rows, where two conversations are equal
+    assert report.violations == {"outside": [5]}
+
+
+def test_conversations_with_the_same_tokens_answer_for_a_row_each(make_tokenizer: Callable, tmp_path: Path) -> None:
+    rows = [PLAIN_ROW, make_row("Rest."), PLAIN_ROW, PLAIN_ROW]
+    chats = make_chats(make_tokenizer("qwen"), rows, tmp_path)
+    assert chats.audit(chats.dataset.select([3, 2, 1, 0])).violations == {}
+    assert chats.audit(chats.dataset.select([1, 1, 2, 3])).violations == {"outside": [1]}
+
+
+def test_what_is_trained_behind_the_stop_token_is_refused(chats: Chats) -> None:
+    newline = chats.tokenizer.encode("\n\n", add_special_tokens=False)
+    dataset = renamed(chats, lambda ids, labels: (ids + newline, labels + newline))
+    assert chats.audit(dataset).violations == {"outside": [1]}
+
+
+def test_tokens_that_no_length_counts_are_refused(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(12)).trained_again(packing=True)
+    shorter = case.dataset.map(lambda row: {"seq_lengths": row["seq_lengths"][:-1]})
+    more = case.dataset.map(lambda row: {"input_ids": [*row["input_ids"], 5], "labels": [*row["labels"], 5]})
+    assert case.audit(shorter).rows_out == 12
+    assert case.audit(shorter).violations == {}
+    assert "lost" in case.audit(more).violations
+    cut = case.dataset.map(lambda row: {"seq_lengths": [*row["seq_lengths"][:-1], row["seq_lengths"][-1] - 1]})
+    assert set(case.audit(cut).violations) >= {"lost", "outside"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_every_batch_is_checked(size: int, chats: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medibot.data.gate.BATCH", size)
+    whole = chats.audit()
+    assert whole.violations == {}
+    assert whole.tokens == sum(map(len, chats.dataset["input_ids"]))
+    for row in range(len(TURNS)):
+        dataset = chats.tampered(row, lambda ids, labels: mask_the_first(chats, ids, labels))
+        assert set(map(tuple, chats.audit(dataset).violations.values())) == {(row,)}
+
+
+def test_rows_are_read_through_slices_and_indices(chats: Chats) -> None:
+    twice = concatenate_datasets([chats.dataset, chats.dataset])
+    for view in (twice.select(range(6, 12)), twice.select([0, 7, 2, 9, 4, 11])):
+        assert chats.audit(view).violations == {}
+        assert chats.audit(view).tokens == sum(map(len, chats.dataset["input_ids"]))
 
 
 # --- painted rows -----------------------------------------------------------------------------------------------------
