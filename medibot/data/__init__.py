@@ -4,5 +4,5 @@ A recipe's `data` section and the model's tokenizer come in. Prepared train, val
 ledger, leak report and the gate's counts, kept under a fingerprint of what decided them. It never tokenizes in a second
 way, never drops a row uncounted, and never lets two splits share a group.
 
-Use `prepared.prepare`, `gate.Audit` and `splitting`.
+Use `prepared.prepare`, `audited.audit_once`, `gate.Audit` and `splitting`.
 """

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from medibot.data.audited import audit_once
 from medibot.data.conversations import COLUMNS
 from medibot.data.gate import Audit
 from medibot.data.prepared import Prepared
@@ -153,9 +154,8 @@ def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
 
 def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[Audit]:
     """Return what the gate found in the rows of each split, as the trainer will really read them, every row."""
-    stops, limit = prepared.generation.eos_token_id, trainer.args.max_length
     return [
-        Audit(rows, prepared.load(split), prepared.tokenizer, stops, limit, split)
+        audit_once(prepared, split, rows, trainer.args.max_length)
         for split, rows in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset))
         if rows is not None
     ]

@@ -1,7 +1,9 @@
 """The loss mask: what TRL's own trainer would learn from, and that the gate refuses everything else."""
 
+import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 import trl
 from conftest import FAMILIES, SAMPLE, STOPS
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from medibot.data.audited import audit_once, hash_rows
 from medibot.data.gate import IGNORED, Audit, spans
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
@@ -20,7 +23,7 @@ from medibot.model.loading import make_tiny_model
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
 from medibot.training.inspection import paint
-from medibot.training.trainer import build_trainer
+from medibot.training.trainer import audit_splits, build_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -783,6 +786,169 @@ def test_a_thought_that_a_template_changes_is_refused(change: str, thinker: Any,
 def test_an_answer_without_a_thought_beside_those_with_one_is_refused(thinker: Any, tmp_path: Path) -> None:
     chats = make_chats(thinker, [THINKING_ROW, PLAIN_ROW], tmp_path)
     assert chats.audit().violations == {"outside": [1]}
+
+
+# --- every row --------------------------------------------------------------------------------------------------------
+
+
+def renamed(chats: Chats, change: Callable[[list[int], list[int]], tuple[list[int], list[int]]]) -> Dataset:
+    """The trainer's dataset with other tokens in its second row."""
+
+    def apply(columns: dict[str, list[int]], index: int) -> dict[str, list[int]]:
+        ids, labels = columns["input_ids"], columns["labels"]
+        ids, labels = change(ids, labels) if index == 1 else (ids, labels)
+        return {"input_ids": ids, "labels": labels}
+
+    return chats.dataset.map(apply, with_indices=True)
+
+
+def test_a_row_that_stands_in_the_place_of_another_is_refused(chats: Chats) -> None:
+    order = [0, 1, 1, 3, 4, 5]
+    assert set(chats.audit(chats.dataset.select([5, 4, 3, 2, 1, 0])).violations) == set()
+    report = chats.audit(chats.dataset.select(order))
+    # The third of three equal rows, where two conversations are equal
+    assert report.violations == {"outside": [5]}
+
+
+def test_conversations_with_the_same_tokens_answer_for_a_row_each(make_tokenizer: Callable, tmp_path: Path) -> None:
+    rows = [PLAIN_ROW, make_row("Rest."), PLAIN_ROW, PLAIN_ROW]
+    chats = make_chats(make_tokenizer("qwen"), rows, tmp_path)
+    assert chats.audit(chats.dataset.select([3, 2, 1, 0])).violations == {}
+    assert chats.audit(chats.dataset.select([1, 1, 2, 3])).violations == {"outside": [1]}
+
+
+def test_what_is_trained_behind_the_stop_token_is_refused(chats: Chats) -> None:
+    newline = chats.tokenizer.encode("\n\n", add_special_tokens=False)
+    dataset = renamed(chats, lambda ids, labels: (ids + newline, labels + newline))
+    assert chats.audit(dataset).violations == {"outside": [1]}
+
+
+def test_tokens_that_no_length_counts_are_refused(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(12)).trained_again(packing=True)
+    shorter = case.dataset.map(lambda row: {"seq_lengths": row["seq_lengths"][:-1]})
+    more = case.dataset.map(lambda row: {"input_ids": [*row["input_ids"], 5], "labels": [*row["labels"], 5]})
+    assert case.audit(shorter).rows_out == 12
+    assert case.audit(shorter).violations == {}
+    assert "lost" in case.audit(more).violations
+    cut = case.dataset.map(lambda row: {"seq_lengths": [*row["seq_lengths"][:-1], row["seq_lengths"][-1] - 1]})
+    assert set(case.audit(cut).violations) >= {"lost", "outside"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_every_batch_is_checked(size: int, chats: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medibot.data.gate.BATCH", size)
+    whole = chats.audit()
+    assert whole.violations == {}
+    assert whole.tokens == sum(map(len, chats.dataset["input_ids"]))
+    for row in range(len(TURNS)):
+        dataset = chats.tampered(row, lambda ids, labels: mask_the_first(chats, ids, labels))
+        assert set(map(tuple, chats.audit(dataset).violations.values())) == {(row,)}
+
+
+def test_rows_are_read_through_slices_and_indices(chats: Chats) -> None:
+    twice = concatenate_datasets([chats.dataset, chats.dataset])
+    for view in (twice.select(range(6, 12)), twice.select([0, 7, 2, 9, 4, 11])):
+        assert chats.audit(view).violations == {}
+        assert chats.audit(view).tokens == sum(map(len, chats.dataset["input_ids"]))
+
+
+# --- once per content -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows that the gate really checks, batch by batch."""
+    checked: list[int] = []
+    check = Audit.check_batch
+
+    def counted(audit: Audit, batch: list[Any]) -> None:
+        checked.append(len(batch))
+        check(audit, batch)
+
+    monkeypatch.setattr(Audit, "check_batch", counted)
+    return checked
+
+
+def test_the_same_rows_are_checked_once(make_tokenizer: Callable, make_case: Callable, reads: list[int]) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(8))
+    (first,), (second,) = (audit_splits(case.trainer, case.prepared) for _ in range(2))
+    assert reads == [8]
+    assert second.as_dict() == first.as_dict() == case.audit().as_dict()
+    second.refuse_faults()
+
+
+def test_the_same_rows_behind_slices_and_indices_are_the_same(make_tokenizer: Callable, make_case: Callable) -> None:
+    rows = make_case(make_tokenizer("qwen"), sample_rows(8)).dataset
+    key = hash_rows(rows)
+    twice = concatenate_datasets([rows, rows])
+    assert hash_rows(twice.select(range(8, 16))) == hash_rows(twice.select([0, 9, 2, 11, 4, 5, 14, 7])) == key
+    assert hash_rows(twice.select([1, 0, *range(2, 8)])) != key
+    assert hash_rows(twice.select(range(7))) != key
+    assert hash_rows(rows.map(lambda row: {"seq_lengths": [len(row["input_ids"])]})) != key
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+@pytest.mark.parametrize("place", [0, 5, -1])
+def test_a_record_excuses_no_other_rows(
+    column: str, place: int, make_tokenizer: Callable, make_case: Callable, reads: list[int]
+) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(4))
+    audit_splits(case.trainer, case.prepared)
+
+    def apply(row: dict[str, list[int]], index: int) -> dict[str, list[int]]:
+        if index == 2:
+            row[column][place] = 7
+        return row
+
+    case.trainer.train_dataset = case.dataset.map(apply, with_indices=True)
+    for _ in range(2):
+        (audit,) = audit_splits(case.trainer, case.prepared)
+        assert set(map(tuple, audit.violations.values())) == {(2,)}
+        with pytest.raises(RecipeError, match="row 2: the loss covers"):
+            audit.refuse_faults()
+    # Once for the rows as they were; in their order, and by their tokens, for those that were tampered with
+    assert reads == [4, 4, 4]
+
+
+def test_a_record_holds_for_its_limit_its_stops_and_its_split_alone(
+    make_tokenizer: Callable, make_case: Callable, reads: list[int]
+) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(4))
+    rows, prepared = case.dataset, case.prepared
+    audit_once(prepared, "train", rows, 2048)
+    audit_once(prepared, "train", rows, 1024)
+    other = copy.deepcopy(prepared.generation)
+    other.eos_token_id = [5]
+    audit = audit_once(replace(prepared, generation=other), "train", rows, 2048)
+    assert audit.violations == {"stop": [0, 1, 2, 3]}
+    audit_once(replace(prepared, fingerprint="another"), "train", rows, 2048)
+    assert reads == [4, 4, 4, 4, 4]
+
+
+def test_a_record_of_an_older_gate_or_a_torn_one_proves_nothing(
+    make_tokenizer: Callable, make_case: Callable, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(4))
+    audit_splits(case.trainer, case.prepared)
+    (record,) = case.prepared.folder.glob("gate-*.json")
+    for text in (record.read_text()[:-9], "{}", json.dumps(json.loads(record.read_text()) | {"key": "another"})):
+        record.write_text(text)
+        audit_splits(case.trainer, case.prepared)
+    assert reads == [4] * 4
+    monkeypatch.setattr("medibot.data.audited.GATE", 0)
+    audit_splits(case.trainer, case.prepared)
+    assert reads == [4] * 5
+    assert [path.name for path in case.prepared.folder.glob("*.partial")] == []
+
+
+def test_who_comes_while_the_rows_are_checked_waits_and_reads(
+    make_tokenizer: Callable, make_case: Callable, reads: list[int]
+) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(8))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: audit_once(case.prepared, "train", case.dataset, 2048).as_dict(), range(4)))
+    assert reads == [8]
+    assert found == [found[0]] * 4
 
 
 # --- painted rows -----------------------------------------------------------------------------------------------------
