@@ -199,6 +199,21 @@ MINIATURE = [
     "training.logging_steps=1",
     "evaluation.max_new_tokens=4",
 ]
+
+
+def miniature_of(path: Path | str) -> list[str]:
+    """Return MINIATURE with the sample set where a recipe reads MedQuAD; one of conversations has a sample of its own."""
+    import yaml
+
+    file = Path(path) if str(path).endswith(".yaml") else ROOT / "recipes" / f"{path}.yaml"
+    data = yaml.safe_load(file.read_text())["data"]
+    others = [override for override in MINIATURE if not override.startswith("data.path")]
+    if "sources" in data:
+        local = [one | ({"path": str(SAMPLE)} if "prompt" in one else {}) for one in data["sources"]]
+        return [*others, f"data.sources={json.dumps(local)}"]
+    return others if "messages" in data else MINIATURE
+
+
 FOUR_STEPS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2"]
 
 
@@ -248,7 +263,7 @@ def miniature(make_model, workplace, prepared_once, traced_once):
 
     def make(path: Path | str, *overrides: str) -> "Recipe":
         model = f"model.pretrained_model_name_or_path={make_model('smollm2')}"
-        return load_recipe(str(path), [model, *MINIATURE, *overrides], root=ROOT)
+        return load_recipe(str(path), [model, *miniature_of(path), *overrides], root=ROOT)
 
     return make
 
