@@ -21,6 +21,7 @@ from medibot.evaluation.scores import likelihood
 from medibot.model.loading import load_tuned
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
+from medibot.training.session import train
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,15 @@ def test_evaluation_writes_results_rows_and_page(method, trained):
     assert found["verdict"] in page.replace("&gt;", ">") and "Not a medical device" in page
     total = sum(line["tuned"]["nll"] for line in lines) / sum(line["tuned"]["tokens"] for line in lines)
     assert found["metrics"]["nll"]["value"] == pytest.approx(total)
+
+
+def test_a_mixed_run_is_broken_down_by_source_and_asked_its_earlier_turns(miniature):
+    recipe = miniature("medquad-everyday", "data.test=0.1")
+    train(recipe, "mixed")
+    evaluate("mixed", rows=12)
+    found, lines = results("mixed"), read_lines(open_run("mixed").folder / "eval" / "rows.jsonl")
+    assert set(found["by"]["source"]) == {"medquad", "everyday"} == {line["source"] for line in lines}
+    assert sum(part["rows"] for part in found["by"]["source"].values()) == len(lines) == 12
 
 
 def test_likelihood_is_upstreams_loss_and_independent_of_the_batch(trained):
