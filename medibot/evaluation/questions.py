@@ -89,9 +89,9 @@ def choose_questions(
     Audit(tokens, rows, tokenizer, config.eos_token_id, None, "test").refuse_faults()
     known = []
     if train is not None:
-        asked = {fold(question(row)) for row in train}
+        asked = {fold(whole_question(row)) for row in train}
         near = find_near_texts([fold(reference(row)) for row in rows], [fold(reference(row)) for row in train], 0.8)
-        known = [row["row"] for row in rows if fold(question(row)) in asked or fold(reference(row)) in near]
+        known = [row["row"] for row in rows if fold(whole_question(row)) in asked or fold(reference(row)) in near]
     return Questions(rows, tokens, len(found), described, known, tokenizer, config)
 
 
@@ -107,6 +107,11 @@ def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Dataset:
 def question(row: dict[str, Any]) -> str:
     """Return what a row asks."""
     return row["prompt"][-1]["content"]
+
+
+def whole_question(row: dict[str, Any]) -> str:
+    """Return what a row asks with the turns before it: alone, a later question such as "And then?" is no other's twin."""
+    return " ".join(message["content"] for message in row["prompt"] if message["role"] != "system")
 
 
 def reference(row: dict[str, Any]) -> str:
