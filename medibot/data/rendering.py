@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 # Small enough that long conversations fit in memory, large enough that the tokenizer's threads have work
-BATCH = 1000
+BATCH = 256
 # Upstream puts these around a control token that stands in a message, and drops them from its text
 IDS_ALONE = {"return_attention_mask": False}
 MARKS = "[\U000f0000\U000f0001]"
