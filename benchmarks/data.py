@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+SAMPLE = Path("recipes/data/consumer_health.jsonl")
 MODEL = Path("models/SmolLM2-135M-Instruct")
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 RULES = "[normalise_whitespace, drop_unanswered, drop_unasked, drop_echoes, drop_short, drop_repetitive, drop_duplicates, {limit_repeated_answers: {copies: 1}}]"
@@ -52,18 +54,13 @@ STAGES = {
 def write_rows(file: Path, rows: int) -> None:
     """Write made-up rows: 1 % without an answer, 2 % exact copies, 3 % near ones, five rows a topic."""
     draw = np.random.default_rng(0)
-    syllables = np.array(
-        [first + vowel + last for first in "bdfglmnprstv" for vowel in "aeiou" for last in ("", "n", "s")]
-    )
-    words = np.array(
-        ["".join(parts) for parts in syllables[draw.integers(0, len(syllables), (20_000, 3))]], dtype=object
-    )
-    # Few words are frequent, as in any language
-    share = 1 / (np.arange(len(words)) + 10)
+    # As frequent as in the sample set: made-up words are many more tokens than those that a tokenizer knows
+    counts = Counter(word for line in SAMPLE.open() for word in json.loads(line)["answer"].lower().split())
+    words, share = np.array(list(counts), dtype=object), np.array(list(counts.values())) / counts.total()
     last: list[str] = []
     with file.open("w", encoding="utf-8") as stream:
         for start in range(0, rows, 1000):
-            drawn = words[draw.choice(len(words), 150_000, p=share / share.sum())].reshape(1000, 150)
+            drawn = words[draw.choice(len(words), 150_000, p=share)].reshape(1000, 150)
             kinds, lengths = draw.random(1000), draw.integers(60, 151, 1000)
             topics = draw.integers(0, max(1, rows // 5), 1000)
             for number in range(min(1000, rows - start)):
