@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
@@ -72,16 +73,24 @@ def messages(row: Row, thinking: bool) -> dict[str, list[Message]]:
     return {"prompt": prompt, "completion": [answer | ({"reasoning_content": row.get("thinking")} if thinking else {})]}
 
 
-def render(recipe: Recipe, rows: list[Row], thinking: bool) -> pyarrow.Table:
-    """Return TRL's conversational prompt/completion rows, with the source's other columns beside them."""
+def render(recipe: Recipe, rows: list[Row], thinking: bool) -> Iterator[pyarrow.RecordBatch]:
+    """Yield TRL's conversational prompt/completion rows, with the source's other columns beside them, in batches.
+
+    Counts stay numbers, text stays text, anything else becomes JSON, so that one column has one type.
+    """
     kwargs = {"chat_template_kwargs": template_kwargs(recipe)}
     names = dict.fromkeys(name for row in rows for name in row if name not in ("system", "history", "thinking"))
-    rendered = []
-    for row in rows:
-        # Counts stay numbers, text stays text, anything else becomes JSON, so that one column has one type
-        others = {name: row.get(name) for name in names}
-        for name, value in others.items():
-            if name not in NUMBERS and not isinstance(value, str | None):
-                others[name] = as_text(value)
-        rendered.append(others | messages(row, thinking) | kwargs)
-    return pyarrow.Table.from_pylist(rendered)
+    message = {"role": pyarrow.string(), "content": pyarrow.string()}
+    answer = message | ({"reasoning_content": pyarrow.string()} if thinking else {})
+    types = {name: pyarrow.int64() if name in NUMBERS else pyarrow.string() for name in names}
+    types |= {"prompt": pyarrow.list_(pyarrow.struct(message)), "completion": pyarrow.list_(pyarrow.struct(answer))}
+    schema = pyarrow.schema(types | {name: pyarrow.infer_type([value]) for name, value in kwargs.items()})
+    for start in range(0, len(rows), 1000):
+        rendered = []
+        for row in rows[start : start + 1000]:
+            others = {name: row.get(name) for name in names}
+            for name, value in others.items():
+                if name not in NUMBERS and not isinstance(value, str | None):
+                    others[name] = as_text(value)
+            rendered.append(others | messages(row, thinking) | kwargs)
+        yield pyarrow.RecordBatch.from_pylist(rendered, schema)
