@@ -425,3 +425,15 @@ def test_counted_tokens_are_those_of_chats_read_one_by_one(make_tokenizer):
     kwargs = {"sanitize_control_tokens": True}
     each = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **kwargs) for chat in chats]
     assert count_tokens(tokenizer, chats, kwargs) == [len(ids) for ids in each]
+
+
+def test_a_column_that_only_late_rows_have_is_kept(prepared_of):
+    few = sample()
+    rows = [few[n % len(few)] | {"focus": f"topic {n}", "question": f"{n}. How so?"} for n in range(2500)]
+    rows[2400] |= {"note": "late", "thinking": "Hm."}
+    write_rows([row | {"answer": f"{row['answer']} {n}"} for n, row in enumerate(rows)])
+    prepared = prepared_of("data.validation=0", "data.test=0", "evaluation.evidence={source: note}")
+    train = prepared.load("train")
+    assert {row["row"]: row["note"] for row in train if row["note"]} == {2400: "late"}
+    assert train["row"][:] == list(range(2500))
+    assert not list(prepared.folder.glob("*.arrow"))
