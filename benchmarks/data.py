@@ -4,7 +4,8 @@
 .venv/bin/python benchmarks/data.py --rows 50000 100000 200000           # the curve
 .venv/bin/python benchmarks/data.py --rows 100000 --until write          # without TRL's tokenising and the gate
 
-Each set is prepared in a fresh process: its peak is the whole of what it took. A stage's time is without the stages inside.
+Each set is prepared in a fresh process: its peak is all that it took. A stage's time is without the stages inside, and stands
+with the processor's own: where others share the machine, only the latter can be compared.
 """
 
 import argparse
@@ -103,29 +104,29 @@ def write_tokenizer(folder: Path, rows: Path) -> Path:
 
 
 class Clock:
-    """Seconds of each stage, those of a stage inside left out."""
+    """Seconds of each stage, passed and of the processor, those of a stage inside left out."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.inside = [0.0]
+        self.seconds: dict[str, np.ndarray] = {}
+        self.inside = [np.zeros(2)]
 
     def timed(self, stage: str, function: Any) -> Any:
         """Return the function with its time added to the stage's."""
 
         def run(*given: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            self.inside.append(0.0)
+            start = np.array([time.perf_counter(), time.process_time()])
+            self.inside.append(np.zeros(2))
             try:
                 return function(*given, **named)
             finally:
-                whole = time.perf_counter() - start
+                whole = np.array([time.perf_counter(), time.process_time()]) - start
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + whole - self.inside.pop()
                 self.inside[-1] += whole
 
         return run
 
 
-def measure(recipe: Path, cache: Path, until: str) -> tuple[dict[str, float], dict[str, float]]:
+def measure(recipe: Path, cache: Path, until: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Return the seconds of each stage, and the peak memory in GB up to the end of preparing and of all."""
     os.environ["MEDIBOT_CACHE"] = str(cache)
     from medibot.data import preparation, prepared, splitting
@@ -168,10 +169,12 @@ def main() -> None:
             (folder / "made.yaml").write_text(RECIPE.format(model=model, rows=folder / "rows.jsonl", rules=RULES))
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
                 found.append(fresh.submit(measure, folder / "made.yaml", folder / "cache", asked.until).result())
-    table = Table("stage", *(f"{rows:,} rows: s (rows/s)" for rows in asked.rows))
+    table = Table("stage", *(f"{rows:,} rows: s, CPU s (rows/s)" for rows in asked.rows))
     for stage in found[0][0]:
-        cells = ((seconds[stage], rows / seconds[stage]) for (seconds, _), rows in zip(found, asked.rows, strict=True))
-        table.add_row(stage, *(f"{seconds:.1f} ({speed:,.0f})" for seconds, speed in cells))
+        cells = (
+            (*seconds[stage], rows / seconds[stage][0]) for (seconds, _), rows in zip(found, asked.rows, strict=True)
+        )
+        table.add_row(stage, *(f"{passed:.1f}, {used:.1f} ({speed:,.0f})" for passed, used, speed in cells))
     for point in found[0][1]:
         table.add_row(f"peak, {point}", *(f"{peaks[point]:.2f} GB" for _, peaks in found))
     Console(width=40 + 30 * len(asked.rows)).print(table)
