@@ -49,10 +49,12 @@ def row_key(row: Row) -> tuple[str, int, int]:
 
 def compare_rows(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
     """Compare the rows before and after a rule by "row" and "part"."""
-    left = {row_key(row): row for row in after}
-    dropped = [row for row in before if row_key(row) not in left]
-    pairs = [(row, left[row_key(row)]) for row in before if row_key(row) in left]
-    changed = [(old, new) for old, new in pairs if old is not new and old != new]
+    # Most rows are the same objects, and need no comparison
+    same = {id(row) for row in before} & {id(row) for row in after}
+    left = {row_key(row): row for row in after if id(row) not in same}
+    touched = [row for row in before if id(row) not in same]
+    dropped = [row for row in touched if row_key(row) not in left]
+    changed = [(row, left[row_key(row)]) for row in touched if left.get(row_key(row), row) != row]
     affected = [*changed, *((row, None) for row in dropped)]
     # First, middle and last: the neighbours of a row often share its source and its defect
     places = sorted({0, len(affected) // 2, len(affected) - 1}) if affected else []

@@ -46,16 +46,18 @@ def prepare_rows(
         pools[held_out], lines = clean_pool(recipe, tokenizer, rows, progress)
         ledger += [replace(line, rule=f"{held_out}: {line.rule}") if held_out else line for line in lines]
     shares = [0.0 if name in pools else vars(data)[name] for name in ("validation", "test")]
+    every = list(itertools.chain(*pools.values()))
+    share = sum(shares) + sum(len(rows) for name, rows in pools.items() if name) / len(every)
+    random_split = splitting.random_split_leaks(every, group_by, min(share, 1.0), data.seed)
+    del every
     splits = splitting.split_rows(pools[None], group_by, *shares, data.seed)
     for name in ("validation", "test"):
         if name in pools:
             splits, line = splitting.hold_out(splits, name, pools[name], group_by)
             ledger.append(line)
+    pools.clear()
     splits, leaking = splitting.drop_leaks(splits)
-    leaks = splitting.leak_report(splits, group_by)
-    every = list(itertools.chain(*pools.values()))
-    share = sum(shares) + sum(len(rows) for name, rows in pools.items() if name) / len(every)
-    leaks["random_split"] = splitting.random_split_leaks(every, group_by, min(share, 1.0), data.seed)
+    leaks = splitting.leak_report(splits, group_by) | {"random_split": random_split}
     if any(source.weight for source in data.sources):
         names = [source.name for source in sources if source.held_out is None]
         splits["train"], line = weigh_sources(recipe, dict(zip(names, data.sources, strict=True)), splits["train"])
@@ -111,7 +113,7 @@ def clean_pool(
         changed: Row = {key: escape_markers(text, markers) for key, text in texts.items()}
         if "history" in row:
             changed["history"] = [m | {"content": escape_markers(m["content"], markers)} for m in row["history"]]
-        plain.append(row | changed)
+        plain.append(row | changed if any(row[key] != text for key, text in changed.items()) else row)
     escaped = compare_rows("role markers made text", rows, plain)
     progress(f"preparing {data.described}: {len(plain):,} conversations, counting tokens")
     rows, fitted = fit_length(recipe, tokenizer, plain)

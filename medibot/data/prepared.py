@@ -1,13 +1,15 @@
 """Prepare a recipe's conversations once, and keep them under a fingerprint of all that decided them."""
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, disable_progress_bars
 from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -83,13 +85,24 @@ def prepare(
             shutil.rmtree(partial, ignore_errors=True)
             for name, found in splits.items():
                 if found:
-                    Dataset(render(recipe, found, thinking)).save_to_disk(str(partial / name))
+                    save_rows(render(recipe, found, thinking), partial / name)
             (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
     record = json.loads((folder / "prepared.json").read_text())
     precision = choose_precision(recipe.model.get("dtype"))
     return Prepared(recipe, tokenizer, generation, precision, folder, fingerprint, **record)
+
+
+def save_rows(batches: Iterator[pyarrow.RecordBatch], folder: Path) -> None:
+    """Write a split as `Dataset.load_from_disk` reads it, batch by batch: all of it at once would take the memory twice."""
+    first, written = next(batches), folder.with_suffix(".arrow")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.ipc.new_stream(str(written), first.schema) as stream:
+        for batch in itertools.chain([first], batches):
+            stream.write_batch(batch)
+    Dataset.from_file(str(written)).save_to_disk(str(folder))
+    written.unlink()
 
 
 def cache_folder() -> Path:

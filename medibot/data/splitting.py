@@ -8,10 +8,9 @@ together.
 import hashlib
 import itertools
 import json
-import math
 import random
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -24,6 +23,8 @@ from medibot.cleaning.rules import Row, drop_repeated_questions, fold
 Splits = dict[str, list[Row]]
 # Two answers are near with this Jaccard index of their word 3-grams
 NEAR = 0.8
+# The last bits of a hash, by which a table says that it is in no query; and an odd number that tells words' places apart
+LAST_BITS, ODD = np.uint64((1 << 25) - 1), np.uint64(0x9E3779B97F4A7C15)
 
 
 def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
@@ -33,9 +34,10 @@ def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
     two columns. Without `group_by`, rows with the same question are a group.
     """
     columns = group_by or ["prompt"]
-    values = [row_values(row, columns) for row in rows]
-    places = {value: place for place, value in enumerate(dict.fromkeys(itertools.chain.from_iterable(values)))}
-    ties = [(places[first], places[other]) for first, *others in filter(None, values) for other in others]
+    # Each value is kept once, and a row has its number
+    places: dict[tuple[int, str], int] = {}
+    values = [[places.setdefault(value, len(places)) for value in row_values(row, columns)] for row in rows]
+    ties = [(first, other) for first, *others in filter(None, values) for other in others]
     graph = coo_array((np.ones(len(ties)), np.reshape(ties, (-1, 2)).T), shape=(len(places), len(places)))
     group_of = connected_components(graph, directed=False)[1]
     # The smallest hash among the values of the first column that the group has: more documents or questions on known
@@ -45,9 +47,12 @@ def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
         name = (column, sha256(f"{columns[column]}\0{text}"))
         names[group] = min(name, names.get(group, name))
     # A row without a value is a group of its own, named after its text; a conversation's turns after how it opens
-    texts = ([opening(row)] if "part" in row else [row["prompt"], row["completion"]] for row in rows)
-    own = (sha256(json.dumps(text)) for text in texts)
-    return [names[group_of[places[found[0]]]][1] if found else key for found, key in zip(values, own, strict=True)]
+    return [
+        names[group_of[found[0]]][1]
+        if found
+        else sha256(json.dumps([opening(row)] if "part" in row else [row["prompt"], row["completion"]]))
+        for row, found in zip(rows, values, strict=True)
+    ]
 
 
 def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
@@ -85,48 +90,93 @@ def drop_leaks(splits: Splits, threshold: float = NEAR) -> tuple[Splits, list[Le
 
     These are answers equal or near to one of an earlier split, and second answers to a question of the same split.
     """
-    distinct, known = {"train": splits["train"]}, [fold(row["completion"]) for row in splits["train"]]
-    for name in ("validation", "test"):
-        texts = [fold(row["completion"]) for row in splits[name]]
-        near = find_near_texts(texts, known, threshold)
-        distinct[name] = [row for row, text in zip(splits[name], texts, strict=True) if text not in near]
-        known += [text for text in texts if text not in near]
+    texts = {name: [folded_answer(row) for row in splits[name]] for name in ("validation", "test")}
+    near = find_near_texts(itertools.chain(*texts.values()), map(folded_answer, splits["train"]), threshold)
+    distinct = {"train": splits["train"]}
+    for name, found in texts.items():
+        distinct[name] = [row for row, text in zip(splits[name], found, strict=True) if text not in near]
+        if name == "validation":
+            near |= find_near_texts(texts["test"], map(folded_answer, distinct[name]), threshold)
     single = {name: rows if name == "train" else drop_repeated_questions(rows) for name, rows in distinct.items()}
     whole, left, last = (list(itertools.chain(*parts.values())) for parts in (splits, distinct, single))
     lines = [compare_rows("splitting.near_answers", whole, left), compare_rows("splitting.second_answers", left, last)]
     return single, lines
 
 
+def folded_answer(row: Row) -> str:
+    """Return a row's answer by its words."""
+    return fold(row["completion"])
+
+
 def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold: float = NEAR) -> set[str]:
     """Return the folded texts of `queries` that equal a reference or have a word 3-gram Jaccard of `threshold` with one.
 
     Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): a near text shares at least
-    ceil(threshold * n) of n 3-grams, and so at least one of any n - ceil(threshold * n) + 1 of them.
+    ceil(threshold * n) of n 3-grams, and so at least one of any n - ceil(threshold * n) + 1 of them. References are read
+    once and none is kept.
     """
-    references = dict.fromkeys(references)
-    near = {query for query in queries if query in references}
-    grams = {query: trigrams(query) for query in dict.fromkeys(queries) if query not in near}
-    frequency = Counter(gram for found in grams.values() for gram in found)
-    index = defaultdict(list)
-    for query, found in grams.items():
-        # The rarest ones: boilerplate would make every text a candidate. The 3-gram itself settles ties.
-        rare = sorted(found, key=lambda gram: (frequency[gram], gram))
-        # The margin keeps 0.7 * 10 = 7.000000000000001 from asking for eight.
-        for gram in rare[: len(found) - math.ceil(threshold * len(found) - 1e-9) + 1]:
-            index[gram].append(query)
-    for reference in references:
-        found = trigrams(reference)
-        for query in {query for gram in index.keys() & found for query in index[gram]} - near:
-            shared = len(grams[query] & found)
-            if shared / (len(grams[query]) + len(found) - shared) >= threshold:
-                near.add(query)
+    texts, rest = list(dict.fromkeys(queries)), iter(references)
+    asked, near = set(texts), set()
+    flat, starts = hash_trigrams(texts)
+    grams = [np.unique(flat[start:end]) for start, end in itertools.pairwise(starts)]
+    index, of_text = index_rare(grams, threshold)
+    # Most 3-grams of most references are in no query
+    known = np.zeros(int(LAST_BITS) + 1, dtype=bool)
+    known[index & LAST_BITS] = True
+    while batch := list(itertools.islice(rest, 1000)):
+        near |= asked.intersection(batch)
+        flat, starts = hash_trigrams(batch)
+        places = np.flatnonzero(known[flat & LAST_BITS])
+        first, last = (np.searchsorted(index, flat[places], side) for side in ("left", "right"))
+        owners = np.searchsorted(starts, places, "right") - 1
+        found = (owners[first < last].tolist(), first[first < last].tolist(), last[first < last].tolist())
+        pairs = {(owner, text) for owner, low, high in zip(*found, strict=True) for text in of_text[low:high].tolist()}
+        for owner, candidates in itertools.groupby(sorted(pairs), key=lambda pair: pair[0]):
+            own = np.unique(flat[starts[owner] : starts[owner + 1]])
+            for _, text in candidates:
+                if texts[text] not in near and are_near(grams[text], own, threshold):
+                    near.add(texts[text])
     return near
 
 
-def trigrams(text: str) -> set[tuple[str, ...]]:
-    """Return the word 3-grams of a folded text; a shorter text is one gram of its own."""
-    words = text.split()
-    return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
+def are_near(one: np.ndarray, two: np.ndarray, threshold: float) -> bool:
+    """Tell whether two sorted sets have a Jaccard index of `threshold`."""
+    if min(len(one), len(two)) < threshold * max(len(one), len(two)) - 1e-9:
+        return False
+    shared = len(np.intersect1d(one, two, assume_unique=True))
+    return shared / (len(one) + len(two) - shared) >= threshold
+
+
+def hash_trigrams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the word 3-grams of folded texts in one array, and where each text's begin; a shorter text is one of its own.
+
+    A 3-gram is 64 bits of hash: that any two of a billion are mistaken for each other has a chance of 3 %, that this
+    decides about a text none worth a thought.
+    """
+    words = [text.split() for text in texts]
+    words = [found if len(found) > 2 else [*found, "", "", ""][:3] for found in words]
+    ends = np.cumsum([len(found) for found in words], dtype=np.int64)
+    hashes = np.fromiter(map(hash, itertools.chain.from_iterable(words)), np.int64).view(np.uint64)
+    # What begins at the last two words of a text would reach into the next
+    within = np.ones(len(hashes), dtype=bool)
+    within[ends - 1] = within[ends - 2] = False
+    grams = (hashes[:-2] * ODD + hashes[1:-1]) * ODD + hashes[2:]
+    return grams[within[:-2]], np.concatenate([[0], ends - 2 * np.arange(1, len(ends) + 1)])
+
+
+def index_rare(grams: list[np.ndarray], threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 3-grams by which a text is found, sorted, and the number of the text beside each."""
+    sizes = np.array([len(found) for found in grams], dtype=np.int64)
+    flat, owners = np.concatenate([np.empty(0, np.uint64), *grams]), np.repeat(np.arange(len(grams)), sizes)
+    _, inverse, counts = np.unique(flat, return_inverse=True, return_counts=True)
+    # The rarest ones: boilerplate would make every text a candidate. The 3-gram itself settles ties.
+    order = np.lexsort((inverse, counts[inverse], owners))
+    rank = np.arange(len(flat)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    # The margin keeps 0.7 * 10 = 7.000000000000001 from asking for eight.
+    needed = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
+    rare = order[rank < np.repeat(needed, sizes)]
+    rare = rare[np.argsort(inverse[rare])]
+    return flat[rare], owners[rare]
 
 
 def hold_out(splits: Splits, name: str, rows: list[Row], group_by: list[str]) -> tuple[Splits, LedgerLine]:
@@ -143,42 +193,59 @@ def drop_known(rows: list[Row], held: list[Row], group_by: list[str], threshold:
     columns = list(dict.fromkeys([*group_by, "prompt"]))
     known = {value for row in held for value in row_values(row, columns)}
     left = [row for row in rows if known.isdisjoint(row_values(row, columns))]
-    texts = [fold(row["completion"]) for row in left]
-    near = find_near_texts(texts, [fold(row["completion"]) for row in held], threshold)
+    texts = [folded_answer(row) for row in left]
+    near = find_near_texts(texts, map(folded_answer, held), threshold)
     return [row for row, text in zip(left, texts, strict=True) if text not in near]
 
 
 def leak_report(splits: Splits, group_by: list[str]) -> dict[str, dict[str, int]]:
     """Return, for each held-out split against each earlier one, how many of its rows share what with the other."""
-    pairs = (("validation", "train"), ("test", "train"), ("test", "validation"))
-    return {f"{one}_in_{two}": leak_counts(splits[one], splits[two], group_by) for one, two in pairs}
+    validation, test = splits["validation"], splits["test"]
+    one, two = leak_counts([validation, test], splits["train"], group_by)
+    (three,) = leak_counts([test], validation, group_by)
+    return {"validation_in_train": one, "test_in_train": two, "test_in_validation": three}
 
 
-def leak_counts(rows: list[Row], earlier: list[Row], group_by: list[str]) -> dict[str, int]:
-    """Return how many of `rows` share a column's value, the question, the exact or a near answer with `earlier`."""
-    counts = {"rows": len(rows)}
+def leak_counts(parts: list[list[Row]], earlier: list[Row], group_by: list[str]) -> list[dict[str, int]]:
+    """Return how many rows of each part share a column's value, the question, the exact or a near answer with `earlier`."""
+    counts = [{"rows": len(rows)} for rows in parts]
     for column in dict.fromkeys([*group_by, "prompt"]):
-        known = {value for row in earlier for value in row_values(row, [column])}
-        counts[column] = sum(not known.isdisjoint(row_values(row, [column])) for row in rows)
-    own, others = ([fold(row["completion"]) for row in part] for part in (rows, earlier))
-    for key, known in (("exact_answer", set(others)), ("near_answer", find_near_texts(own, others))):
-        counts[key] = sum(answer in known for answer in own)
+        own = [[row_values(row, [column]) for row in rows] for rows in parts]
+        known = set(itertools.chain.from_iterable(itertools.chain(*own)))
+        known.intersection_update(value for row in earlier for value in row_values(row, [column]))
+        for count, values in zip(counts, own, strict=True):
+            count[column] = sum(not known.isdisjoint(found) for found in values)
+    answers = [[folded_answer(row) for row in rows] for rows in parts]
+    asked = set(itertools.chain(*answers))
+    exact = asked.intersection(map(folded_answer, earlier))
+    for key, known in (("exact_answer", exact), ("near_answer", find_near_texts(asked, map(folded_answer, earlier)))):
+        for count, texts in zip(counts, answers, strict=True):
+            count[key] = sum(text in known for text in texts)
     return counts
 
 
 def random_split_leaks(rows: list[Row], group_by: list[str], share: float, seed: int) -> dict[str, int]:
     """Return `leak_counts` of a test split of `share` of the rows drawn one by one: what grouping prevents."""
-    drawn = random.Random(seed).sample(sorted(rows, key=row_key), round(share * len(rows)))
-    keys = {row_key(row) for row in drawn}
-    return leak_counts(drawn, [row for row in rows if row_key(row) not in keys], group_by)
+    ordered = sorted(rows, key=row_key)
+    places = random.Random(seed).sample(range(len(rows)), round(share * len(rows)))
+    drawn = [ordered[place] for place in places]
+    # What is drawn is taken out
+    for place in places:
+        ordered[place] = {}
+    return leak_counts([drawn], list(filter(None, ordered)), group_by)[0]
 
 
 def split_fingerprint(splits: Splits) -> str:
     """Return a sha256 over which text is in which split; any moved, edited, added or dropped row changes it."""
     extra = ("system", "history", "thinking")
-    texts = [
-        [name, *row_key(row), row["prompt"], row["completion"], *map(row.get, extra)]
-        for name, rows in splits.items()
-        for row in rows
-    ]
-    return sha256("\n".join(sorted(map(json.dumps, texts))))
+    found, first = hashlib.sha256(), True
+    # Sorted as if all of each text were there, of which only the beginning is kept
+    keyed = sorted(
+        ((json.dumps([name, *row_key(row)])[:-1], row) for name, rows in splits.items() for row in rows),
+        key=itemgetter(0),
+    )
+    for begin, same in itertools.groupby(keyed, key=itemgetter(0)):
+        for text in sorted(json.dumps([row["prompt"], row["completion"], *map(row.get, extra)]) for _, row in same):
+            found.update(f"{'' if first else chr(10)}{begin}, {text[1:]}".encode())
+            first = False
+    return found.hexdigest()

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from medibot.cleaning import NAMED_LISTS
+from medibot.data.conversations import count_tokens
 from medibot.data.prepared import PREPARED, Prepared, prepare
 from medibot.data.sources import open_sources
 from medibot.errors import RecipeError
@@ -405,3 +406,34 @@ def test_two_processes_at_once_make_it_once_and_alike(prepared_of, recipe_of, ma
     assert made[2] == here.split["fingerprint"]
     names = [path.name for path in here.folder.parent.iterdir() if path.suffix != ".lock"]
     assert len(names) == 1 and re.fullmatch("[0-9a-f]{16}", names[0])
+
+
+def test_counted_tokens_are_those_of_chats_read_one_by_one(make_tokenizer):
+    tokenizer = make_tokenizer("llama3")
+    special = tokenizer.eos_token
+    texts = [
+        "Gout.",
+        f"Gout {special} is",
+        f"{special[:-1]}",
+        f"a{chr(0xF0000)}b",
+        f"{special[:2]}{chr(0xF0000)}{special[2:]}",
+        "é\n\nß",
+    ]
+    chats = [
+        [{"role": "user", "content": one}, {"role": "assistant", "content": two}] for one in texts for two in texts
+    ]
+    kwargs = {"sanitize_control_tokens": True}
+    each = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **kwargs) for chat in chats]
+    assert count_tokens(tokenizer, chats, kwargs) == [len(ids) for ids in each]
+
+
+def test_a_column_that_only_late_rows_have_is_kept(prepared_of):
+    few = sample()
+    rows = [few[n % len(few)] | {"focus": f"topic {n}", "question": f"{n}. How so?"} for n in range(2500)]
+    rows[2400] |= {"note": "late", "thinking": "Hm."}
+    write_rows([row | {"answer": f"{row['answer']} {n}"} for n, row in enumerate(rows)])
+    prepared = prepared_of("data.validation=0", "data.test=0", "evaluation.evidence={source: note}")
+    train = prepared.load("train")
+    assert {row["row"]: row["note"] for row in train if row["note"]} == {2400: "late"}
+    assert train["row"][:] == list(range(2500))
+    assert not list(prepared.folder.glob("*.arrow"))

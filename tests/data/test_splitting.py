@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import random
 from pathlib import Path
@@ -16,7 +18,6 @@ from medibot.data.splitting import (
     random_split_leaks,
     split_fingerprint,
     split_rows,
-    trigrams,
 )
 
 COLUMNS = ["topic", "document", "prompt"]
@@ -155,6 +156,11 @@ def test_rows_added_on_known_topics_move_nothing(pairs, data):
     assert {index: after[index] for index in before} == before
 
 
+def trigrams(text):
+    words = text.split()
+    return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
+
+
 def jaccard(one, two):
     return len(trigrams(one) & trigrams(two)) / len(trigrams(one) | trigrams(two))
 
@@ -190,6 +196,14 @@ def test_a_near_text_is_found_though_all_that_it_adds_is_rare():
     shared = " ".join(f"w{number}" for number in range(10))
     assert jaccard(f"a1 a2 {shared}", shared) == 0.8
     assert find_near_texts([f"a1 a2 {shared}"], [shared], 0.8) == {f"a1 a2 {shared}"}
+
+
+def test_a_near_text_is_found_among_any_number_of_references():
+    draw = random.Random(0)
+    references = [" ".join(draw.choices([f"w{number}" for number in range(300)], k=30)) for _ in range(2300)]
+    for place in (0, 999, 1000, 2299):
+        near = f"{references[place]} more"
+        assert find_near_texts([near, "another text"], iter(references), 0.8) == {near}
 
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
@@ -316,3 +330,26 @@ def test_a_random_split_of_medquad_leaks(cleaned):
     leaks = random_split_leaks(cleaned[0], MEDQUAD_COLUMNS, 0.1, seed=0)
     assert leaks["question_focus"] > 0.8 * leaks["rows"]
     assert leaks["near_answer"] > leaks["exact_answer"] > 0
+
+
+def test_a_fingerprint_does_not_depend_on_how_much_of_it_is_held_at_once():
+    rows = [row(number, f"Q{number}?", history=None) for number in (10, 1, 101, 2)]
+    rows += [row(7, "How?", part=part) for part in (10, 1, 2)] + [row(1, "An added one?"), row(3, source="b")]
+    splits = splits_of(rows[:5], rows[5:], [])
+    texts = [
+        [
+            name,
+            one.get("source", ""),
+            one["row"],
+            one.get("part", 0),
+            one["prompt"],
+            one["completion"],
+            None,
+            None,
+            None,
+        ]
+        for name, found in splits.items()
+        for one in found
+    ]
+    whole = "\n".join(sorted(map(json.dumps, texts)))
+    assert split_fingerprint(splits) == hashlib.sha256(whole.encode()).hexdigest()

@@ -105,6 +105,7 @@ SETTINGS = [
     ("data", "clean: drop_unanswered", "must be a list"),
     ("data", "seed: true", "must be a whole number, not true"),
     ("data", "name:", None),
+    ("data", "streaming: true", "does not stand in a recipe (all rows are read before the first step"),
     ("training", "max_seq_length: 512", "no such setting (renamed: max_length)"),
     ("training", "warmup_ratio: 0.03", "renamed: warmup_steps, where a number below 1 is a ratio"),
     ("training", "evaluation_strategy: steps", "renamed: eval_strategy"),
