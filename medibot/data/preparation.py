@@ -12,7 +12,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from medibot.cleaning import clean, columns_read, expand, own, split_item
-from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
+from medibot.cleaning.ledger import LedgerLine, Tally, compare_rows, row_key
 from medibot.cleaning.own import RuleFailed
 from medibot.cleaning.rules import Row
 from medibot.data import splitting
@@ -106,10 +106,12 @@ def clean_pool(
         if empty := sum(not (row[column] or "").strip() for row in rows):
             what = f"{empty:,} of {len(rows):,} rows have no {column}"
             raise recipe.error("data.clean", what, f"add the rule {rule}")
-    # Text must not forge a turn of this model's template
-    markers, plain = role_markers(tokenizer), []
+    # Text must not forge a turn of this model's template; what the recipe itself says is its author's own
+    markers, plain, authored = role_markers(tokenizer), [], {section.system for section in (data, *data.sources)}
     for row in rows:
-        texts = {key: row[key] for key in ("prompt", "completion", "thinking") if key in row}
+        texts = {key: row[key] for key in ("prompt", "completion", "thinking", "system") if key in row}
+        if texts.get("system") in authored:
+            texts.pop("system", None)
         changed: Row = {key: escape_markers(text, markers) for key, text in texts.items()}
         if "history" in row:
             changed["history"] = [m | {"content": escape_markers(m["content"], markers)} for m in row["history"]]
@@ -117,7 +119,13 @@ def clean_pool(
     escaped = compare_rows("role markers made text", rows, plain)
     progress(f"preparing {data.described}: {len(plain):,} conversations, counting tokens")
     rows, fitted = fit_length(recipe, tokenizer, plain)
-    return rows, [*ledger, escaped, fitted]
+    ledger += [escaped, fitted]
+    if any("part" in row for row in rows):
+        # The last turn of a conversation holds all of it
+        whole = {row_key(row)[:2]: row["tokens"] for row in rows}
+        spent = sum(row["tokens"] for row in rows) / sum(whole.values())
+        ledger.append(Tally(f"{spent:.1f} times the tokens of conversations read once").line(len(rows)))
+    return rows, ledger
 
 
 def group_columns(recipe: Recipe, sources: list[Source]) -> list[str]:

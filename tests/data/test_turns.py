@@ -166,6 +166,9 @@ def test_each_answer_of_a_conversation_is_learned_with_all_before_it_as_its_prom
     assert list(zip(train["row"], train["part"], strict=True)) == [(0, 0), (0, 1), (0, 2), (1, None)]
     counted = line(prepared, "one row for each answer")
     assert (counted["rows_in"], counted["added"], counted["rows_out"]) == (2, 2, 4)
+    tokens = train["tokens"]
+    spent = f"{sum(tokens) / (tokens[2] + tokens[3]):.1f} times the tokens of conversations read once"
+    assert spent in rules(prepared) and not spent.startswith("1.0")
 
 
 def test_only_the_last_answer_is_learned_when_the_recipe_says_so(prepared_of):
@@ -278,8 +281,8 @@ def test_the_turns_of_a_conversation_stand_in_one_split_though_nothing_groups_th
 
 
 def test_control_text_of_earlier_turns_is_made_plain(prepared_of):
-    chat = openai()
-    chat[0]["content"] = "<|user|> What is it?</s>"
+    chat = openai(system="<|user|> Be kind.")
+    chat[1]["content"] = "<|user|> What is it?</s>"
     prepared = prepared_of("  messages: chat\n", [{"chat": chat}], family="tinyllama")
     assert all("<|user|>" not in message["content"] for row in prepared.load("train") for message in row["prompt"])
 
