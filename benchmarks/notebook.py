@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from medibot.data.prepared import Prepared, prepare
-from medibot.data.sources import open_source
+from medibot.data.sources import open_sources
 from medibot.data.splitting import sha256
 from medibot.evaluation.questions import choose_questions, question, reference
 from medibot.evaluation.scores import likelihood
@@ -64,7 +64,7 @@ def written_by_hand(question: str, answer: str) -> tuple[str, str]:
 def raw_rows(prepared: Prepared, count: int) -> list[tuple[str, str]]:
     """(question, answer or "None") of rows of the raw file that share nothing with a held-out row, drawn at random."""
     data = prepared.recipe.data
-    rows = open_source(prepared.recipe)[1]()
+    rows = [row for _, row in open_sources(prepared.recipe)[0].read()]
     held = {row for split in ("validation", "test") for row in prepared.load(split)["row"]}
     keys = {(column, rows[row][column]) for row in held for column in data.group_by if rows[row][column]}
     free = [row for row in rows if not any((column, row[column]) in keys for column in data.group_by)]

@@ -356,10 +356,10 @@ def multiply(path: str, copies: int, target: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    from medibot.data.sources import open_source
+    from medibot.data.sources import open_sources
     from medibot.recipe import load_recipe
 
-    source = open_source(load_recipe(RECIPE, [f"data.path={path}"]))[1]()
+    source = [row for _, row in open_sources(load_recipe(RECIPE, [f"data.path={path}"]))[0].read()]
     tying = ("document_id", "document_url", "umls_cui")
 
     def renamed(row: dict[str, Any], copy: int) -> dict[str, Any]:
