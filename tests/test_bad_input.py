@@ -432,6 +432,7 @@ CONTENT = [
         "no file or folder 'more.jsonl'",
         at="path: more",
     ),
+    in_recipe("own rule out of the folder", RULE, "..mine:drop", "is written file:function", at="..mine:drop"),
     in_recipe("own rule without a file", RULE, "mine:drop", "mine:drop: there is no file", at="mine:drop"),
     *(
         in_recipe(f"own rule {name}", RULE, "mine:drop", says, at=at, files={"mine.py": code})

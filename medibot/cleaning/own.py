@@ -1,6 +1,7 @@
 """Find rules of an author's own: functions in a Python file beside the recipe."""
 
 import ast
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ def rule_file(name: str, folder: Path) -> Path:
 
 def own_rule_problem(name: str, folder: Path) -> str | None:
     """Return what is wrong with a rule of an author's own, in one line, or None; reads its file and runs nothing."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        return f"{name}: a rule of your own is written file:function, its file without .py and beside the recipe"
     file, function = rule_file(name, folder), name.partition(":")[2]
     if not file.is_file():
         return f"{name}: there is no file {file}"

@@ -53,7 +53,7 @@ def test_a_mixed_run_is_broken_down_by_source_and_asked_its_earlier_turns(miniat
     train(recipe, "mixed")
     evaluate("mixed", rows=12)
     found, lines = results("mixed"), read_lines(open_run("mixed").folder / "eval" / "rows.jsonl")
-    assert set(found["by"]["source"]) == {"medquad", "everyday"} == {line["source"] for line in lines}
+    assert set(found["by"]["source"]) == {SAMPLE.stem, "everyday"} == {line["source"] for line in lines}
     assert sum(part["rows"] for part in found["by"]["source"].values()) == len(lines) == 12
 
 
