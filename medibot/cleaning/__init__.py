@@ -82,7 +82,7 @@ def apply_own_rule(name: str, rows: list[Row], folder: Path, settings: dict[str,
             for row in rows:
                 where = f" at row {row['row']}"
                 kept += [left] if (left := rule(dict(row), **settings)) is not None else []
-    except Exception as error:
+    except Exception as error:  # an author's code may raise anything
         raise RuleFailed(f"{name} failed{where}: {type(error).__name__}: {error}") from error
     for left in kept if isinstance(kept, list) else [kept]:
         texts = [left.get(column) for column in ("prompt", "completion")] if isinstance(left, dict) else [0]

@@ -28,7 +28,7 @@ class Tally:
     count: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
 
-    def note(self, row: int, **shown: tuple[Any, Any]) -> None:
+    def note(self, row: int, shown: dict[str, tuple[Any, Any]]) -> None:
         """Count a row, of which an example shows columns before and after."""
         self.count += 1
         if len(self.examples) < 3:

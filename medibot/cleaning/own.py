@@ -47,6 +47,6 @@ def import_rule(name: str, folder: Path) -> Callable[..., Any]:
     module = types.ModuleType(file.stem)
     try:
         exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
-    except Exception as error:
+    except Exception as error:  # an author's code may raise anything
         raise RuleFailed(f"{file} failed: {type(error).__name__}: {error}") from error
     return vars(module)[name.partition(":")[2]]

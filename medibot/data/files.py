@@ -118,8 +118,11 @@ def read_json(file: IO[bytes], name: str) -> Iterator[Placed]:
             raise RecipeError.of(f"{name}:{line}", f"not JSON: {error}", "an array of JSON objects") from error
         yield f"{name}:{line}", row
         line, at = line + text.count("\n", at, after.end()), after.end()
-    if text[at : at + 1] != "]":
-        raise RecipeError.of(f"{name}:{line}", "not JSON: the array has no end", "an array of JSON objects")
+    if not re.fullmatch(r"\]\s*\}?\s*", text[at:]):
+        what = (
+            "the array has no end" if at >= len(text) else "more stands behind the array of rows, which nothing reads"
+        )
+        raise RecipeError.of(f"{name}:{line}", f"not JSON of rows alone: {what}", "an array of JSON objects")
 
 
 def read_csv(file: IO[bytes], name: str) -> Iterator[Placed]:

@@ -33,10 +33,14 @@ def prepare_rows(
     data, group_by, ledger = recipe.data, group_columns(recipe, sources), []
     # What an author holds out stays apart from the first row on
     pools: dict[str | None, list[Row]] = {None: []}
+    opened = {file for source in sources for file in source.files}
     for source in sources:
         rows, lines = read_source(recipe, tokenizer, source, len(sources) > 1, progress)
         pools.setdefault(source.held_out, []).extend(rows)
-        ledger += lines
+        left = [
+            Tally(f"not read: file {Path(file).name!r}").line(len(rows)) for file in source.beside if file not in opened
+        ]
+        ledger += [*left, *lines]
     columns = {column for rows in pools.values() for row in rows for column in row}
     for written, column in zip(data.group_by, group_by, strict=True):
         if column not in columns:

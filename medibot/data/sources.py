@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class Source:
     digest: str
     read: Callable[[], Iterator[Placed]]
     held_out: str | None = None
+    files: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    """Files of rows in the same folder that are of no split, or of another one, and are not read."""
 
 
 def open_sources(recipe: Recipe) -> list[Source]:
@@ -83,7 +87,8 @@ def open_source(recipe: Recipe, key: str, section: SourceSection, held_out: str 
     if "*" not in path and "://" not in path and not Path(where).exists():
         raise recipe.error(f"{key}.path", f"no file or folder {path!r}", "check the path, seen from here")
     try:
-        files, digest = find_files(recipe, f"{key}.path", path, where, section.split), hashlib.sha256()
+        files, beside = find_files(recipe, f"{key}.path", path, where, section.split)
+        digest = hashlib.sha256()
         for file in files:
             digest.update(Path(file).name.encode() + b"\0")
             with fsspec.open(file) as opened:
@@ -94,7 +99,8 @@ def open_source(recipe: Recipe, key: str, section: SourceSection, held_out: str 
     except Exception as error:  # a network's libraries have exceptions of their own
         what = f"{path!r} cannot be read: {one_line(error) or type(error).__name__}"
         raise recipe.error(f"{key}.path", what, "check path, network and access") from error
-    return Source(key, name, section, digest.hexdigest(), lambda: read_files(recipe, f"{key}.path", files), held_out)
+    read = partial(read_files, recipe, f"{key}.path", files)
+    return Source(key, name, section, digest.hexdigest(), read, held_out, tuple(files), tuple(beside))
 
 
 def open_hub(recipe: Recipe, key: str, section: SourceSection, held_out: str | None) -> Source:
@@ -127,8 +133,11 @@ def is_hub_id(path: str) -> bool:
     return bool(named) and not find_file(path).exists()
 
 
-def find_files(recipe: Recipe, key: str, path: str, where: str, split: str) -> list[str]:
-    """Return the files of a path, a folder, a pattern or a URL; of a folder with a file for each split, that split's."""
+def find_files(recipe: Recipe, key: str, path: str, where: str, split: str) -> tuple[list[str], list[str]]:
+    """Return (the files of a path, a folder, a pattern or a URL, those beside them that are not read).
+
+    Of a folder with a file for each split those of the split are read.
+    """
     system, root = fsspec.core.url_to_fs(path if "://" in path else where)
     folder = "*" not in root and system.isdir(root)
     found = system.glob(root) if "*" in root else system.ls(root, detail=False) if folder else [root]
@@ -139,10 +148,13 @@ def find_files(recipe: Recipe, key: str, path: str, where: str, split: str) -> l
         if folder or "*" in root:
             what = f"{'folder ' if folder else ''}{path} holds no {kinds} file"
         raise recipe.error(key, what, f"use {kinds}, also with {', '.join(COMPRESSED)}")
-    named = {name: [f for f in files if re.match(rf"({words})\b", Path(f).name)] for name, words in SPLIT_NAMES.items()}
-    if folder and (split != "train" or any(named.values())):
-        files = named.get(split, [])
-    if not files:
+    found = [system.unstrip_protocol(file) for file in files]
+    named = {
+        name: [file for file in found if re.match(rf"({words})(?![a-z])", Path(file).name, re.IGNORECASE)]
+        for name, words in SPLIT_NAMES.items()
+    }
+    read = named.get(split, []) if folder and (split != "train" or any(named.values())) else found
+    if not read:
         what = f"{path} has no file for split {split!r}"
         raise recipe.error(key, what, f"name one {split}.jsonl, or give the path of the file")
-    return [system.unstrip_protocol(file) for file in files]
+    return read, [file for file in found if file not in read]

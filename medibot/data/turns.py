@@ -94,7 +94,7 @@ class Turns:
         try:
             messages, learned = self.read_messages(number, row, cells)
         except Malformed as fault:
-            self.malformed.note(number, conversation=(fault, None))
+            self.malformed.note(number, {"conversation": (fault, None)})
             self.fault = self.fault if self.fault[0] else (place, str(fault))
             return []
         own = messages[0]["content"] if messages[0]["role"] == "system" else None
@@ -119,16 +119,16 @@ class Turns:
         for message in given[: len(given) - len(lists[-1])]:
             message["learned"] = False
         messages, merged = join_turns(given, self.section.malformed == "merge")
-        while messages and messages[-1]["role"] == "user":
-            self.unanswered.note(number, turn=(messages.pop()["content"], None))
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise Malformed("it has no assistant turn")
+        while messages[-1]["role"] == "user":
+            self.unanswered.note(number, {"turn": (messages.pop()["content"], None)})
         learned = [at for at in answers if messages[at]["learned"]][-1 if self.section.turns == "last" else 0 :]
         for at in set(answers) - set(learned):
-            self.skipped.note(number, turn=(messages[at]["content"], None))
+            self.skipped.note(number, {"turn": (messages[at]["content"], None)})
         if merged:
-            self.merged.note(number, conversation=(merged, "joined or cut"))
+            self.merged.note(number, {"conversation": (merged, "joined or cut")})
         return messages, learned
 
     def finish(self, number: int, turn: Row, system: str | None) -> Row:
@@ -137,7 +137,7 @@ class Turns:
         if not thinking.strip() and (match := THOUGHT.match(answer)):
             # Where the template would drop it, it stays and is learned as text
             after = answer[match.end() :] if self.thinks else answer
-            self.thoughts.note(number, completion=(answer, after))
+            self.thoughts.note(number, {"completion": (answer, after)})
             turn, thinking = turn | {"completion": after}, match[1] if self.thinks else ""
         elif thinking.strip() and not self.thinks:
             what = "the model's chat template does not write reasoning_content"
@@ -149,7 +149,7 @@ class Turns:
         value = row.get(column)
         text = as_text(value)
         if not isinstance(value, str | None):
-            self.converted.note(number, **{column: (value, text)})
+            self.converted.note(number, {column: (value, text)})
         return text
 
     def fill(self, number: int, row: Row, name: str) -> Any:

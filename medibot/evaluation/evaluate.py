@@ -164,14 +164,8 @@ def mirror(recipe: Recipe, run: Run, report: Report, lines: Rows) -> None:
     results, metrics, record = report.results, report.results["metrics"], run.record()
     manifest = {"run": run.name, "run_fingerprint": record["fingerprint"]}
     config = {"recipe": recipe.as_dict()} | manifest | {k: v for k, v in results.items() if k not in {"metrics", "by"}}
-    scored = (
-        "text",
-        *(("thinking",) if "thinking" in lines[0]["tuned"] else ()),
-        "nll",
-        "tokens",
-        "rouge_l",
-        "stopped",
-    )
+    thinking = ["thinking"] if "thinking" in lines[0]["tuned"] else []
+    scored = ["text", *thinking, "nll", "tokens", "rouge_l", "stopped"]
     scores = [(which, key) for which in ("base", "tuned") for key in scored]
     shown = ("row", "group", "question", "reference")
     with tracking.tracked(recipe, run, config, True, job_type="eval") as mirrored:

@@ -173,6 +173,7 @@ def test_a_file_is_read_over_the_network_and_a_changed_one_is_another(rows_of, t
         ("rows.jsonl", lines(ROWS[:2]) + b"{\n", "rows.jsonl:3"),
         ("rows.jsonl.gz", gzip.compress(lines(ROWS[:2]) + b"{\n"), "rows.jsonl.gz:3"),
         ("rows.json", b'[{"a": 1},\n\n {"a": 2},\n {"a": }]', "rows.json:4"),
+        ("rows.json", b'{"train": [{"a": 1}],\n "test": [{"a": 2}]}', "rows.json:1"),
         ("rows.csv", b'question,answer\n"a\nb",c\nd\n', "rows.csv:4"),
         ("rows.tsv", b"question\tanswer\na\tb\nc\n", "rows.tsv:3"),
         ("rows.csv", "question,answer\na,b\nc,ß\n".encode("latin-1"), "rows.csv:3"),

@@ -161,10 +161,20 @@ def test_splits_of_a_folder_or_of_a_saved_set_are_taken_as_they_are(prepared_of)
     held = ["data.validation={split: validation}", "data.test={split: test}"]
     prepared = prepared_of(OWN, "data.path=set", *held)
     assert prepared.split["rows"] == {"train": 20, "validation": 4, "test": 6}
+    assert not [one for one in prepared.ledger if "not read: file" in one["rule"]]
     Dataset.from_list(qa(0, 20)).save_to_disk("saved/train")
     Dataset.from_list(qa(24, 30)).save_to_disk("saved/test")
     prepared = prepared_of(OWN, "data.path=saved/train", "data.test={path: saved/test}", "data.validation=0")
     assert prepared.split["rows"] == {"train": 20, "validation": 0, "test": 6}
+
+
+def test_files_of_a_folder_of_splits_that_nothing_reads_are_said_and_never_learned(prepared_of):
+    for name, rows in (("train_0", qa(0, 10)), ("Train-1", qa(10, 20)), ("test_0", qa(20, 24)), ("more", qa(24, 30))):
+        write(f"set/{name}.jsonl", rows)
+    prepared = prepared_of(OWN, "data.path=set", "data.validation=0", "data.test=0")
+    assert prepared.split["rows"]["train"] == 20
+    said = [one["rule"] for one in prepared.ledger if one["rule"].startswith("not read: file")]
+    assert said == ["not read: file 'more.jsonl'", "not read: file 'test_0.jsonl'"]
 
 
 def test_a_test_set_beside_a_share_for_validation_leaks_into_neither(prepared_of):

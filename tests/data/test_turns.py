@@ -135,6 +135,18 @@ def test_values_that_are_not_text_become_text_by_one_rule_and_are_counted(prepar
     assert pairs(prepared) == [("2026-11-28", "2.0")]
 
 
+@pytest.mark.parametrize("name", ["row", "self", "shown"])
+def test_a_number_in_a_column_of_any_name_is_counted(prepared_of, name):
+    prepared = prepared_of(f"  prompt: {name}\n  completion: answer\n", [{name: 7, "answer": "So."}])
+    assert pairs(prepared) == [("7", "So.")]
+    assert line(prepared, "values that are not text made text")["changed"] == 1
+
+
+def test_a_conversation_of_questions_alone_is_malformed_and_not_also_cut(prepared_of):
+    prepared = prepared_of("  messages: chat\n  malformed: drop\n", [{"chat": openai()}, {"chat": [USER]}])
+    assert "last turns without an answer cut" not in rules(prepared)
+
+
 OWN = ["row", "part", "source", "group", "tokens", "prompt", "completion", "history", "system", "thinking"]
 
 
