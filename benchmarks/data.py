@@ -16,7 +16,9 @@ import re
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,17 @@ data:
   test: 0.05
 training: {{max_length: 1024}}
 """
-# Stage -> where its function is looked up: module and name
+# Stage -> where its function is looked up: module, and class or None, and name; those of STREAMS yield rows
+STREAMS = {
+    "read": ("turns", "Turns", "__iter__"),
+    "clean": ("preparation", "Cleaning", "__call__"),
+    "tokens": ("conversations", "Fitting", "__call__"),
+}
 STAGES = {
-    "read": [("preparation", "read_source")],
-    "clean": [("preparation", "clean")],
-    "tokens": [("preparation", "fit_length")],
-    "split": [("splitting", "split_rows"), ("splitting", "drop_leaks")],
-    "leak report": [("splitting", "leak_report"), ("splitting", "random_split_leaks")],
-    "near search": [("splitting", "find_near_texts")],
+    "keep": ("rows", "Rows", "add"),
+    "split": ("preparation", None, "split_pools"),
+    "near search": ("splitting", None, "find_near"),
+    "fingerprint": ("splitting", None, "split_fingerprint"),
 }
 
 
@@ -107,37 +112,63 @@ class Clock:
     """Seconds of each stage, passed and of the processor, those of a stage inside left out."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, np.ndarray] = {}
-        self.inside = [np.zeros(2)]
+        self.seconds: dict[str, list[float]] = {}
+        self.inside = [[0.0, 0.0]]
+
+    @contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """Add the time of what is done under it to the stage's."""
+        start = time.perf_counter(), time.process_time()
+        self.inside.append([0.0, 0.0])
+        try:
+            yield
+        finally:
+            whole = time.perf_counter() - start[0], time.process_time() - start[1]
+            inner, seconds = self.inside.pop(), self.seconds.setdefault(stage, [0.0, 0.0])
+            for place in (0, 1):
+                seconds[place] += whole[place] - inner[place]
+                self.inside[-1][place] += whole[place]
 
     def timed(self, stage: str, function: Any) -> Any:
         """Return the function with its time added to the stage's."""
 
         def run(*given: Any, **named: Any) -> Any:
-            start = np.array([time.perf_counter(), time.process_time()])
-            self.inside.append(np.zeros(2))
-            try:
+            with self.timing(stage):
                 return function(*given, **named)
-            finally:
-                whole = np.array([time.perf_counter(), time.process_time()]) - start
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + whole - self.inside.pop()
-                self.inside[-1] += whole
+
+        return run
+
+    def streamed(self, stage: str, function: Any) -> Any:
+        """Return a function that yields, with the time of each step added to the stage's."""
+
+        def run(*given: Any) -> Any:
+            rows, end = function(*given), object()
+            while True:
+                with self.timing(stage):
+                    row = next(rows, end)
+                if row is end:
+                    return
+                yield row
 
         return run
 
 
-def measure(recipe: Path, cache: Path, until: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def measure(recipe: Path, cache: Path, until: str) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return the seconds of each stage, and the peak memory in GB up to the end of preparing and of all."""
     os.environ["MEDIBOT_CACHE"] = str(cache)
-    from medibot.data import preparation, prepared, splitting
+    from medibot.data import conversations, preparation, prepared, rows, splitting, turns
     from medibot.recipe import load_recipe
     from medibot.run import Run
     from medibot.training.trainer import audit_splits, build_trainer
 
-    clock, modules = Clock(), {"preparation": preparation, "splitting": splitting}
-    for stage, places in STAGES.items():
-        for module, name in places:
-            setattr(modules[module], name, clock.timed(stage, vars(modules[module])[name]))
+    clock = Clock()
+    modules = {
+        module.__name__.rpartition(".")[2]: module for module in (conversations, preparation, rows, splitting, turns)
+    }
+    for kinds, wrap in ((STREAMS, clock.streamed), (STAGES, clock.timed)):
+        for stage, (module, owner, name) in kinds.items():
+            place = vars(modules[module])[owner] if owner else modules[module]
+            setattr(place, name, wrap(stage, vars(place)[name]))
     peaks = {"imported": peak()}
     # What is left of preparing is writing, next to hashing the file
     made = clock.timed("write", prepared.prepare)(load_recipe(str(recipe)))

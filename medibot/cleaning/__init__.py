@@ -4,20 +4,21 @@ Rows come in, as dicts with the columns of their source, the question under "pro
 their 0-based index under "row". Fewer or changed rows go out, with one ledger line a rule. No rule looks outside of the
 rows that it is given, and none drops or changes a row without being counted.
 
-Use `clean`, `rule_problem` and `describe_rules`; `data.clean` in a recipe names the rules in order.
+Use `Cleaning`, `rule_problem` and `describe_rules`; `data.clean` in a recipe names the rules in order.
 """
 
 import difflib
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from medibot.cleaning import medquad, own, rules
-from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
-from medibot.cleaning.own import RuleFailed
+from medibot.cleaning.ledger import Comparison, LedgerLine, row_key
 from medibot.cleaning.rules import Row
 
 RuleItem = str | dict[str, dict[str, Any]]
@@ -38,61 +39,74 @@ def expand(items: Iterable[RuleItem]) -> Iterator[RuleItem]:
         yield from NAMED_LISTS.get(item, [item]) if isinstance(item, str) else [item]
 
 
-def clean(rows: list[Row], items: Iterable[RuleItem], folder: Path | None = None) -> tuple[list[Row], list[LedgerLine]]:
-    """Apply rules in order and return the rows left with one ledger line a rule.
+class Cleaning:
+    """Rules that rows pass in order, one by one; when all have passed, `ledger` says what each rule did to them.
 
     A rule is a name in RULES or NAMED_LISTS, a function of an author's own ("file:function", in `folder`), or one of them
     with settings: {name: {keyword arguments}}.
     """
-    ledger = []
-    for item in expand(items):
-        if problem := rule_problem(item, folder):
-            raise ValueError(problem)
-        name, settings = split_item(item)
-        cleaned = apply_rule(name, rows, folder, **settings)
-        ledger.append(compare_rows(name, rows, cleaned))
-        rows = cleaned
-    return rows, ledger
+
+    def __init__(self, items: Iterable[RuleItem], folder: Path | None = None) -> None:
+        self.folder, self.counts = folder or Path(), []
+        self.items = list(expand(items))
+        for item in self.items:
+            if problem := rule_problem(item, folder):
+                raise ValueError(problem)
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Yield the rows that the rules leave. Raises RuleFailed for a rule of an author's own that fails."""
+        for name, settings in map(split_item, self.items):
+            count = Comparison(name)
+            self.counts.append(count)
+            rule = own.import_rule(name, self.folder) if ":" in name else RULES[name]
+            rule, whole = partial(rule, **settings), takes_all(rule)
+            if ":" in name:
+                rows = own.apply_to_all(name, rule, rows, count) if whole else own.apply(name, rule, rows, count)
+            else:
+                rows = filter_all(rule, rows, count) if whole else filter_each(rule, rows, count)
+        yield from rows
+
+    def ledger(self) -> list[LedgerLine]:
+        """Return one line a rule."""
+        return [count.line() for count in self.counts]
+
+
+def takes_all(rule: Callable[..., Any]) -> bool:
+    """Tell whether a rule takes all rows at once."""
+    return next(iter(inspect.signature(rule).parameters)) == "rows"
+
+
+def filter_each(rule: Callable[[Row], Row | None], rows: Iterable[Row], count: Comparison) -> Iterator[Row]:
+    """Yield what a rule makes of each row."""
+    for row in rows:
+        kept = rule(row)
+        count.note(row, kept)
+        if kept is not None:
+            yield kept
+
+
+def filter_all(rule: Callable[[Iterator[Row]], Iterator[Row]], rows: Iterable[Row], count: Comparison) -> Iterator[Row]:
+    """Yield what a rule leaves of a stream of rows, whose order it keeps."""
+    waiting: deque[Row] = deque()
+
+    def watched() -> Iterator[Row]:
+        for row in rows:
+            waiting.append(row)
+            yield row
+
+    for kept in rule(watched()):
+        while row_key(waiting[0]) != row_key(kept):
+            count.note(waiting.popleft(), None)
+        count.note(waiting.popleft(), kept)
+        yield kept
+    for row in waiting:
+        count.note(row, None)
 
 
 def split_item(item: RuleItem) -> tuple[str, dict[str, Any]]:
     """Return name and settings of an entry of `data.clean`."""
     name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items()))
     return name, settings or {}
-
-
-def apply_rule(name: str, rows: list[Row], folder: Path | None = None, **settings: Any) -> list[Row]:
-    """Return the rows that a rule leaves, whether it takes one row or all of them."""
-    if ":" in name:
-        return apply_own_rule(name, rows, folder or Path(), settings)
-    rule = RULES[name]
-    if next(iter(inspect.signature(rule).parameters)) == "rows":
-        return rule(rows, **settings)
-    return [kept for row in rows if (kept := rule(row, **settings)) is not None]
-
-
-def apply_own_rule(name: str, rows: list[Row], folder: Path, settings: dict[str, Any]) -> list[Row]:
-    """Return the rows that an author's own rule leaves; it works on copies, so that what it changes is counted."""
-    rule, where = own.import_rule(name, folder), ""
-    kept: Any = []
-    try:
-        if next(iter(inspect.signature(rule).parameters)) == "rows":
-            kept = rule([dict(row) for row in rows], **settings)
-        else:
-            for row in rows:
-                where = f" at row {row['row']}"
-                kept += [left] if (left := rule(dict(row), **settings)) is not None else []
-    except Exception as error:  # an author's code may raise anything
-        raise RuleFailed(f"{name} failed{where}: {type(error).__name__}: {error}") from error
-    for left in kept if isinstance(kept, list) else [kept]:
-        texts = [left.get(column) for column in ("prompt", "completion")] if isinstance(left, dict) else [0]
-        if not all(isinstance(text, str | None) for text in texts) or "row" not in left:
-            raise RuleFailed(
-                f"{name} must return a row with text as prompt and completion, or None; it gave {left!r:.200}"
-            )
-    # A row that is left as it was shall not count as changed
-    before = {row_key(row): row for row in rows}
-    return [before[row_key(left)] if before.get(row_key(left)) == left else left for left in kept]
 
 
 def columns_read(items: Iterable[RuleItem], folder: Path | None = None) -> set[str]:

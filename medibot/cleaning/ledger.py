@@ -47,20 +47,42 @@ def row_key(row: Row) -> tuple[str, int, int]:
     return row.get("source", ""), row["row"], row.get("part", 0)
 
 
-def compare_rows(rule: str, before: list[Row], after: list[Row]) -> LedgerLine:
-    """Compare the rows before and after a rule by "row" and "part"."""
-    # Most rows are the same objects, and need no comparison
-    same = {id(row) for row in before} & {id(row) for row in after}
-    left = {row_key(row): row for row in after if id(row) not in same}
-    touched = [row for row in before if id(row) not in same]
-    dropped = [row for row in touched if row_key(row) not in left]
-    changed = [(row, left[row_key(row)]) for row in touched if left.get(row_key(row), row) != row]
-    affected = [*changed, *((row, None) for row in dropped)]
-    # First, middle and last: the neighbours of a row often share its source and its defect
-    places = sorted({0, len(affected) // 2, len(affected) - 1}) if affected else []
-    examples = [make_example(*affected[place]) for place in places]
-    added = len(after) - len(before) + len(dropped)
-    return LedgerLine(rule, len(before), len(dropped), len(changed), added, len(after), examples)
+class Comparison:
+    """A ledger line in the making: rows are shown as they were and as a rule left them, and few are kept as examples."""
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+        self.rows = self.dropped = self.changed = self.added = 0
+        self.kept: dict[int, tuple[Row, Row | None]] = {}
+
+    def note(self, before: Row, after: Row | None) -> None:
+        """Count a row, and what it became; None if it was dropped."""
+        self.rows += 1
+        # Most rows are the same objects, and need no comparison
+        if after is before or after == before:
+            return
+        self.dropped += after is None
+        self.changed += after is not None
+        number = self.dropped + self.changed
+        # The last one moves; where the middle will be nobody knows yet, but a power of two is always near it
+        if (number - 1) & (number - 2):
+            self.kept.pop(number - 1, None)
+        self.kept[number] = (before, after)
+
+    def note_all(self, before: list[Row], after: list[Row]) -> None:
+        """Count rows by "row" and "part", in whatever order a rule left them."""
+        left = {row_key(row): row for row in after}
+        for row in before:
+            self.note(row, left.get(row_key(row)))
+        self.added = len(after) - self.rows + self.dropped
+
+    def line(self) -> LedgerLine:
+        """Return the line; the first, a middle and the last row are its examples: neighbours often share their defect."""
+        count = self.dropped + self.changed
+        middle = min(self.kept, key=lambda number: abs(2 * number - count - 1), default=0)
+        examples = [make_example(*self.kept[number]) for number in sorted({1, middle, count} if count else ())]
+        left = self.rows - self.dropped + self.added
+        return LedgerLine(self.rule, self.rows, self.dropped, self.changed, self.added, left, examples)
 
 
 def make_example(before: Row, after: Row | None) -> dict[str, Any]:

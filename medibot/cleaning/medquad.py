@@ -6,6 +6,7 @@ lists.yaml has the order that recipes use.
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from medibot.cleaning.rules import Row, fold, with_text
@@ -198,19 +199,16 @@ def ask_naturally(row: Row) -> Row:
     return with_text(row, "prompt", question[0].upper() + question[1:])
 
 
-def keep_specific_cuis(rows: list[Row], max_topics: int = 5) -> list[Row]:
+def keep_specific_cuis(rows: Iterable[Row], max_topics: int = 5) -> Iterator[Row]:
     """Make `umls_cui` ("C01|C02") a list of the concepts that at most `max_topics` topics share, fit for grouping.
 
     Concepts such as "Syndrome" (268 topics) would chain unrelated rows. It counts over the rows it is given, so that it
-    stands before the rules that drop.
+    stands before the rules that drop. It holds all of them, since the last row decides about the first.
     """
-    topics = defaultdict(set)
+    rows, topics = list(rows), defaultdict(set)
     for row in rows:
         for cui in (row.get("umls_cui") or "").split("|"):
             topics[cui].add(fold(row.get("question_focus") or ""))
-    return [
-        {**row, "umls_cui": [cui for cui in row["umls_cui"].split("|") if cui and len(topics[cui]) <= max_topics]}
-        if row.get("umls_cui")
-        else row
-        for row in rows
-    ]
+    for row in rows:
+        cuis = [cui for cui in (row.get("umls_cui") or "").split("|") if cui and len(topics[cui]) <= max_topics]
+        yield row | {"umls_cui": cuis} if row.get("umls_cui") else row

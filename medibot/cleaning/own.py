@@ -3,9 +3,12 @@
 import ast
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from medibot.cleaning.ledger import Comparison
+from medibot.cleaning.rules import Row
 
 
 class RuleFailed(Exception):
@@ -50,3 +53,37 @@ def import_rule(name: str, folder: Path) -> Callable[..., Any]:
     except Exception as error:  # an author's code may raise anything
         raise RuleFailed(f"{file} failed: {type(error).__name__}: {error}") from error
     return vars(module)[name.partition(":")[2]]
+
+
+def apply(name: str, rule: Callable[[Row], Row | None], rows: Iterable[Row], count: Comparison) -> Iterator[Row]:
+    """Yield what an author's rule makes of each row; it works on copies, so that what it changes is counted."""
+    for row in rows:
+        try:
+            kept = rule(dict(row))
+        except Exception as error:  # an author's code may raise anything
+            raise RuleFailed(f"{name} failed at row {row['row']}: {type(error).__name__}: {error}") from error
+        count.note(row, kept if kept is None else check_row(name, kept))
+        if kept is not None:
+            # A row that is left as it was shall not count as changed
+            yield row if kept == row else kept
+
+
+def apply_to_all(
+    name: str, rule: Callable[[list[Row]], list[Row]], rows: Iterable[Row], count: Comparison
+) -> Iterator[Row]:
+    """Yield what an author's rule makes of all rows, in its own order; it is given a list of copies."""
+    before = list(rows)
+    try:
+        kept = list(rule([dict(row) for row in before]))
+    except Exception as error:  # an author's code may raise anything
+        raise RuleFailed(f"{name} failed: {type(error).__name__}: {error}") from error
+    count.note_all(before, [check_row(name, row) for row in kept])
+    yield from kept
+
+
+def check_row(name: str, row: Any) -> Row:
+    """Return what a rule of an author's own gave, if it is a row."""
+    texts = [row.get(column) for column in ("prompt", "completion")] if isinstance(row, dict) else [0]
+    if not all(isinstance(text, str | None) for text in texts) or "row" not in row:
+        raise RuleFailed(f"{name} must return a row with text as prompt and completion, or None; it gave {row!r:.200}")
+    return row

@@ -1,14 +1,15 @@
 """Rules that fit any question-answering data.
 
 A function whose first parameter is `row` or `rows` is a rule: the former takes one row and returns it, a changed copy, or
-None to drop it; the latter takes and returns the whole list.
+None to drop it; the latter takes all rows as they stream by, and yields what it leaves of them in their order.
 """
 
 import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 Row = dict[str, Any]
@@ -16,6 +17,8 @@ Row = dict[str, Any]
 ASCII_FOLDED = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
 
 
+# A row's text is compared by several rules on its way
+@lru_cache(maxsize=2048)
 def fold(text: str) -> str:
     """`text` without differences of case, Unicode form, punctuation and white space: equal when the words are equal."""
     if text.isascii():
@@ -76,19 +79,19 @@ def drop_repetitive(row: Row, window: int = 8, share: float = 0.25) -> Row | Non
     return None if repeats and repeats >= share * len(windows) else row
 
 
-def drop_duplicates(rows: list[Row]) -> list[Row]:
+def drop_duplicates(rows: Iterable[Row]) -> Iterator[Row]:
     """Keep the first row of each pair of question and answer, compared by their words."""
-    return first_copies((digest(f"{asked(row)}\0{fold(row['completion'] or '')}") for row in rows), rows)
+    return first_copies(lambda row: digest(f"{asked(row)}\0{fold(row['completion'] or '')}"), rows)
 
 
-def drop_repeated_questions(rows: list[Row], per: str | None = None) -> list[Row]:
+def drop_repeated_questions(rows: Iterable[Row], per: str | None = None) -> Iterator[Row]:
     """Keep the first row of each question; with `per`, of each question in each value of that column."""
-    return first_copies(((digest(asked(row)), row.get(per) if per else None) for row in rows), rows)
+    return first_copies(lambda row: (digest(asked(row)), row.get(per) if per else None), rows)
 
 
-def limit_repeated_answers(rows: list[Row], copies: int = 3) -> list[Row]:
+def limit_repeated_answers(rows: Iterable[Row], copies: int = 3) -> Iterator[Row]:
     """Keep the first `copies` rows of each answer, so that boilerplate is not learnt hundreds of times."""
-    return first_copies((digest(fold(row["completion"] or "")) for row in rows), rows, copies)
+    return first_copies(lambda row: digest(fold(row["completion"] or "")), rows, copies)
 
 
 def digest(text: str) -> bytes:
@@ -96,11 +99,11 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def first_copies(keys: Iterable[Hashable], rows: list[Row], copies: int = 1) -> list[Row]:
-    """Return the first `copies` rows of each key, in their order."""
+def first_copies(key: Callable[[Row], Hashable], rows: Iterable[Row], copies: int = 1) -> Iterator[Row]:
+    """Yield the first `copies` rows of each key, in their order."""
     seen: Counter[Hashable] = Counter()
-    kept = []
-    for key, row in zip(keys, rows, strict=True):
-        seen[key] += 1
-        kept += [row] if seen[key] <= copies else []
-    return kept
+    for row in rows:
+        found = key(row)
+        seen[found] += 1
+        if seen[found] <= copies:
+            yield row

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medibot.data.conversations import render
 from medibot.data.preparation import own_rule_files, prepare_rows
-from medibot.data.sources import open_sources
+from medibot.data.sources import Source, open_sources
 from medibot.data.splitting import sha256
 from medibot.model.generation import load_generation_config
 from medibot.model.loading import silence_upstream
@@ -78,26 +79,39 @@ def prepare(
     # A file lock, not a process-group barrier: it also holds between two trainings, and long cleaning cannot time out
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "prepared.json").is_file():
-            splits, record = prepare_rows(recipe, tokenizer, sources, progress)
-            thinking = any("thinking" in row for rows in splits.values() for row in rows)
-            # Everything lands at once, by rename
-            partial = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            for name, found in splits.items():
-                if found:
-                    save_rows(render(recipe, found, thinking), partial / name)
-            (partial / "prepared.json").write_text(json.dumps(record, ensure_ascii=False))
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            write_folder(recipe, tokenizer, sources, folder, progress)
     record = json.loads((folder / "prepared.json").read_text())
     precision = choose_precision(recipe.model.get("dtype"))
     return Prepared(recipe, tokenizer, generation, precision, folder, fingerprint, **record)
 
 
+def write_folder(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[Source],
+    folder: Path,
+    progress: Callable[[str], None],
+) -> None:
+    """Prepare the rows and write them to `folder`, where everything lands at once, by rename, or nothing at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with tempfile.TemporaryDirectory(dir=partial) as spool:
+            chosen = prepare_rows(recipe, tokenizer, sources, Path(spool), progress)
+            for name, places in chosen.splits.items():
+                if len(places):
+                    save_rows(render(recipe, chosen.rows, places, chosen.groups[places]), partial / name)
+        (partial / "prepared.json").write_text(json.dumps(chosen.record, ensure_ascii=False))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_rows(batches: Iterator[pyarrow.RecordBatch], folder: Path) -> None:
     """Write a split as `Dataset.load_from_disk` reads it, batch by batch: all of it at once would take the memory twice."""
     first, written = next(batches), folder.with_suffix(".arrow")
-    written.parent.mkdir(parents=True, exist_ok=True)
     with pyarrow.ipc.new_stream(str(written), first.schema) as stream:
         for batch in itertools.chain([first], batches):
             stream.write_batch(batch)

@@ -9,65 +9,17 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Sequence
-from operator import itemgetter
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from medibot.cleaning.ledger import LedgerLine, compare_rows, row_key
-from medibot.cleaning.rules import Row, drop_repeated_questions, fold
+from medibot.cleaning.ledger import LedgerLine
+from medibot.data.near import NEAR, find_near
+from medibot.data.rows import Places, Rows, hashes_of
 
-# The rows of train, validation and test, each with its "group", in the order of the source
-Splits = dict[str, list[Row]]
-# Two answers are near with this Jaccard index of their word 3-grams
-NEAR = 0.8
-# The last bits of a hash, by which a table says that it is in no query; and an odd number that tells words' places apart
-LAST_BITS, ODD = np.uint64((1 << 25) - 1), np.uint64(0x9E3779B97F4A7C15)
-
-
-def group_rows(rows: list[Row], group_by: list[str]) -> list[str]:
-    """Return a key for each row; rows tied by a shared value in a `group_by` column have the same key.
-
-    Values are compared by their words; lists hold several values; an empty value ties nothing, nor do equal values of
-    two columns. Without `group_by`, rows with the same question are a group.
-    """
-    columns = group_by or ["prompt"]
-    # Each value is kept once, and a row has its number
-    places: dict[tuple[int, str], int] = {}
-    values = [[places.setdefault(value, len(places)) for value in row_values(row, columns)] for row in rows]
-    ties = [(first, other) for first, *others in filter(None, values) for other in others]
-    graph = coo_array((np.ones(len(ties)), np.reshape(ties, (-1, 2)).T), shape=(len(places), len(places)))
-    group_of = connected_components(graph, directed=False)[1]
-    # The smallest hash among the values of the first column that the group has: more documents or questions on known
-    # topics leave it as it is.
-    names: dict[int, tuple[int, str]] = {}
-    for (column, text), group in zip(places, group_of, strict=True):
-        name = (column, sha256(f"{columns[column]}\0{text}"))
-        names[group] = min(name, names.get(group, name))
-    # A row without a value is a group of its own, named after its text; a conversation's turns after how it opens
-    return [
-        names[group_of[found[0]]][1]
-        if found
-        else sha256(json.dumps([opening(row)] if "part" in row else [row["prompt"], row["completion"]]))
-        for row, found in zip(rows, values, strict=True)
-    ]
-
-
-def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:
-    """Return the row's values as (place of the column, folded text), empty ones left out."""
-    values = []
-    for place, column in enumerate(columns):
-        value = opening(row) if column == "prompt" else row.get(column)
-        entries = value if isinstance(value, list) else [value]
-        values += [(place, fold(str(entry))) for entry in entries if entry is not None]
-    return [(place, text) for place, text in values if text]
-
-
-def opening(row: Row) -> str:
-    """Return the question that a row's conversation opens with: a later one, such as "And then?", tells nothing apart."""
-    return row["history"][0]["content"] if row.get("history") else row["prompt"]
+# The places of the rows of train, validation and test, in the order of the source
+Splits = dict[str, Places]
 
 
 def sha256(text: str) -> str:
@@ -75,176 +27,135 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def split_rows(rows: list[Row], group_by: list[str], validation: float, test: float, seed: int) -> Splits:
+def group_rows(rows: Rows, places: Places) -> np.ndarray:
+    """Return a key of 32 bytes for each row; rows tied by a shared value in a `group_by` column have the same key.
+
+    Values are compared by their words; lists hold several values; an empty value ties nothing, nor do equal values of
+    two columns. Without `group_by`, rows with the same question are a group.
+    """
+    hashes, columns, _ = rows.distinct
+    values, owners = rows.values_of(places)
+    tying = columns[values] < rows.tying
+    values, owners = values[tying], owners[tying]
+    first = np.full(len(places), -1)
+    first[owners[::-1]] = values[::-1]
+    graph = coo_array((np.ones(len(values)), (first[owners], values)), shape=(len(hashes), len(hashes)))
+    group_of = connected_components(graph, directed=False)[1]
+    # The smallest hash among the values of the first column that the group has: more documents or questions on known
+    # topics leave it as it is.
+    present = np.unique(values)
+    present = present[np.lexsort((present, columns[present]))]
+    groups, smallest = np.unique(group_of[present], return_index=True)
+    names = np.zeros(len(hashes), "S32")
+    names[groups] = hashes[present[smallest]]
+    return np.where(first < 0, hashes_of(rows.alone, 32)[places], names[group_of[first]])
+
+
+def hexadecimal(hashed: bytes) -> str:
+    """Return a hash as text; numpy cuts the zeros at its end."""
+    return hashed.ljust(32, b"\0").hex()
+
+
+def split_rows(rows: Rows, places: Places, groups: np.ndarray, validation: float, test: float, seed: int) -> Splits:
     """Assign whole groups to splits by a hash of seed and group key; `validation` and `test` are shares of groups."""
-    parts: Splits = {"train": [], "validation": [], "test": []}
-    for row, group in sorted(zip(rows, group_rows(rows, group_by), strict=True), key=lambda pair: row_key(pair[0])):
-        place = int(sha256(f"{seed}:{group}")[:13], 16) / 16**13
-        name = "test" if place < test else "validation" if place < test + validation else "train"
-        parts[name].append({**row, "group": group})
-    return parts
+    places = rows.sort(places)
+    keys, numbers = np.unique(groups[places], return_inverse=True)
+    drawn = [int(sha256(f"{seed}:{hexadecimal(key)}")[:13], 16) / 16**13 for key in keys.tolist()]
+    share = np.array(drawn)[numbers]
+    held = {"validation": (test <= share) & (share < test + validation), "test": share < test}
+    return {"train": places[share >= test + validation]} | {name: places[inside] for name, inside in held.items()}
 
 
-def drop_leaks(splits: Splits, threshold: float = NEAR) -> tuple[Splits, list[LedgerLine]]:
+def drop_leaks(rows: Rows, splits: Splits, threshold: float = NEAR) -> tuple[Splits, list[LedgerLine]]:
     """Drop validation and test rows that would measure memory instead of knowledge; train stays whole.
 
     These are answers equal or near to one of an earlier split, and second answers to a question of the same split.
     """
-    texts = {name: [folded_answer(row) for row in splits[name]] for name in ("validation", "test")}
-    near = find_near_texts(itertools.chain(*texts.values()), map(folded_answer, splits["train"]), threshold)
-    distinct = {"train": splits["train"]}
-    for name, found in texts.items():
-        distinct[name] = [row for row, text in zip(splits[name], found, strict=True) if text not in near]
-        if name == "validation":
-            near |= find_near_texts(texts["test"], map(folded_answer, distinct[name]), threshold)
-    single = {name: rows if name == "train" else drop_repeated_questions(rows) for name, rows in distinct.items()}
-    whole, left, last = (list(itertools.chain(*parts.values())) for parts in (splits, distinct, single))
-    lines = [compare_rows("splitting.near_answers", whole, left), compare_rows("splitting.second_answers", left, last)]
-    return single, lines
+    train, validation, test = splits["train"], splits["validation"], splits["test"]
+    left = {"train": train, "validation": validation[~near_answers(rows, validation, train, threshold)]}
+    known = near_answers(rows, test, train, threshold) | near_answers(rows, test, left["validation"], threshold)
+    left["test"] = test[~known]
+    single = {name: found if name == "train" else first_questions(rows, found) for name, found in left.items()}
+    parts = [np.concatenate(list(part.values())) for part in (splits, left, single)]
+    names = ("splitting.near_answers", "splitting.second_answers")
+    return single, [rows.dropped(name, *parts[place : place + 2]) for place, name in enumerate(names)]
 
 
-def folded_answer(row: Row) -> str:
-    """Return a row's answer by its words."""
-    return fold(row["completion"])
+def first_questions(rows: Rows, places: Places) -> Places:
+    """Return the places of the first row of each question."""
+    return places[np.sort(np.unique(hashes_of(rows.questions, 16)[places], return_index=True)[1])]
 
 
-def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold: float = NEAR) -> set[str]:
-    """Return the folded texts of `queries` that equal a reference or have a word 3-gram Jaccard of `threshold` with one.
-
-    Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): a near text shares at least
-    ceil(threshold * n) of n 3-grams, and so at least one of any n - ceil(threshold * n) + 1 of them. References are read
-    once and none is kept.
-    """
-    texts, rest = list(dict.fromkeys(queries)), iter(references)
-    asked, near = set(texts), set()
-    flat, starts = hash_trigrams(texts)
-    grams = [np.unique(flat[start:end]) for start, end in itertools.pairwise(starts)]
-    index, of_text = index_rare(grams, threshold)
-    # Most 3-grams of most references are in no query
-    known = np.zeros(int(LAST_BITS) + 1, dtype=bool)
-    known[index & LAST_BITS] = True
-    while batch := list(itertools.islice(rest, 1000)):
-        near |= asked.intersection(batch)
-        flat, starts = hash_trigrams(batch)
-        places = np.flatnonzero(known[flat & LAST_BITS])
-        first, last = (np.searchsorted(index, flat[places], side) for side in ("left", "right"))
-        owners = np.searchsorted(starts, places, "right") - 1
-        found = (owners[first < last].tolist(), first[first < last].tolist(), last[first < last].tolist())
-        pairs = {(owner, text) for owner, low, high in zip(*found, strict=True) for text in of_text[low:high].tolist()}
-        for owner, candidates in itertools.groupby(sorted(pairs), key=lambda pair: pair[0]):
-            own = np.unique(flat[starts[owner] : starts[owner + 1]])
-            for _, text in candidates:
-                if texts[text] not in near and are_near(grams[text], own, threshold):
-                    near.add(texts[text])
-    return near
+def near_answers(rows: Rows, places: Places, others: Places, threshold: float = NEAR) -> np.ndarray:
+    """Return for each row whether its answer is equal or near to one of the others."""
+    answers = hashes_of(rows.answers, 16)
+    # Each answer is compared once
+    _, first, numbers = np.unique(answers[places], return_index=True, return_inverse=True)
+    order = np.argsort(places[first])
+    distinct = np.unique(answers[others], return_index=True)[1]
+    near = np.empty(len(first), dtype=bool)
+    near[order] = find_near(rows.grams, places[first][order], np.sort(others[distinct]), threshold)
+    return near[numbers]
 
 
-def are_near(one: np.ndarray, two: np.ndarray, threshold: float) -> bool:
-    """Tell whether two sorted sets have a Jaccard index of `threshold`."""
-    if min(len(one), len(two)) < threshold * max(len(one), len(two)) - 1e-9:
-        return False
-    shared = len(np.intersect1d(one, two, assume_unique=True))
-    return shared / (len(one) + len(two) - shared) >= threshold
+def hold_out(rows: Rows, splits: Splits, name: str, held: Places) -> tuple[Splits, LedgerLine]:
+    """Make the rows at `held`, which the author holds out, the split `name`; rows that share something with them go."""
+    held = rows.sort(held)
+    left = {other: drop_known(rows, found, held) for other, found in splits.items() if other != name}
+    before, after = (np.concatenate([part[other] for other in left]) for part in (splits, left))
+    return splits | left | {name: held}, rows.dropped(f"splitting.known_in_{name}", before, after)
 
 
-def hash_trigrams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the word 3-grams of folded texts in one array, and where each text's begin; a shorter text is one of its own.
-
-    A 3-gram is 64 bits of hash: that any two of a billion are mistaken for each other has a chance of 3 %, that this
-    decides about a text none worth a thought.
-    """
-    words = [text.split() for text in texts]
-    words = [found if len(found) > 2 else [*found, "", "", ""][:3] for found in words]
-    ends = np.cumsum([len(found) for found in words], dtype=np.int64)
-    hashes = np.fromiter(map(hash, itertools.chain.from_iterable(words)), np.int64).view(np.uint64)
-    # What begins at the last two words of a text would reach into the next
-    within = np.ones(len(hashes), dtype=bool)
-    within[ends - 1] = within[ends - 2] = False
-    grams = (hashes[:-2] * ODD + hashes[1:-1]) * ODD + hashes[2:]
-    return grams[within[:-2]], np.concatenate([[0], ends - 2 * np.arange(1, len(ends) + 1)])
-
-
-def index_rare(grams: list[np.ndarray], threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 3-grams by which a text is found, sorted, and the number of the text beside each."""
-    sizes = np.array([len(found) for found in grams], dtype=np.int64)
-    flat, owners = np.concatenate([np.empty(0, np.uint64), *grams]), np.repeat(np.arange(len(grams)), sizes)
-    _, inverse, counts = np.unique(flat, return_inverse=True, return_counts=True)
-    # The rarest ones: boilerplate would make every text a candidate. The 3-gram itself settles ties.
-    order = np.lexsort((inverse, counts[inverse], owners))
-    rank = np.arange(len(flat)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    # The margin keeps 0.7 * 10 = 7.000000000000001 from asking for eight.
-    needed = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
-    rare = order[rank < np.repeat(needed, sizes)]
-    rare = rare[np.argsort(inverse[rare])]
-    return flat[rare], owners[rare]
-
-
-def hold_out(splits: Splits, name: str, rows: list[Row], group_by: list[str]) -> tuple[Splits, LedgerLine]:
-    """Make `rows`, which the author holds out, the split `name`; rows of other splits that share something with them go."""
-    held = [row | {"group": group} for row, group in zip(rows, group_rows(rows, group_by), strict=True)]
-    held.sort(key=row_key)
-    left = {other: drop_known(found, held, group_by) for other, found in splits.items() if other != name}
-    before, after = (list(itertools.chain(*(part[other] for other in left))) for part in (splits, left))
-    return splits | left | {name: held}, compare_rows(f"splitting.known_in_{name}", before, after)
-
-
-def drop_known(rows: list[Row], held: list[Row], group_by: list[str], threshold: float = NEAR) -> list[Row]:
+def drop_known(rows: Rows, places: Places, held: Places, threshold: float = NEAR) -> Places:
     """Return the rows that share no value of a column, no question and no near answer with those `held` out by an author."""
-    columns = list(dict.fromkeys([*group_by, "prompt"]))
-    known = {value for row in held for value in row_values(row, columns)}
-    left = [row for row in rows if known.isdisjoint(row_values(row, columns))]
-    texts = [folded_answer(row) for row in left]
-    near = find_near_texts(texts, map(folded_answer, held), threshold)
-    return [row for row, text in zip(left, texts, strict=True) if text not in near]
+    left = places[~share_values(rows, places, held).any(axis=0)]
+    return left[~near_answers(rows, left, held, threshold)]
 
 
-def leak_report(splits: Splits, group_by: list[str]) -> dict[str, dict[str, int]]:
+def share_values(rows: Rows, places: Places, others: Places) -> np.ndarray:
+    """Return, for each compared column and each row, whether the row shares a value of it with one of the others."""
+    values, owners = rows.values_of(places)
+    shared = np.isin(values, rows.values_of(others)[0])
+    found = np.zeros((len(rows.columns), len(places)), dtype=bool)
+    found[rows.distinct[1][values[shared]], owners[shared]] = True
+    return found
+
+
+def leak_report(rows: Rows, splits: Splits) -> dict[str, dict[str, int]]:
     """Return, for each held-out split against each earlier one, how many of its rows share what with the other."""
-    validation, test = splits["validation"], splits["test"]
-    one, two = leak_counts([validation, test], splits["train"], group_by)
-    (three,) = leak_counts([test], validation, group_by)
-    return {"validation_in_train": one, "test_in_train": two, "test_in_validation": three}
+    pairs = (("validation", "train"), ("test", "train"), ("test", "validation"))
+    return {f"{one}_in_{two}": leak_counts(rows, splits[one], splits[two]) for one, two in pairs}
 
 
-def leak_counts(parts: list[list[Row]], earlier: list[Row], group_by: list[str]) -> list[dict[str, int]]:
-    """Return how many rows of each part share a column's value, the question, the exact or a near answer with `earlier`."""
-    counts = [{"rows": len(rows)} for rows in parts]
-    for column in dict.fromkeys([*group_by, "prompt"]):
-        own = [[row_values(row, [column]) for row in rows] for rows in parts]
-        known = set(itertools.chain.from_iterable(itertools.chain(*own)))
-        known.intersection_update(value for row in earlier for value in row_values(row, [column]))
-        for count, values in zip(counts, own, strict=True):
-            count[column] = sum(not known.isdisjoint(found) for found in values)
-    answers = [[folded_answer(row) for row in rows] for rows in parts]
-    asked = set(itertools.chain(*answers))
-    exact = asked.intersection(map(folded_answer, earlier))
-    for key, known in (("exact_answer", exact), ("near_answer", find_near_texts(asked, map(folded_answer, earlier)))):
-        for count, texts in zip(counts, answers, strict=True):
-            count[key] = sum(text in known for text in texts)
-    return counts
+def leak_counts(rows: Rows, places: Places, others: Places) -> dict[str, int]:
+    """Return how many rows share a column's value, the question, the exact or a near answer with one of the others."""
+    counts = {"rows": len(places)}
+    counts |= dict(zip(rows.columns, share_values(rows, places, others).sum(axis=1).tolist(), strict=True))
+    answers = hashes_of(rows.answers, 16)
+    exact = np.isin(answers[places], answers[others])
+    return counts | {"exact_answer": int(exact.sum()), "near_answer": int(near_answers(rows, places, others).sum())}
 
 
-def random_split_leaks(rows: list[Row], group_by: list[str], share: float, seed: int) -> dict[str, int]:
+def random_split_leaks(rows: Rows, places: Places, share: float, seed: int) -> dict[str, int]:
     """Return `leak_counts` of a test split of `share` of the rows drawn one by one: what grouping prevents."""
-    ordered = sorted(rows, key=row_key)
-    places = random.Random(seed).sample(range(len(rows)), round(share * len(rows)))
-    drawn = [ordered[place] for place in places]
-    # What is drawn is taken out
-    for place in places:
-        ordered[place] = {}
-    return leak_counts([drawn], list(filter(None, ordered)), group_by)[0]
+    ordered = rows.sort(places)
+    drawn = np.zeros(len(ordered), dtype=bool)
+    drawn[random.Random(seed).sample(range(len(ordered)), round(share * len(ordered)))] = True
+    return leak_counts(rows, ordered[drawn], ordered[~drawn])
 
 
-def split_fingerprint(splits: Splits) -> str:
+def split_fingerprint(rows: Rows, splits: Splits) -> str:
     """Return a sha256 over which text is in which split; any moved, edited, added or dropped row changes it."""
-    extra = ("system", "history", "thinking")
-    found, first = hashlib.sha256(), True
     # Sorted as if all of each text were there, of which only the beginning is kept
     keyed = sorted(
-        ((json.dumps([name, *row_key(row)])[:-1], row) for name, rows in splits.items() for row in rows),
-        key=itemgetter(0),
+        (json.dumps([name, *key])[:-1], place)
+        for name, places in splits.items()
+        for place, key in zip(places.tolist(), rows.keys_of(places), strict=True)
     )
-    for begin, same in itertools.groupby(keyed, key=itemgetter(0)):
+    texts = itertools.chain.from_iterable(rows.read(np.array([place for _, place in keyed], dtype=np.int64)))
+    found, first = hashlib.sha256(), True
+    for begin, same in itertools.groupby(zip(keyed, texts, strict=True), key=lambda pair: pair[0][0]):
+        extra = ("system", "history", "thinking")
         for text in sorted(json.dumps([row["prompt"], row["completion"], *map(row.get, extra)]) for _, row in same):
             found.update(f"{'' if first else chr(10)}{begin}, {text[1:]}".encode())
             first = False

@@ -13,8 +13,9 @@ from trl import SFTConfig, SFTTrainer
 from medibot.cleaning.rules import fold
 from medibot.data.conversations import COLUMNS
 from medibot.data.gate import Audit
+from medibot.data.near import find_near_texts
 from medibot.data.prepared import Prepared, prepare
-from medibot.data.splitting import find_near_texts, sha256
+from medibot.data.splitting import sha256
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model
 from medibot.model.thinking import split_thinking

@@ -5,15 +5,20 @@ import re
 
 import pytest
 
-from medibot.cleaning import NAMED_LISTS, RULES, apply_rule, clean, describe_rules, rule_problem
+from medibot.cleaning import NAMED_LISTS, RULES, Cleaning, describe_rules, rule_problem
 
 
 def row(completion="Rest and drink plenty of water.", prompt="How is a cold treated?", index=0, **columns):
     return {"row": index, "prompt": prompt, "completion": completion, **columns}
 
 
+def clean(rows, items):
+    cleaning = Cleaning(items)
+    return list(cleaning(rows)), cleaning.ledger()
+
+
 def apply(rule, *rows, **settings):
-    return apply_rule(rule, list(rows), **settings)
+    return clean(rows, [{rule: settings}])[0]
 
 
 def rows_left(rule, *rows, **settings):
@@ -96,9 +101,9 @@ AWKWARD = [
 def test_rules_leave_their_input_alone_and_repeat_themselves(rule):
     settings = {"max_words": 4} if rule == "drop_longer_than" else {}
     rows = copy.deepcopy(AWKWARD)
-    first = apply_rule(rule, rows, **settings)
+    first = clean(rows, [{rule: settings}])[0]
     assert rows == AWKWARD
-    assert apply_rule(rule, rows, **settings) == first
+    assert clean(rows, [{rule: settings}])[0] == first
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -121,13 +126,28 @@ def test_the_ledger_counts_each_rule_and_adds_up():
     json.dumps([dataclasses.asdict(line) for line in ledger])
 
 
-def test_the_ledger_counts_the_parts_a_rule_makes_of_one_row(monkeypatch):
-    def halves(rows):
-        return [{**one, "completion": text, "part": part} for one in rows for part, text in enumerate("ab")]
-
-    monkeypatch.setitem(RULES, "halves", halves)
-    _, (line,) = clean([row("ab"), row("ab", index=1)], ["halves"])
+def test_the_ledger_counts_the_parts_a_rule_makes_of_one_row(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def halves(rows):\n"
+        "    return [{**one, 'completion': text, 'part': part} for one in rows for part, text in enumerate('ab')]\n"
+    )
+    cleaning = Cleaning(["mine:halves"], tmp_path)
+    assert len(list(cleaning([row("ab"), row("ab", index=1)]))) == 4
+    (line,) = cleaning.ledger()
     assert (line.dropped, line.changed, line.added, line.rows_out) == (0, 2, 2, 4)
+
+
+def test_rows_stream_through_the_rules_one_by_one():
+    taken = []
+
+    def source():
+        for index in range(100):
+            taken.append(index)
+            yield row(f"{index} rest and drink plenty of water.", index=index)
+
+    stream = Cleaning(["drop_unanswered", "drop_duplicates", {"limit_repeated_answers": {"copies": 1}}])(source())
+    assert next(stream)["row"] == 0
+    assert taken == [0]
 
 
 def test_examples_show_before_and_after_where_the_text_differs():
@@ -144,7 +164,7 @@ def test_examples_show_before_and_after_where_the_text_differs():
 
 def test_examples_are_at_most_three_and_spread_over_the_rows():
     _, (line,) = clean([row(None, index=index) for index in range(9)], ["drop_unanswered"])
-    assert [shown["row"] for shown in line.examples] == [0, 4, 8]
+    assert [shown["row"] for shown in line.examples] == [0, 3, 8]
 
 
 @pytest.mark.parametrize(

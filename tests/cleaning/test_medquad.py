@@ -1,6 +1,6 @@
 import pytest
 
-from medibot.cleaning import NAMED_LISTS, apply_rule, clean, rule_problem
+from medibot.cleaning import NAMED_LISTS, Cleaning, rule_problem
 from medibot.cleaning.rules import fold
 
 
@@ -8,9 +8,14 @@ def row(completion, prompt="What is (are) Gout ?", index=0, **columns):
     return {"row": index, "prompt": prompt, "completion": completion, **columns}
 
 
+def clean(rows, items):
+    cleaning = Cleaning(items)
+    return list(cleaning(rows)), cleaning.ledger()
+
+
 def apply(rule, completion, **columns):
     """The answer after `rule`, or None where the row was dropped."""
-    left = apply_rule(f"medquad.{rule}", [row(completion, **columns)])
+    left = clean([row(completion, **columns)], [f"medquad.{rule}"])[0]
     return left[0]["completion"] if left else None
 
 
@@ -187,7 +192,7 @@ def test_lost_apostrophes_and_accents_are_restored_in_both_texts():
     text = "Dont worry, a persons bodys defence isnt lost in Sjgrens, Mnire's or Guillain-Barr syndrome."
     whole = "Don't worry, a person's body's defence isn't lost in Sjögren's, Ménière's or Guillain-Barré syndrome."
     assert apply("restore_letters", text) == whole
-    assert apply_rule("medquad.restore_letters", [row("Yes.", "Is it Sjgren ?")])[0]["prompt"] == "Is it Sjögren ?"
+    assert clean([row("Yes.", "Is it Sjgren ?")], ["medquad.restore_letters"])[0][0]["prompt"] == "Is it Sjögren ?"
 
 
 @pytest.mark.parametrize("text", ["Its doctors lets persons wait.", "Epstein-Barr virus", "A Cantonese dontist"])
@@ -227,9 +232,9 @@ def test_whole_quantities_are_kept(text):
     ],
 )
 def test_questions_are_asked_naturally(template, natural):
-    asked = apply_rule("medquad.ask_naturally", [row("Yes.", template)])
+    asked = clean([row("Yes.", template)], ["medquad.ask_naturally"])[0]
     assert asked[0]["prompt"] == natural
-    assert apply_rule("medquad.ask_naturally", asked) == asked
+    assert clean(asked, ["medquad.ask_naturally"])[0] == asked
 
 
 def test_only_concepts_of_few_topics_are_kept_for_grouping():
@@ -237,9 +242,9 @@ def test_only_concepts_of_few_topics_are_kept_for_grouping():
         row("Yes.", index=index, umls_cui=f"C0|C{index + 1}", question_focus=f"Topic {index}") for index in range(3)
     ]
     rows += [row("Yes.", index=3, umls_cui="C0", question_focus="TOPIC 2"), row("Yes.", index=4, umls_cui=None)]
-    kept = apply_rule("medquad.keep_specific_cuis", rows, max_topics=2)
+    kept = clean(rows, [{"medquad.keep_specific_cuis": {"max_topics": 2}}])[0]
     assert [one["umls_cui"] for one in kept] == [["C1"], ["C2"], ["C3"], [], None]
-    assert apply_rule("medquad.keep_specific_cuis", rows, max_topics=3)[3]["umls_cui"] == ["C0"]
+    assert clean(rows, [{"medquad.keep_specific_cuis": {"max_topics": 3}}])[0][3]["umls_cui"] == ["C0"]
 
 
 def test_folding_ignores_case_form_punctuation_and_space():

@@ -1,24 +1,21 @@
+import contextlib
 import hashlib
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medibot.cleaning import NAMED_LISTS, clean
+from medibot.cleaning import NAMED_LISTS, Cleaning
 from medibot.cleaning.rules import fold
-from medibot.data.splitting import (
-    drop_leaks,
-    find_near_texts,
-    group_rows,
-    leak_report,
-    random_split_leaks,
-    split_fingerprint,
-    split_rows,
-)
+from medibot.data import splitting
+from medibot.data.near import NEAR, find_near_texts
+from medibot.data.rows import Rows
 
 COLUMNS = ["topic", "document", "prompt"]
 MEDQUAD = Path(
@@ -44,6 +41,73 @@ def splits_of(train, validation, test):
 
 def split_of(splits):
     return {kept["row"]: name for name, rows in splits.items() for kept in rows}
+
+
+@contextlib.contextmanager
+def kept(parts, columns=()):
+    """Yield the rows of several lists, kept on disk, and the places of each list's."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows, places, start = Rows(Path(folder), list(columns)), [], 0
+        for part in parts:
+            for added in part:
+                rows.add({"tokens": 1} | added)
+            places.append(np.arange(start, len(rows)))
+            start = len(rows)
+        rows.close()
+        yield rows, places
+
+
+def read(rows, splits):
+    without = ("tokens",)
+    return {
+        name: [
+            {column: value for column, value in found.items() if column not in without}
+            for batch in rows.read(places)
+            for found in batch
+        ]
+        for name, places in splits.items()
+    }
+
+
+def group_rows(found, columns):
+    with kept([found], columns) as (rows, (places,)):
+        return splitting.group_rows(rows, places).tolist()
+
+
+def split_rows(found, columns, validation, test, seed):
+    with kept([found], columns) as (rows, (places,)):
+        groups = splitting.group_rows(rows, places)
+        splits = splitting.split_rows(rows, places, groups, validation, test, seed)
+        named = read(rows, splits)
+        for name, places in splits.items():
+            named[name] = [one | {"group": key} for one, key in zip(named[name], groups[places].tolist(), strict=True)]
+        return named
+
+
+def with_splits(splits, columns, asked):
+    with kept(splits.values(), columns) as (rows, places):
+        return asked(rows, dict(zip(splits, places, strict=True)))
+
+
+def drop_leaks(splits, threshold=NEAR):
+    def asked(rows, places):
+        left, lines = splitting.drop_leaks(rows, places, threshold)
+        return read(rows, left), lines
+
+    return with_splits(splits, [], asked)
+
+
+def leak_report(splits, columns):
+    return with_splits(splits, columns, splitting.leak_report)
+
+
+def random_split_leaks(found, columns, share, seed):
+    with kept([found], columns) as (rows, (places,)):
+        return splitting.random_split_leaks(rows, places, share, seed)
+
+
+def split_fingerprint(splits):
+    return with_splits(splits, [], splitting.split_fingerprint)
 
 
 def same_group(first, second, columns=("topic",)):
@@ -286,7 +350,8 @@ def cleaned():
         {**source, "prompt": source["question"], "completion": source["answer"], "row": index}
         for index, source in enumerate(parquet.read_table(MEDQUAD).to_pylist())
     ]
-    return clean(rows, NAMED_LISTS["medquad"])
+    cleaning = Cleaning(NAMED_LISTS["medquad"])
+    return list(cleaning(rows)), cleaning.ledger()
 
 
 def test_medquad_shows_its_known_defects(cleaned):
@@ -333,7 +398,7 @@ def test_a_random_split_of_medquad_leaks(cleaned):
 
 
 def test_a_fingerprint_does_not_depend_on_how_much_of_it_is_held_at_once():
-    rows = [row(number, f"Q{number}?", history=None) for number in (10, 1, 101, 2)]
+    rows = [row(number, f"Q{number}?") for number in (10, 1, 101, 2)]
     rows += [row(7, "How?", part=part) for part in (10, 1, 2)] + [row(1, "An added one?"), row(3, source="b")]
     splits = splits_of(rows[:5], rows[5:], [])
     texts = [
