@@ -5,6 +5,7 @@ None to drop it; the latter takes all rows as they stream by, and yields what it
 """
 
 import hashlib
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -48,9 +49,11 @@ def drop_unasked(row: Row) -> Row | None:
 
 def normalise_whitespace(row: Row) -> Row:
     """Leave one space between words, none at the ends of lines, at most one blank line; the question on one line."""
-    # A lone space is as it should be, and most are alone
-    answer = re.sub(r"[^\S\n]{2,}|[^\S\n ]", " ", (row["completion"] or "").replace("\r\n", "\n"))
-    answer = re.sub(r"\n{3,}", "\n\n", "\n".join(line.strip(" ") for line in answer.split("\n"))).strip()
+    answer = (row["completion"] or "").replace("\r\n", "\n")
+    # Most answers have nothing but lone spaces, which is told much faster than mended
+    if " ".join(answer.split()) != answer:
+        answer = re.sub(r"[^\S\n]{2,}|[^\S\n ]", " ", answer)
+        answer = re.sub(r"\n{3,}", "\n\n", "\n".join(line.strip(" ") for line in answer.split("\n"))).strip()
     return with_text(with_text(row, "completion", answer), "prompt", " ".join((row["prompt"] or "").split()))
 
 
@@ -74,6 +77,10 @@ def drop_longer_than(row: Row, max_words: int) -> Row | None:
 def drop_repetitive(row: Row, window: int = 8, share: float = 0.25) -> Row | None:
     """Drop answers of whose runs of `window` words a part of at least `share` stood there before."""
     words = fold(row["completion"] or "").split()
+    # Where a window stood before, so did its first two words: counting those acquits most answers
+    pairs = list(itertools.pairwise(words))
+    if window > 1 and len(pairs) - len(set(pairs)) < share * (len(words) - window + 1):
+        return row
     windows = list(zip(*(words[start:] for start in range(window)), strict=False))
     repeats = len(windows) - len(set(windows))
     return None if repeats and repeats >= share * len(windows) else row

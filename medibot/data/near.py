@@ -13,6 +13,8 @@ import numpy as np
 NEAR = 0.8
 # The last bits of a hash, by which a table says that it is in no query; and an odd number that tells words' places apart
 LAST_BITS, ODD = np.uint64((1 << 25) - 1), np.uint64(0x9E3779B97F4A7C15)
+# Fewer bits where they only say about how often a hash occurs
+FEW_BITS = np.uint64((1 << 21) - 1)
 # So many texts are compared at once
 BATCH = 1000
 
@@ -44,12 +46,18 @@ class Grams:
     def read(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the 3-grams of the texts at these ascending places in one array, and where each text's begin and end."""
         self.file.flush()
-        ends = np.frombuffer(self.ends, np.int64)
+        ends, breaks = np.frombuffer(self.ends, np.int64), np.flatnonzero(np.diff(places) != 1)
         # Neighbours are read at once
-        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
-        spans = [(int(ends[run[0]]), int(ends[run[-1] + 1])) for run in runs if len(run)]
-        parts = [os.pread(self.file.fileno(), 8 * (end - start), 8 * start) for start, end in spans]
-        return np.frombuffer(b"".join(parts), np.uint64), np.concatenate([[0], np.cumsum(np.diff(ends)[places])])
+        firsts, lasts = places[np.append(0, breaks + 1)], places[np.append(breaks, -1)]
+        runs = zip((8 * ends[firsts]).tolist(), (8 * ends[lasts + 1]).tolist(), strict=True)
+        parts = [os.pread(self.file.fileno(), end - start, start) for start, end in runs]
+        lengths = ends[places + 1] - ends[places]
+        return np.frombuffer(b"".join(parts), np.uint64), np.append(0, np.cumsum(lengths))
+
+    def distinct(self, place: int) -> np.ndarray:
+        """Return the distinct 3-grams of a text, ascending."""
+        start, end = self.ends[place], self.ends[place + 1]
+        return sort_distinct(np.frombuffer(os.pread(self.file.fileno(), 8 * (end - start), 8 * start), np.uint64))
 
     def batches(self, places: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (places, 3-grams, where each text's begin and end) of some texts at a time."""
@@ -76,7 +84,7 @@ def find_near(grams: Grams, queries: np.ndarray, references: np.ndarray, thresho
     ceil(threshold * n) of n 3-grams, and so at least one of any n - ceil(threshold * n) + 1 of them.
     """
     near = np.zeros(len(queries), dtype=bool)
-    index, owners = index_rare(grams, queries, threshold)
+    index, owners, sizes = index_rare(grams, queries, threshold)
     # Most 3-grams of most references are in no query
     known = np.zeros(int(LAST_BITS) + 1, dtype=bool)
     known[index & LAST_BITS] = True
@@ -87,42 +95,49 @@ def find_near(grams: Grams, queries: np.ndarray, references: np.ndarray, thresho
         found = (texts[first < last].tolist(), first[first < last].tolist(), last[first < last].tolist())
         pairs = {(text, query) for text, low, high in zip(*found, strict=True) for query in owners[low:high].tolist()}
         for text, candidates in itertools.groupby(sorted(pairs), key=lambda pair: pair[0]):
-            own = np.unique(flat[starts[text] : starts[text + 1]])
+            own = sort_distinct(flat[starts[text] : starts[text + 1]])
             for _, query in candidates:
-                if not near[query]:
-                    near[query] = are_near(np.unique(grams.read(queries[query : query + 1])[0]), own, threshold)
+                alike = threshold * max(len(own), sizes[query]) - 1e-9 <= min(len(own), sizes[query])
+                if alike and not near[query]:
+                    near[query] = jaccard(grams.distinct(queries[query]), own) >= threshold
     return near
 
 
-def are_near(one: np.ndarray, two: np.ndarray, threshold: float) -> bool:
-    """Tell whether two sorted sets have a Jaccard index of `threshold`."""
-    if min(len(one), len(two)) < threshold * max(len(one), len(two)) - 1e-9:
-        return False
-    shared = len(np.intersect1d(one, two, assume_unique=True))
-    return shared / (len(one) + len(two) - shared) >= threshold
+def jaccard(one: np.ndarray, two: np.ndarray) -> float:
+    """Return the Jaccard index of two sets, each as distinct numbers."""
+    both = np.sort(np.concatenate([one, two]))
+    shared = np.count_nonzero(both[1:] == both[:-1])
+    return shared / (len(both) - shared)
 
 
-def index_rare(grams: Grams, queries: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 3-grams by which a query is found, sorted, and the number of the query beside each."""
+def sort_distinct(grams: np.ndarray) -> np.ndarray:
+    """Return the distinct numbers, ascending."""
+    grams = np.sort(grams)
+    return grams[np.append(True, grams[1:] != grams[:-1])]
+
+
+def index_rare(grams: Grams, queries: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the 3-grams by which a query is found, ascending, beside each whose it is, and how many every query has."""
     # The rarest ones: boilerplate would make every text a candidate. How rare need not be exact, any will do.
-    counts = np.zeros(int(LAST_BITS) + 1, dtype=np.uint32)
+    counts = np.zeros(int(FEW_BITS) + 1, dtype=np.uint32)
     for _, flat, _ in grams.batches(queries):
-        np.add.at(counts, flat & LAST_BITS, 1)
-    kept, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        np.add.at(counts, (flat & FEW_BITS).astype(np.int64), np.uint32(1))
+    kept, owners, all_sizes = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for number, (_, flat, starts) in enumerate(grams.batches(queries)):
         texts = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         order = np.lexsort((flat, texts))
         flat, texts = flat[order], texts[order]
-        single = np.concatenate([[True], (flat[1:] != flat[:-1]) | (texts[1:] != texts[:-1])])
+        single = np.append(True, (flat[1:] != flat[:-1]) | (texts[1:] != texts[:-1]))
         flat, texts = flat[single], texts[single]
         sizes = np.bincount(texts, minlength=len(starts) - 1)
-        rare = np.lexsort((counts[flat & LAST_BITS], texts))
+        rare = np.lexsort((counts[flat & FEW_BITS], texts))
         rank = np.arange(len(flat)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         # The margin keeps 0.7 * 10 = 7.000000000000001 from asking for eight.
         needed = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
         rare = rare[rank < np.repeat(needed, sizes)]
         kept.append(flat[rare])
         owners.append(texts[rare] + number * BATCH)
+        all_sizes.append(sizes)
     index, numbers = np.concatenate(kept), np.concatenate(owners)
     order = np.argsort(index)
-    return index[order], numbers[order]
+    return index[order], numbers[order], np.concatenate(all_sizes)

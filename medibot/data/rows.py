@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,11 @@ class Rows:
         for row in self.waiting:
             # Counts stay numbers, text stays text, anything else becomes JSON, so that one column has one type
             left = {name: as_text(value) for name, value in row.items() if name not in own}
-            others.append(json.dumps(left, ensure_ascii=False))
+            others.append(json.dumps(left))
         columns: dict[str, list[Any]] = {
             name: [row.get(name) for row in self.waiting] for name in ("source", *TEXTS, *NUMBERS)
         }
-        history = [json.dumps(row["history"], ensure_ascii=False) if "history" in row else None for row in self.waiting]
+        history = [json.dumps(row["history"]) if "history" in row else None for row in self.waiting]
         self.writer.write_batch(
             pyarrow.RecordBatch.from_pydict(columns | {"history": history, "others": others}, SCHEMA)
         )
@@ -98,7 +98,7 @@ class Rows:
         self.writer.close()
         self.sink.close()
 
-    def read(self, places: Places) -> Iterator[list[Row]]:
+    def read(self, places: Places, columns: Sequence[str] = SCHEMA.names) -> Iterator[list[Row]]:
         """Yield the rows at these places in their order, some at a time; as text what is neither a count nor a message."""
         with pyarrow.OSFile(str(self.file)) as file:
             opened = pyarrow.ipc.open_file(file)
@@ -107,7 +107,8 @@ class Rows:
                 found: dict[int, Row] = {}
                 for number in np.unique(some // BATCH).tolist():
                     inside = some[some // BATCH == number]
-                    taken = opened.get_batch(number).take(pyarrow.array(inside - number * BATCH)).to_pylist()
+                    batch = opened.get_batch(number).select(columns)
+                    taken = batch.take(pyarrow.array(inside - number * BATCH)).to_pylist()
                     found |= zip(inside.tolist(), map(read_row, taken), strict=True)
                 yield [found[place] for place in some.tolist()]
 
@@ -150,10 +151,9 @@ class Rows:
 
 def read_row(written: Row) -> Row:
     """Return a row as it was added, but for what became text."""
-    others = json.loads(written.pop("others"))
-    history = json.loads(written.pop("history") or "null")
-    kept = {name: value for name, value in written.items() if value is not None or name in ("prompt", "completion")}
-    return kept | ({"history": history} if history else {}) | others
+    others, history = written.pop("others", None), written.pop("history", None)
+    row = {name: value for name, value in written.items() if value is not None}
+    return row | ({"history": json.loads(history)} if history else {}) | (json.loads(others) if others else {})
 
 
 def row_values(row: Row, columns: list[str]) -> list[tuple[int, str]]:

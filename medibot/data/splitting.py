@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 
 from medibot.cleaning.ledger import LedgerLine
 from medibot.data.near import NEAR, find_near
-from medibot.data.rows import Places, Rows, hashes_of
+from medibot.data.rows import TEXTS, Places, Rows, hashes_of
 
 # The places of the rows of train, validation and test, in the order of the source
 Splits = dict[str, Places]
@@ -72,8 +72,9 @@ def drop_leaks(rows: Rows, splits: Splits, threshold: float = NEAR) -> tuple[Spl
     These are answers equal or near to one of an earlier split, and second answers to a question of the same split.
     """
     train, validation, test = splits["train"], splits["validation"], splits["test"]
-    left = {"train": train, "validation": validation[~near_answers(rows, validation, train, threshold)]}
-    known = near_answers(rows, test, train, threshold) | near_answers(rows, test, left["validation"], threshold)
+    near = near_answers(rows, np.append(validation, test), train, threshold)
+    left = {"train": train, "validation": validation[~near[: len(validation)]]}
+    known = near[len(validation) :] | near_answers(rows, test, left["validation"], threshold)
     left["test"] = test[~known]
     single = {name: found if name == "train" else first_questions(rows, found) for name, found in left.items()}
     parts = [np.concatenate(list(part.values())) for part in (splits, left, single)]
@@ -123,25 +124,36 @@ def share_values(rows: Rows, places: Places, others: Places) -> np.ndarray:
 
 def leak_report(rows: Rows, splits: Splits) -> dict[str, dict[str, int]]:
     """Return, for each held-out split against each earlier one, how many of its rows share what with the other."""
-    pairs = (("validation", "train"), ("test", "train"), ("test", "validation"))
-    return {f"{one}_in_{two}": leak_counts(rows, splits[one], splits[two]) for one, two in pairs}
+    train, validation, test = splits["train"], splits["validation"], splits["test"]
+    # One search in the training split, which is long
+    shared = share_with(rows, np.append(validation, test), train)
+    return {
+        "validation_in_train": leak_counts({name: found[: len(validation)] for name, found in shared.items()}),
+        "test_in_train": leak_counts({name: found[len(validation) :] for name, found in shared.items()}),
+        "test_in_validation": leak_counts(share_with(rows, test, validation)),
+    }
 
 
-def leak_counts(rows: Rows, places: Places, others: Places) -> dict[str, int]:
-    """Return how many rows share a column's value, the question, the exact or a near answer with one of the others."""
-    counts = {"rows": len(places)}
-    counts |= dict(zip(rows.columns, share_values(rows, places, others).sum(axis=1).tolist(), strict=True))
+def share_with(rows: Rows, places: Places, others: Places) -> dict[str, np.ndarray]:
+    """Return for each row whether it shares a column's value, the question, the exact or a near answer with the others."""
     answers = hashes_of(rows.answers, 16)
-    exact = np.isin(answers[places], answers[others])
-    return counts | {"exact_answer": int(exact.sum()), "near_answer": int(near_answers(rows, places, others).sum())}
+    return dict(zip(rows.columns, share_values(rows, places, others), strict=True)) | {
+        "exact_answer": np.isin(answers[places], answers[others]),
+        "near_answer": near_answers(rows, places, others),
+    }
+
+
+def leak_counts(shared: dict[str, np.ndarray]) -> dict[str, int]:
+    """Return the number of rows, and how many of them share what."""
+    return {"rows": len(shared["near_answer"])} | {name: int(found.sum()) for name, found in shared.items()}
 
 
 def random_split_leaks(rows: Rows, places: Places, share: float, seed: int) -> dict[str, int]:
-    """Return `leak_counts` of a test split of `share` of the rows drawn one by one: what grouping prevents."""
+    """Return the leaks of a test split of `share` of the rows drawn one by one: what grouping prevents."""
     ordered = rows.sort(places)
     drawn = np.zeros(len(ordered), dtype=bool)
     drawn[random.Random(seed).sample(range(len(ordered)), round(share * len(ordered)))] = True
-    return leak_counts(rows, ordered[drawn], ordered[~drawn])
+    return leak_counts(share_with(rows, ordered[drawn], ordered[~drawn]))
 
 
 def split_fingerprint(rows: Rows, splits: Splits) -> str:
@@ -152,7 +164,8 @@ def split_fingerprint(rows: Rows, splits: Splits) -> str:
         for name, places in splits.items()
         for place, key in zip(places.tolist(), rows.keys_of(places), strict=True)
     )
-    texts = itertools.chain.from_iterable(rows.read(np.array([place for _, place in keyed], dtype=np.int64)))
+    places = np.array([place for _, place in keyed], dtype=np.int64)
+    texts = itertools.chain.from_iterable(rows.read(places, [*TEXTS, "history"]))
     found, first = hashlib.sha256(), True
     for begin, same in itertools.groupby(zip(keyed, texts, strict=True), key=lambda pair: pair[0][0]):
         extra = ("system", "history", "thinking")
