@@ -1,5 +1,6 @@
 """Assemble TRL's SFTTrainer from prepared conversations."""
 
+import os
 import resource
 import sys
 import tempfile
@@ -141,6 +142,8 @@ def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
         "include_num_input_tokens_seen": "non_padding",
         # A PEFT model makes the Trainer search for unused parameters in every step otherwise
         "ddp_find_unused_parameters": False,
+        # TRL tokenizes row by row: a share of each processor where there are thousands
+        "dataset_num_proc": min(os.cpu_count() or 1, prepared.split["rows"]["train"] // 2000) or None,
         "activation_checkpointing": True,
         **prepared.precision.training,
     }

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from medibot.model.loading import make_tiny_model
 from medibot.recipe import DataSection, EvaluationSection, Recipe
 from medibot.run import Run
 from medibot.training.inspection import paint
-from medibot.training.trainer import audit_splits, build_trainer
+from medibot.training.trainer import audit_splits, build_trainer, sft_config
 
 pytestmark = pytest.mark.slow
 
@@ -418,6 +419,16 @@ def test_rows_in_another_order_are_found_by_their_tokens(make_tokenizer: Callabl
     assert case.supervised() != answers
     assert sorted(case.supervised()) == sorted(answers)
     assert case.audit().violations == {}
+
+
+def test_rows_that_several_processes_tokenize_are_those_of_one(make_tokenizer: Callable, make_case: Callable) -> None:
+    case = make_case(make_tokenizer("qwen"), sample_rows(9))
+    assert case.trainer.args.dataset_num_proc is None
+    many = replace(case.prepared, split=case.prepared.split | {"rows": {"train": 4000 + os.cpu_count()}})
+    assert sft_config(many, Run(Path())).dataset_num_proc == min(2, os.cpu_count())
+    shared = case.trained_again(dataset_num_proc=3)
+    assert shared.dataset[:] == case.dataset[:]
+    assert not shared.audit().violations
 
 
 def test_packed_rows_are_audited_one_by_one(make_tokenizer: Callable, make_case: Callable) -> None:
