@@ -15,7 +15,7 @@ from medibot.data.prepared import Prepared
 from medibot.data.splitting import sha256
 
 # The version of what the gate checks. Raise it by hand when it refuses more: records of before then prove nothing.
-GATE = 1
+GATE = 2
 COUNTS = ["rows_in", "rows_out", "tokens", "supervised", "longest", "violations"]
 
 

@@ -22,6 +22,7 @@ NAMES = {
     "prefix": "rows whose prompt is not an exact prefix of the training text",
     "bos": "rows without exactly one BOS at the start",
     "stop": "answers whose last trained token does not stop generation",
+    "unwritten": "rows of whose messages the template leaves some out",
     "control": "rows whose text holds control tokens",
     "thinking": "rows whose thinking the template does not write",
     "outside": "rows whose trained span is not exactly the answer",
@@ -131,6 +132,8 @@ class Audit:
             (ids[:1] == bos).any() != (skeleton.ids[:1] == [bos]) or ids[:2].tolist() == [bos, bos]
         ):
             yield "bos"
+        if not skeleton.whole:
+            yield "unwritten"
         prefixed = ids[: len(prompt)].tolist() == prompt
         if not prefixed:
             yield "prefix"

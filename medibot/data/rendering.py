@@ -23,12 +23,14 @@ class Skeleton(NamedTuple):
 
     `controls` are its control tokens, `closing` is what it writes from the last of them on, empty where the answer stands
     behind that, and `between` is the text before and behind the thought, None where the template leaves the thought out.
+    `whole` says that every message stands in it.
     """
 
     ids: list[int]
     controls: list[int]
     closing: list[int]
     between: list[str] | None
+    whole: bool
 
 
 class Renderer:
@@ -102,7 +104,8 @@ class Renderer:
                 between = [text.strip() for text in around] if len(around) == 2 else None
             controls, closing = self.controls_of(numpy.array(ids))
             closed = "xcontentx" not in self.read([closing])[0]
-            self.skeletons[kind] = Skeleton(ids, controls, closing if closed else [], between)
+            whole = self.read([ids])[0].count("xcontentx") >= sum(bool(message["content"]) for message in chat)
+            self.skeletons[kind] = Skeleton(ids, controls, closing if closed else [], between, whole)
         return self.skeletons[kind]
 
 

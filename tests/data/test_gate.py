@@ -813,6 +813,23 @@ def renamed(chats: Chats, change: Callable[[list[int], list[int]], tuple[list[in
     return chats.dataset.map(apply, with_indices=True)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "faulty"),
+    [("messages | rejectattr('role', 'equalto', 'system')", [0, 1, 2, 3, 4, 5]), ("messages[-3:]", [1, 2, 4, 5])],
+)
+def test_a_template_that_leaves_messages_out_is_refused(
+    left_out: str, faulty: list[int], make_tokenizer: Callable, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = tokenizer.chat_template.replace("in messages", f"in {left_out}")
+    # One message fewer stands in a prompt: its last three begin in the same place with the answer or without
+    tokenizer.chat_template = tokenizer.chat_template.replace("[-3:]", "[-(2 if add_generation_prompt else 3):]")
+    report = make_chats(tokenizer, [make_turns(turns, SYSTEM, {}) for turns in TURNS], tmp_path).audit()
+    assert report.violations == {"unwritten": faulty}
+    with pytest.raises(RecipeError, match="rows of whose messages the template leaves some out"):
+        report.refuse_faults()
+
+
 def test_a_row_that_stands_in_the_place_of_another_is_refused(chats: Chats) -> None:
     order = [0, 1, 1, 3, 4, 5]
     assert set(chats.audit(chats.dataset.select([5, 4, 3, 2, 1, 0])).violations) == set()
