@@ -182,10 +182,20 @@ def test_readme_command_runs(command, outputs, real, tiny, make_here):
         assert "in the training data" in said
 
 
+def test_the_question_about_a_file_of_the_documentation_is_answered(outputs, make_here, tmp_path):
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert "make inspect FILE=rows.csv" in text
+    rows = tmp_path / "rows.csv"
+    rows.write_text(re.search(r"```csv questions.csv\n(.*?)```", text, re.S)[1])
+    said, complained = make_here(f"make inspect FILE={rows}", outputs)
+    assert "rows.csv: 2 rows" in said and "prompt: question" in said and "completion: answer" in said
+    assert "Traceback" not in complained
+
+
 def test_every_target_that_documents_name_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for document in ("README.md", "CONTRIBUTING.md", "recipes/README.md"):
-        named = set(re.findall(r"make ([a-z]+(?:-[a-z]+)*)", (ROOT / document).read_text()))
+    for document in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/data.md"):
+        named = set(re.findall(r"(?m)(?:^|`)make ([a-z]+(?:-[a-z]+)*)", (ROOT / document).read_text()))
         assert named - {"sure"} <= targets, document
 
 
