@@ -158,7 +158,7 @@ def locked(run: Run) -> Generator[None]:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            refuse_full_disk(run, error, "make room; the same command then starts over")
+            refuse_full_disk(run, error, "make room, then give the same command again")
             raise
         finally:
             for folder in run.folder.glob(".*.partial"):
@@ -169,8 +169,11 @@ def refuse_full_disk(run: Run, error: Exception, remedy: str) -> None:
     """Raise RecipeError if the error is a full or read-only disk, as Python, torch and safetensors say it."""
     said = "PytorchStreamWriter|No space left|Disk quota|File too large|Read-only file|Permission denied|Input/output error"
     if re.search(said, str(error)):
-        what = f"cannot be written, {shutil.disk_usage(run.folder.parent).free / 1e9:.1f} GB free: {one_line(error)}"
-        raise RecipeError.of(str(run.folder), what, remedy) from error
+        # It may be a cache or a hub's folder that is full
+        named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else run.folder
+        there = next(folder for folder in (Path(named), *Path(named).absolute().parents) if folder.is_dir())
+        what = f"cannot be written, {shutil.disk_usage(there).free / 1e9:.1f} GB free: {one_line(error)}"
+        raise RecipeError.of(str(named), what, remedy) from error
 
 
 def run_fingerprint(recipe: Recipe, data: str, base: dict[str, str], processes: int) -> tuple[str, dict[str, Any]]:

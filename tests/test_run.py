@@ -1,5 +1,6 @@
 """The outputs folder: names, whole files, whole checkpoints, and what makes two runs the same."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -213,6 +214,17 @@ def test_second_training_in_a_folder_is_refused_while_the_first_runs(mine):
             pass
     with locked(mine):
         pass
+
+
+def test_a_disk_that_is_full_elsewhere_is_named_and_not_the_runs(mine, tmp_path):
+    for error, named in (
+        (OSError(errno.ENOSPC, "No space left on device"), str(mine.folder)),
+        (OSError(errno.EACCES, "Permission denied", str(tmp_path / "cache" / "gone" / "x.json")), "cache/gone/x.json"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/12"), str(mine.folder)),
+    ):
+        said = rf"{named}: cannot be written, [\d.]+ GB free: .*make room, then give the same command again"
+        with pytest.raises(RecipeError, match=said), locked(mine):
+            raise error
 
 
 @pytest.mark.parametrize(
