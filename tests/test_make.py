@@ -98,7 +98,14 @@ def test_a_switch_is_on_whatever_its_value(make, verb, name):
 def test_arguments_are_split_as_a_shell_splits_words_and_none_is_run(make):
     for value in NASTY:
         assert make("train", f"ARGS=a.b=1 {shlex.quote(value)}")[-2:] == ["a.b=1", value]
-    assert make("train", "ARGS=x; $(touch owned) `touch owned` *")[-6:] == "x; $(touch owned) `touch owned` *".split()
+    assert make("train", "ARGS=x; $(touch owned) `touch owned` *")[-6:] == [
+        "x;",
+        "$(touch",
+        "owned)",
+        "`touch",
+        "owned`",
+        "*",
+    ]
     with pytest.raises(subprocess.CalledProcessError) as failed:
         make("train", "ARGS=data.system='half")
     said = failed.value.stderr.decode().splitlines()
