@@ -216,6 +216,16 @@ def test_accelerates_own_launcher_with_a_cpu_config_hides_the_gpus(workplace):
         assert done.stderr.strip() == seen
 
 
+def test_a_training_from_python_asks_for_a_usable_gpu_first(machine, miniature, workplace):
+    from medibot.training.session import train
+
+    recipe = miniature("quickstart")
+    machine(CPU_BUILD, "NVIDIA L4, 580.65.06, 8.9")
+    with pytest.raises(RecipeError, match="GPU NVIDIA L4: torch .* cannot use it under driver"):
+        train(recipe, "mine")
+    assert not (workplace / "outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
