@@ -24,6 +24,7 @@ from medibot.model.loading import load_base, make_tiny_model, weights_dtype
 from medibot.model.precision import make_lora_config
 from medibot.planning.conflicts import share_batch
 from medibot.planning.hardware import detect_hardware
+from medibot.recipe import Recipe
 from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu
 
@@ -115,6 +116,8 @@ def build_trainer(prepared: Prepared, this: Run, tiny: bool = False) -> Counting
     rows = {f"{split}_dataset": prepared.load(name) for split, name in (("train", "train"), ("eval", "validation"))}
     rows = {split: found.select_columns(COLUMNS) for split, found in rows.items() if found is not None}
     recipe, dtype = prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype)
+    if not tiny:
+        require_backward(recipe, prepared.precision.dtype, args.use_cpu)
     model = make_tiny_model(prepared.tokenizer) if tiny else load_base(recipe, dtype)
     adapters = None if tiny else make_lora_config(recipe)
     # The Trainer makes its folder at once: what does not get through the gate shall leave none
@@ -129,6 +132,17 @@ def build_trainer(prepared: Prepared, this: Run, tiny: bool = False) -> Counting
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return trainer
+
+
+def require_backward(recipe: Recipe, compute: torch.dtype, cpu: bool) -> None:
+    """Raise RecipeError for attention that can be loaded, and cannot be trained."""
+    name, what = recipe.model.get("attn_implementation") or "", ""
+    if name == "flex_attention" and cpu:
+        what = "flex_attention has no backward pass on a CPU"
+    if "flash" in name and compute == torch.float32 and not cpu:
+        what = f"{name} computes in half precision alone, and model.dtype is float32"
+    if what:
+        raise recipe.error("model.attn_implementation", what, "leave it out: sdpa")
 
 
 def sft_config(prepared: Prepared, this: Run, tiny: bool = False) -> SFTConfig:

@@ -221,7 +221,7 @@ def test_a_training_from_python_asks_for_a_usable_gpu_first(machine, miniature, 
 
     recipe = miniature("quickstart")
     machine(CPU_BUILD, "NVIDIA L4, 580.65.06, 8.9")
-    with pytest.raises(RecipeError, match="GPU NVIDIA L4: torch .* cannot use it under driver"):
+    with pytest.raises(RecipeError, match=r"GPU NVIDIA L4: torch .* cannot use it under driver"):
         train(recipe, "mine")
     assert not (workplace / "outputs").exists()
 

@@ -15,7 +15,7 @@ from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
 from medibot.run import Run
 from medibot.training.inspection import inspect_recipe
-from medibot.training.trainer import sft_config
+from medibot.training.trainer import require_backward, sft_config
 
 pytestmark = pytest.mark.slow
 
@@ -88,3 +88,10 @@ def test_a_training_in_one_process_takes_one_of_several_gpus(miniature, two_gpus
 
     args = sft_config(prepare(miniature("quickstart", "model.dtype=null")), Run(Path("unused")))
     assert (args.device.type, args.n_gpu, args.bf16, args.train_batch_size) == ("cuda", 1, True, 2)
+
+
+def test_flash_attention_trains_in_half_precision_alone(miniature):
+    recipe = miniature("quickstart", "model.attn_implementation=flash_attention_2")
+    with pytest.raises(RecipeError, match=r"computes in half precision alone, and model\.dtype is float32"):
+        require_backward(recipe, torch.float32, cpu=False)
+    require_backward(recipe, torch.bfloat16, cpu=False)
