@@ -4,7 +4,7 @@
 #   docker run --rm --gpus all -v "$PWD/outputs:/home/medibot/outputs" medibot train medquad-qlora
 FROM python:3.11-slim
 
-# A folder of https://download.pytorch.org/whl: cpu, cu130 …
+# A folder of https://download.pytorch.org/whl: cpu, cu130, cu126 (GPUs before Turing) …
 ARG TORCH=cpu
 
 # Triton compiles what it loads a GPU's kernels with; this image has Python.h

@@ -75,49 +75,40 @@ def first_gpu() -> dict[str, str]:
 def query_driver() -> list[str]:
     """Return [name, driver's version, compute capability] of the first GPU that NVIDIA's driver sees, or nothing."""
     # Drivers before 510 do not know the last of them
-    for fields in ("name,driver_version,compute_cap", "name,driver_version"):
+    for fields in ("name,driver_version,compute_cap", "name,driver_version") if shutil.which("nvidia-smi") else ():
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        if (
-            shutil.which(command[0])
-            and (done := subprocess.run(command, capture_output=True, text=True)).returncode == 0
-        ):
-            return [word.strip() for word in done.stdout.partition("\n")[0].split(",")]
+        if (done := subprocess.run(command, capture_output=True, text=True)).returncode == 0:
+            return done.stdout.partition("\n")[0].split(", ")
     return []
 
 
-def require_usable_gpus(torch_says: dict[str, Any]) -> int:
-    """Return how many GPUs there are; raise RecipeError for one that torch cannot use, and without what Triton needs.
+def require_usable_gpus(found: dict[str, Any]) -> int:
+    """Return how many GPUs `ask_torch` found; raise RecipeError for one that it cannot use, with the wheel that could.
 
-    `torch_says` is what `ask_torch` returned. GPUs that CUDA_VISIBLE_DEVICES hides are none.
+    GPUs that the environment hides are none. One that can be used needs what Triton compiles with.
     """
-    if are_hidden():
+    seen = [] if are_hidden() or (found["count"] and not found["old"]) else query_driver()
+    if are_hidden() or not (seen or found["count"]):
         return 0
-    gpu, old = query_driver(), torch_says["old"]
-    if old or (gpu and not torch_says["count"]):
-        name, driver, *capability = gpu or [old[0][0], "of unknown version"]
-        if old:
-            name, capability = old[0][0], [".".join(map(str, old[0][1:]))]
-        refuse_gpu(name, driver, *capability, torch_says=torch_says)
-    if torch_says["count"]:
+    if not (seen or found["old"]):
         require_compiler()
-    return torch_says["count"]
-
-
-def refuse_gpu(name: str, driver: str, capability: str = "8.0", *, torch_says: dict[str, Any]) -> None:
-    """Raise RecipeError for a GPU that this torch cannot use, with the wheel that could."""
-    own, branch = tuple(map(int, re.findall(r"\d+", capability))) or (8, 0), int(re.sub(r"\D.*", "", driver) or 1000)
-    public, built = torch_says["version"].partition("+")[0], torch_says["built"]
+        return found["count"]
+    name, driver, *capability = seen or ["", "of unknown version"]
+    if found["old"]:
+        name, *capability = found["old"][0]
+    own = tuple(int(digits) for part in capability for digits in re.findall(r"\d+", str(part))) or (8, 0)
+    branch, built = int(re.sub(r"\D.*", "", driver) or 1000), found["built"]
     fitting = (index for index, (least, first, last) in WHEELS.items() if branch >= least and first <= own <= last)
-    index = next(fitting, None)
-    remedy = f"update the driver, to {WHEELS['cu130'][0]} or newer"
-    if index and index != "cu" + (built or "").replace(".", ""):
+    index, public = next(fitting, None), found["version"].partition("+")[0]
+    remedy = "look at what nvidia-smi and CUDA_VISIBLE_DEVICES say"
+    if index is None:
+        remedy = f"update the driver, to {WHEELS['cu130'][0]} or newer"
+    elif index != "cu" + (built or "").replace(".", ""):
         at = f"--index-url https://download.pytorch.org/whl/{index}"
         remedy = f"run: .venv/bin/python -m pip install {at} torch=={public}+{index}"
-    elif index:
-        remedy = "look at what nvidia-smi and CUDA_VISIBLE_DEVICES say"
-    why = torch_says["reason"] or (f"built for CUDA {built}" if built else "built without CUDA")
-    if torch_says["old"]:
-        why = f"built for CUDA {built} without kernels for compute capability {capability}"
+    why = found["reason"] or (f"built for CUDA {built}" if built else "built without CUDA")
+    if found["old"]:
+        why += f" without kernels for compute capability {own[0]}.{own[1]}"
     what = f"torch {public} cannot use it under driver {driver}: {why}"
     raise RecipeError.of(f"GPU {name}", what, f"{remedy}; or hide it: CUDA_VISIBLE_DEVICES= or ACCELERATE=cpu")
 

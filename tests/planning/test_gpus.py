@@ -100,6 +100,11 @@ def test_a_gpu_that_is_hidden_or_not_there_is_not_missed(machine, monkeypatch):
         assert gpus.require_usable_gpus(CPU_BUILD) == 0
 
 
+def test_the_tests_themselves_use_no_gpu():
+    assert {os.environ[name] for name in gpus.NAMES} == {""}
+    assert gpus.find_gpus()["count"] == gpus.require_usable_gpus(CPU_BUILD) == 0
+
+
 def test_a_gpu_needs_what_triton_compiles_with(machine, monkeypatch, tmp_path):
     one = CUDA_13 | {"count": 1}
     machine(one, "NVIDIA L4, 580.65.06, 8.9")
