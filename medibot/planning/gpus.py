@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from medibot.errors import RecipeError, one_line
+from medibot.errors import RecipeError
 
 # AMD's runtime reads its own name first
 NAMES = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
@@ -31,16 +31,14 @@ def ask_torch() -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kernels, old = torch.cuda.get_arch_list(), []
+    kernels, old = re.findall(r"(sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list())), []
     for place in [] if torch.version.hip else range(count):
         own = torch.cuda.get_device_capability(place)
-        found = [
-            (kind, divmod(int(digits), 10)) for kind, digits in re.findall(r"(sm|compute)_(\d+)", " ".join(kernels))
-        ]
+        made = [(kind, divmod(int(digits), 10)) for kind, digits in kernels]
         # A kernel runs on later cards of its generation; `compute_` is compiled for any later card when it is loaded
-        if not any(own >= made and (kind == "compute" or own[0] == made[0]) for kind, made in found):
+        if not any(own >= least and (kind == "compute" or own[0] == least[0]) for kind, least in made):
             old.append([torch.cuda.get_device_name(place), *own])
-    reason = one_line(said[-1].message).split(". ")[0] if said else ""
+    reason = " ".join(str(said[-1].message).split()).partition(". ")[0] if said else ""
     built = torch.version.hip or torch.version.cuda
     return {"count": count, "version": torch.__version__, "built": built, "reason": reason, "old": old}
 
@@ -56,8 +54,8 @@ def find_gpus() -> dict[str, Any]:
 @cache
 def ask_elsewhere(environment: frozenset[tuple[str, str]]) -> dict[str, Any]:
     """Ask torch once in each environment."""
-    command, options = [sys.executable, "-c", ASK], {"stdout": subprocess.PIPE, "text": True, "check": True}
-    done = subprocess.run(command, env=dict(environment), **options)
+    command = [sys.executable, "-c", ASK]
+    done = subprocess.run(command, env=dict(environment), stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -110,7 +110,9 @@ def measure_tflops(compute: "torch.dtype", device: str, size: int = 4096, times:
     """Return the TFLOPs that products of large matrices reach on `device`."""
     import torch
 
-    matrix = torch.randn(size, size, device=device).to(compute)
+    # Not torch's global generator: the draws of the training stay what they were
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(size, size, device=device, generator=generator).to(compute)
     for repeats in (2, times):
         started = time.perf_counter()
         for _ in range(repeats):
