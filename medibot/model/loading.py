@@ -1,7 +1,6 @@
 """Load weights: the base as the recipe says, the tuned model from a run's folder."""
 
 import hashlib
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -126,8 +125,6 @@ def hash_file(path: Path) -> str:
 def silence_upstream() -> None:
     """Silence upstream warnings that MediBot reports itself."""
     transformers.logging.set_verbosity_error()
-    # It advises a package from the hub that nothing here needs
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")

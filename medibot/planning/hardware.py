@@ -26,16 +26,13 @@ REMEDIES = {
     "DEEPSPEED": "only ZeRO-2 and ZeRO-3 are supported",
 }
 GPUS: dict[str, tuple[float, float]] = read_data(__file__, "gpus.yaml")
-# What torch's names say beside a model's: its maker, its form, its memory
-FORMS = {"NVIDIA", "TESLA", "GEFORCE", *("SXM2", "SXM3", "SXM4", "SXM5"), *("HBM2", "HBM2E", "HBM3", "HBM3E")}
-SIZE = re.compile(r"\d+GB|PCIE")
 # Assumed, not measured: CUDA context and library workspaces of a process, and NCCL's buffers where there are several
 CONTEXT, NCCL = 600_000_000, 300_000_000
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device: its memory in bytes, TFLOPs where a data sheet says them, and the dtype that it computes in."""
+    """One device: its memory in bytes, TFLOPs as a data sheet says them or measured, and the dtype that it computes in."""
 
     name: str
     capacity: float
@@ -97,17 +94,8 @@ def find_device(written: str, dtype: str | None) -> Device:
     return Device(name or f"{capacity:g} GB GPU", capacity * GB, tflops, True, compute)
 
 
-def find_tflops(name: str) -> float | None:
-    """Return the data sheet's TFLOPs of the GPU that torch calls `name`; None for one that is not in it."""
-    words = set(re.split("[ -]", name.upper())) - FORMS
-    sheets = {sheet: set(sheet.upper().split()) for sheet in GPUS}
-    # A laptop's GPU, a slice of one and other variants have a word more, and another speed
-    same = [sheet for sheet, own in sheets.items() if own <= words and all(map(SIZE.fullmatch, words - own))]
-    return GPUS[max(same, key=len)][1] if same else None
-
-
 def measure_tflops(compute: "torch.dtype", device: str, size: int = 4096, times: int = 20) -> float:
-    """Return the TFLOPs that products of large matrices reach on `device`."""
+    """Return the TFLOPs that products of large matrices reach on `device`: a name may stand for slower variants, too."""
     import torch
 
     # Not torch's global generator: the draws of the training stay what they were
@@ -127,9 +115,9 @@ def detect_device(compute: "torch.dtype") -> Device:
     import torch
 
     if torch.cuda.is_available():
-        name, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
-        tflops = find_tflops(name) or measure_tflops(compute, "cuda")
-        return Device(name, free + CONTEXT, tflops, True, compute)
+        capacity, tflops = torch.cuda.mem_get_info()[0] + CONTEXT, measure_tflops(compute, "cuda")
+        torch.cuda.empty_cache()
+        return Device(torch.cuda.get_device_name(), capacity, tflops, True, compute)
     free = psutil.virtual_memory().available
     group = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.M) if sys.platform == "linux" else None
     here = Path("/sys/fs/cgroup") / (group[1] if group else "")
