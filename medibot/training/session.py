@@ -16,6 +16,7 @@ from medibot.data.preparation import own_rule_files
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import identify_base, method_name, weights_dtype
+from medibot.planning.gpus import ask_torch, require_usable_gpus
 from medibot.planning.hardware import detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
@@ -35,6 +36,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
     something else. Raises Stopped where a signal ended the training and a whole checkpoint is there.
     """
+    require_usable_gpus(ask_torch())
     state = PartialState(cpu=not torch.cuda.is_available())
     wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
     if state.num_processes != wanted:

@@ -112,7 +112,8 @@ def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, 
 
 
 def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    gpus = {"count": 2, "version": "2.13.0+cu130", "built": "13.0", "reason": "", "old": []}
+    monkeypatch.setattr("medibot.training.launch.find_gpus", lambda: gpus)
     with pytest.raises(RecipeError, match="left out of the shards"):
         launch(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), "")
     assert not list(workplace.iterdir())
