@@ -22,7 +22,7 @@ from medibot.data.gate import Audit
 from medibot.data.prepared import Prepared
 from medibot.model.loading import load_base, make_tiny_model, weights_dtype
 from medibot.model.precision import make_lora_config
-from medibot.planning.conflicts import share_batch
+from medibot.planning.conflicts import refuse_same_rows, share_batch
 from medibot.planning.hardware import detect_hardware
 from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu
@@ -133,6 +133,7 @@ def build_trainer(prepared: Prepared, this: Run, tiny: bool = False) -> Counting
 
 def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
     """Return the recipe's training section with what run and machine decide; the batch of a step stays the recipe's."""
+    refuse_same_rows()
     decided = {
         "output_dir": str(this.checkpoints),
         "run_name": this.name,

@@ -7,15 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_extend_env_parallelism_config
 from conftest import FOUR_STEPS, MINIATURE, ROOT, assert_same, losses
 from safetensors.torch import load_file
 
 from medibot.errors import RecipeError
 from medibot.planning import conflicts
-from medibot.planning.conflicts import refuse_conflicts, share_batch
+from medibot.planning.conflicts import refuse_conflicts, refuse_same_rows, share_batch
 from medibot.planning.hardware import read_hardware
 from medibot.recipe import load_recipe
 from medibot.run import has_whole_weights, open_run
@@ -67,6 +70,10 @@ CLASHES = [
     ("zero3", {}, [f"{KWARGS}={{use_reentrant: false}}", "training.activation_checkpointing=true"], "use_reentrant: true"),
     ("multi-gpu", {}, [f"{KWARGS}={{use_reentrant: true}}", "training.activation_checkpointing=true"], "use_reentrant: false"),
     ("fsdp2", {}, ["training.save_only_model=true", "training.load_best_model_at_end=true"], "no best model"),
+    ("fsdp2", {"parallelism_config": {"parallelism_config_cp_size": 2}}, [], "several processes the same rows"),
+    ("fsdp2", {"parallelism_config": {"parallelism_config_tp_size": 4}}, [], "several processes the same rows"),
+    ("zero3", {"parallelism_config": {"parallelism_config_sp_size": 2}}, [], "several processes the same rows"),
+    ("zero2", {"deepspeed_config_file": "tp.json"}, [], "holds settings that nothing here reads"),
 ]  # fmt: skip
 
 
@@ -82,6 +89,35 @@ def test_what_upstream_would_spoil_is_refused_before_the_launch(name, settings, 
 @pytest.mark.parametrize("overrides", [[], ["lora=null"], ["lora.use_dora=true"]], ids=["lora", "full", "dora"])
 def test_what_works_is_let_through(name, overrides):
     refuse_conflicts(quickstart(*overrides), hardware(name), gpus=8)
+
+
+def test_shards_and_replicas_of_them_take_rows_of_their_own():
+    sizes = {
+        "parallelism_config_dp_replicate_size": 2,
+        "parallelism_config_dp_shard_size": 4,
+        "parallelism_config_tp_size": 1,
+    }
+    refuse_conflicts(quickstart(), hardware("fsdp2", parallelism_config=sizes), gpus=8)
+
+
+@pytest.mark.parametrize("way", ["cp", "tp", "sp"])
+def test_processes_that_the_launcher_gives_the_same_rows_are_refused(way, miniature, monkeypatch):
+    """Whoever starts `accelerate launch` by hand, or writes it in LAUNCH, has passed no check of the config."""
+    recipe = miniature("quickstart", "tracking=null")
+    args = SimpleNamespace(**vars(launch_command_parser().parse_args(["--use_parallelism_config", "--use_fsdp", "x"])))
+    setattr(args, f"parallelism_config_{way}_size", 2)
+    for name, value in prepare_extend_env_parallelism_config(args, {}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="several processes the same rows"):
+        train(recipe, "parallel")
+    assert not open_run("parallel").folder.exists()
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{way.upper()}_SIZE", "1")
+    refuse_same_rows()
+
+
+def test_a_batch_size_that_changes_behind_the_record_is_refused():
+    with pytest.raises(RecipeError, match=r"auto_find_batch_size: .*behind the record: lower per_device"):
+        quickstart("training.auto_find_batch_size=true")
 
 
 def test_a_machine_that_cannot_shard_is_refused(monkeypatch):
