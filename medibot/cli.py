@@ -139,11 +139,12 @@ def plan(
     """Plan memory, largest micro-batch, steps, time and disk of a training; load no weights."""
     from medibot.planning.hardware import read_hardware
     from medibot.run import outputs_folder
-    from medibot.training.launch import hardware_config, parse_launch
+    from medibot.training.launch import fit_processes, hardware_config, parse_launch
 
     checked = load_recipe(recipe, overrides or [])
     hardware = read_hardware(hardware_config(accelerate))
-    _, processes, _ = parse_launch(launch, hardware)
+    words, processes, _ = parse_launch(launch, hardware)
+    processes = fit_processes(checked, hardware, processes, words)
     from medibot.planning.plan import plan_recipe
 
     show(plan_recipe(checked, gpu, hardware, processes))

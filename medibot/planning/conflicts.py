@@ -78,15 +78,18 @@ def refuse_same_rows() -> None:
         raise RecipeError.of("accelerate", *CONFLICTS["parallel"][1:])
 
 
+def rows_of_a_step(recipe: Recipe) -> int:
+    """Return the recipe's batch; upstream's defaults are read without its seconds of import."""
+    return recipe.training.get("per_device_train_batch_size", 8) * recipe.training.get("gradient_accumulation_steps", 1)
+
+
 def share_batch(recipe: Recipe, processes: int) -> dict[str, int]:
     """Return the settings with which each of `processes` takes its share of the recipe's batch.
 
     The recipe's numbers are those of one process. Each process gets its share of the rows, in the largest pieces that
     are no larger than the recipe's, so that the batch of a step stays the same on any hardware.
     """
-    # Upstream's defaults, which are read without its seconds of import
-    rows = recipe.training.get("per_device_train_batch_size", 8)
-    batch = rows * recipe.training.get("gradient_accumulation_steps", 1)
+    rows, batch = recipe.training.get("per_device_train_batch_size", 8), rows_of_a_step(recipe)
     if batch % processes:
         fitting = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
         what = f"{batch} rows a step do not divide among {processes} processes"

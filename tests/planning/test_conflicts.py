@@ -16,12 +16,14 @@ from accelerate.utils.launch import prepare_extend_env_parallelism_config
 from conftest import FOUR_STEPS, MINIATURE, ROOT, assert_same, losses
 from safetensors.torch import load_file
 
+from medibot import cli
 from medibot.errors import RecipeError
 from medibot.planning import conflicts
 from medibot.planning.conflicts import refuse_conflicts, refuse_same_rows, share_batch
 from medibot.planning.hardware import read_hardware
 from medibot.recipe import load_recipe
 from medibot.run import has_whole_weights, open_run
+from medibot.training import launch as launching
 from medibot.training.launch import launch
 from medibot.training.session import train
 
@@ -49,6 +51,54 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_numbers():
     batch = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]
     with pytest.raises(RecipeError, match=r"4 rows a step do not divide among 3 processes \(start one of 1, 2, 4, or"):
         share_batch(quickstart(*batch), 3)
+
+
+class Started(Exception):
+    """Holds the command of a launcher that a test does not start."""
+
+
+def start(command, **_):
+    raise Started(command)
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "text", "started"),
+    [
+        (4, None, "", 4),
+        (12, None, "", 6),
+        (12, "fsdp2", "", 6),
+        (8, None, "", 8),
+        (1, None, "", 1),
+        (8, None, "--num_processes 2", 2),
+    ],
+)
+def test_as_many_gpus_train_as_can_share_the_batch(rows, config, text, started, miniature, monkeypatch, capsys):
+    monkeypatch.setattr(launching, "visible_gpus", lambda: 8)
+    monkeypatch.setattr(launching.psutil, "Popen", start)
+    weights = miniature("quickstart").model["pretrained_model_name_or_path"]
+    batch = [f"training.per_device_train_batch_size={rows}", "training.gradient_accumulation_steps=1"]
+    overrides = [f"model.pretrained_model_name_or_path={weights}", *MINIATURE, "quantization=null", *batch]
+    recipe, config = str(ROOT / "recipes" / "quickstart.yaml"), config and str(CONFIGS / f"{config}.yaml")
+    with pytest.raises(Started) as caught:
+        launch(recipe, overrides, [], config, text)
+    (command,) = caught.value.args
+    numbers = [int(command[place + 1]) for place, word in enumerate(command) if word == "--num_processes"]
+    assert numbers[-1] == started
+    said = f"{started} of 8 GPUs train: the {rows} rows of a step do not divide among 8 processes"
+    assert (said in capsys.readouterr().out) == (started < 8 and not text)
+    # What is planned is what is started
+    monkeypatch.setattr(sys, "argv", ["medibot", "plan", recipe, *overrides, "--gpu", "24GB", "--launch", text])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *(["--accelerate", config] if config else [])])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and f"GB on one device of {started}," in capsys.readouterr().out
+
+
+def test_a_number_of_processes_that_was_written_is_not_changed(monkeypatch):
+    monkeypatch.setattr(launching.psutil, "Popen", start)
+    batch = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]
+    with pytest.raises(RecipeError, match="4 rows a step do not divide among 8 processes"):
+        launch("quickstart", batch, [], str(CONFIGS / "multi-gpu.yaml"), "--num_processes 8")
 
 
 def hardware(name, **settings):
