@@ -119,8 +119,12 @@ def silence_upstream() -> None:
 
 
 def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
-    """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in."""
-    return torch.float32 if recipe.lora is None and "dtype" not in recipe.model else compute
+    """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in.
+
+    A recipe may write bfloat16 for both. float16 it may not: torch refuses to unscale gradients of float16 weights.
+    """
+    masters = recipe.model.get("dtype", "auto") == "auto" or compute == torch.float16
+    return torch.float32 if recipe.lora is None and masters else compute
 
 
 def make_tiny_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
