@@ -4,6 +4,7 @@ import hashlib
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,21 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    core_model_loading,
+)
 
-from medibot.errors import one_line
+from medibot.errors import is_out_of_memory, one_line
 from medibot.model.precision import make_quantization_config
 from medibot.recipe import Recipe
 
+# Upstream hides why a weight cannot be quantized, such as memory that runs out, in a report that it logs
+core_model_loading.log_conversion_errors = lambda *_, **__: nullcontext()
 # Files of a model folder that decide what it computes
 IDENTIFYING = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 
@@ -45,6 +55,8 @@ def call_loader(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
     try:
         return load(path, **source_kwargs(recipe), **kwargs)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         remedy = "check the name, the revision, and that the hub or the folder is readable from here"
         if "safetensors" in what:
             remedy += ", or convert other weights to safetensors"
