@@ -16,6 +16,7 @@ from medibot.data.preparation import own_rule_files
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import identify_base, method_name, weights_dtype
+from medibot.model.tokenizer import save_tokenizer
 from medibot.planning.hardware import detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
@@ -143,6 +144,7 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: runs.Run, mirror: tr
     if not runs.has_whole_weights(partial):
         remedy = "see accelerate_configs/README.md; the last checkpoint is kept"
         raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
+    save_tokenizer(prepared.tokenizer, prepared.recipe, partial)
     prepared.generation.save_pretrained(partial)
     runs.sync_to_disk(partial)
     shutil.rmtree(run.weights, ignore_errors=True)
