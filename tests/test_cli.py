@@ -143,7 +143,7 @@ def test_the_first_process_to_fail_says_why_whichever_it_is(workplace, monkeypat
 
 def test_every_makefile_target_of_ours_is_a_verb():
     makefile = (ROOT / "Makefile").read_text()
-    used = set(re.findall(r"\$\(MEDIBOT\) ([a-z-]+)", makefile))
+    used = set(re.findall(r"\$\((?:MEDIBOT|WITH_ARGS)\) ([a-z-]+)", makefile))
     verbs = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
     assert {"train", "inspect", "ask", "list", "validate", "diff", "schema"} <= used <= verbs
 
