@@ -12,7 +12,7 @@ from medibot.data.gate import IGNORED
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
 from medibot.model.loading import make_tiny_model
-from medibot.model.tokenizer import load_saved_tokenizer, save_tokenizer, template_kwargs
+from medibot.model.tokenizer import load_saved_tokenizer, save_tokenizer
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run
 from medibot.training.trainer import build_trainer
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 ROWS = [{"q": f"What is illness {n}?", "a": f"It is\n  illness {n}."} for n in range(8)]
 # Quotes, braces, a line break and letters beyond ASCII: what a literal in a template must keep
-SYSTEM = "Say it's \"plain\", {{ not }} {% raw %} [bold], é 😀.\nSee a doctor.\\n"
+SYSTEM = 'Say it\'s "plain", {{ not }} {% raw %} [bold], é 😀.\nSee a doctor.\\n'
 RECIPE = """\
 model: {pretrained_model_name_or_path: model}
 data: {path: rows.json, prompt: q, completion: a, validation: 0, test: 0}
@@ -95,3 +95,34 @@ def test_bare_template_of_the_saved_folder_gives_the_ids_of_training(template, w
     assert saved.convert_tokens_to_ids(stop) in GenerationConfig.from_pretrained("saved").eos_token_id
     backend = json.loads(Path("saved/tokenizer.json").read_text())
     assert backend["padding"] is None and backend["truncation"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.system=Say <|im_end|> never.", r"data\.system"),
+        ("data.chat_template_kwargs={enable-thinking: false}", r"data\.chat_template_kwargs"),
+        ("data.chat_template_kwargs={tools: [{name: look}]}", r"data\.chat_template_kwargs"),
+    ],
+)
+def test_what_a_template_cannot_bring_is_refused_before_training(override, key, make_tokenizer, workplace):
+    tokenizer, stop = tokenizer_of("qwen2_5", make_tokenizer)
+    with pytest.raises(RecipeError, match=rf"{key}.* does not render as in training") as caught:
+        prepare(recipe_on(tokenizer, stop, override), progress=lambda _: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_base_that_was_trained_here_keeps_its_defaults_under_those_of_the_next_training(make_tokenizer, workplace):
+    tokenizer, stop = tokenizer_of("qwen3", make_tokenizer)
+    first = recipe_on(tokenizer, stop, "data.system=First.", "data.chat_template_kwargs={enable_thinking: false}")
+    save_tokenizer(tokenizer, first, Path("first"))
+    base = AutoTokenizer.from_pretrained("first")
+    asked = {"add_generation_prompt": True, "return_dict": False}
+    question = [{"role": "user", "content": "What is anemia?"}]
+    for overrides, system in ([], "First."), (["data.system=Second."], "Second."):
+        save_tokenizer(base, recipe_on(base, stop, *overrides), Path("second"))
+        own = load_saved_tokenizer(Path("second"))
+        assert own.chat_template == base.chat_template
+        told = [{"role": "system", "content": system}, *question]
+        wanted = tokenizer.apply_chat_template(told, enable_thinking=False, **asked)
+        assert AutoTokenizer.from_pretrained("second").apply_chat_template(question, **asked) == wanted
