@@ -143,10 +143,9 @@ def plan(
     checked = load_recipe(recipe, overrides or [])
     _, hardware = choose_hardware(accelerate, gpu)
     words, processes, _ = parse_launch(launch, hardware)
-    processes = fit_processes(checked, hardware, processes, words)
     from medibot.planning.plan import plan_recipe
 
-    show(plan_recipe(checked, gpu, hardware, processes))
+    show(plan_recipe(checked, gpu, hardware, fit_processes(checked, hardware, processes, words)))
     print(f"written: {outputs_folder() / 'plans' / checked.name}.json")
 
 
