@@ -138,11 +138,12 @@ def plan(
 ) -> None:
     """Plan memory, largest micro-batch, steps, time and disk of a training; load no weights."""
     from medibot.run import outputs_folder
-    from medibot.training.launch import choose_hardware, parse_launch
+    from medibot.training.launch import choose_hardware, fit_processes, parse_launch
 
     checked = load_recipe(recipe, overrides or [])
     _, hardware = choose_hardware(accelerate, gpu)
-    _, processes, _ = parse_launch(launch, hardware)
+    words, processes, _ = parse_launch(launch, hardware)
+    processes = fit_processes(checked, hardware, processes, words)
     from medibot.planning.plan import plan_recipe
 
     show(plan_recipe(checked, gpu, hardware, processes))

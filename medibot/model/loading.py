@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    core_model_loading,
+)
 from transformers.utils.import_utils import KERNELS_MIN_VERSION, is_kernels_available
 
-from medibot.errors import one_line
+from medibot.errors import is_out_of_memory, one_line
 from medibot.model.precision import make_quantization_config
 from medibot.recipe import Recipe
 
+# Upstream hides why a weight cannot be quantized, such as memory that runs out, in a report that it logs
+core_model_loading.log_conversion_errors = lambda *_, **__: nullcontext()
 GPU_EXTRA = 'run: .venv/bin/python -m pip install -c constraints.txt -e ".[gpu]"'
 # Files of a model folder that decide what it computes
 IDENTIFYING = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
@@ -46,6 +56,8 @@ def call_loader(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
     try:
         return load(path, **source_kwargs(recipe), **kwargs)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         remedy = "check the name, the revision, and that the hub or the folder is readable from here"
         if "safetensors" in what:
             remedy += ", or convert other weights to safetensors"
@@ -131,8 +143,12 @@ def silence_upstream() -> None:
 
 
 def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
-    """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in."""
-    return torch.float32 if recipe.lora is None and "dtype" not in recipe.model else compute
+    """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in.
+
+    A recipe may write bfloat16 for both. float16 it may not: torch refuses to unscale gradients of float16 weights.
+    """
+    masters = recipe.model.get("dtype", "auto") == "auto" or compute == torch.float16
+    return torch.float32 if recipe.lora is None and masters else compute
 
 
 def make_tiny_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 
 from medibot.errors import RecipeError, one_line
-from medibot.planning.conflicts import refuse_conflicts, share_batch
+from medibot.planning.conflicts import refuse_conflicts, rows_of_a_step, share_batch
 from medibot.planning.gpus import HIDDEN, find_gpus, first_gpu, require_usable_gpus
 from medibot.planning.hardware import Hardware, read_hardware
-from medibot.recipe import load_recipe
+from medibot.recipe import Recipe, load_recipe
 from medibot.recipe.files import find_by_name, search_folders
 from medibot.training.signals import Signals
 
@@ -42,6 +42,7 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
         # Say in one process what is wrong before several do, and leave the prepared data for all of them
         checked = load_recipe(recipe, overrides)
         refuse_conflicts(checked, hardware, gpus, machines)
+        processes = fit_processes(checked, hardware, processes, more)
         share_batch(checked, processes)
         from medibot.data.prepared import prepare
 
@@ -130,3 +131,16 @@ def parse_launch(text: str, hardware: Hardware) -> tuple[list[str], int, int]:
         remedy = "--num_processes and --num_machines take a whole number from 1, and every quote is closed"
         raise RecipeError.of("LAUNCH", one_line(error), remedy) from error
     return words, known.num_processes, known.num_machines
+
+
+def fit_processes(recipe: Recipe, hardware: Hardware, processes: int, words: list[str]) -> int:
+    """Return how many `processes` to start: where nobody wrote a number, no more than can share the recipe's batch."""
+    if "num_processes" in hardware.settings or "--num_processes" in " ".join(words):
+        return processes
+    rows = rows_of_a_step(recipe)
+    fitting = max(count for count in range(1, processes + 1) if rows % count == 0)
+    if fitting < processes:
+        print(
+            f"{fitting} of {processes} GPUs train: the {rows} rows of a step do not divide among {processes} processes"
+        )
+    return fitting

@@ -14,7 +14,7 @@ from medibot import run as runs
 from medibot import tracking
 from medibot.data.preparation import own_rule_files
 from medibot.data.prepared import Prepared, prepare
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, explain_memory, is_out_of_memory
 from medibot.model.loading import identify_base, method_name, weights_dtype
 from medibot.planning.gpus import ask_torch, require_usable_gpus
 from medibot.planning.hardware import detect_device, detect_hardware
@@ -28,6 +28,8 @@ from medibot.training.trainer import CountingTrainer, audit_splits, build_traine
 
 # A collective that lost a process, as gloo and nccl say it
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+# What makes a model that is loaded smaller
+LESS = "end what else uses this memory, add a section quantization, or take a smaller model"
 
 
 def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
@@ -53,7 +55,8 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
         plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_hardware(state.num_processes))
         if main and not anyway:
             plan.require_fit()
-        trainer = build_trainer(prepared, run)
+        with explain_memory("training", f"by the plan, {plan}: {LESS}"):
+            trainer = build_trainer(prepared, run)
         audits = audit_splits(trainer, prepared)
         for audit in audits:
             audit.refuse_faults()
@@ -124,10 +127,10 @@ def explained(run: runs.Run, plan: Plan) -> Generator[None]:
     """Turn what a machine runs out of into a RecipeError: memory, disk, the right to write, another process."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         last = run.last_checkpoint()
         kept = f"{last.name} is whole" if last else "no checkpoint is whole yet"
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise RecipeError.of("training", f"out of memory ({kept}); by the plan, {plan}", plan.advice()) from error
         runs.refuse_full_disk(run, error, f"{kept}; make room: the same command then goes on")
         if PartialState().num_processes > 1 and any(words in str(error) for words in PEER_LOST):

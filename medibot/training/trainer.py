@@ -22,7 +22,7 @@ from medibot.data.gate import Audit
 from medibot.data.prepared import Prepared
 from medibot.model.loading import load_base, make_tiny_model, weights_dtype
 from medibot.model.precision import make_lora_config
-from medibot.planning.conflicts import share_batch
+from medibot.planning.conflicts import refuse_same_rows, share_batch
 from medibot.planning.hardware import detect_hardware
 from medibot.recipe import Recipe
 from medibot.run import Run, sync_to_disk
@@ -150,6 +150,7 @@ def sft_config(prepared: Prepared, this: Run, tiny: bool = False) -> SFTConfig:
 
     What a tiny model is for needs no GPU.
     """
+    refuse_same_rows()
     machine = {"use_cpu": True, "bf16": False, "fp16": False} if tiny else prepared.precision.training
     decided = {
         "output_dir": str(this.checkpoints),

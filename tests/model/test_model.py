@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreT
 from medibot.errors import RecipeError
 from medibot.model import loading
 from medibot.model.generation import generate_answers, load_generation_config
-from medibot.model.loading import identify_base, load_base, load_tuned, source_kwargs
+from medibot.model.loading import identify_base, load_base, load_tuned, source_kwargs, weights_dtype
 from medibot.model.precision import choose_precision, make_lora_config, make_quantization_config
 from medibot.model.tokenizer import (
     end_of_turn_token,
@@ -79,6 +79,23 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("written", [{}, {"dtype": "auto"}, {"dtype": "float16"}], ids=["absent", "auto", "float16"])
+def test_weights_that_are_trained_whole_have_gradients_that_a_float16_gpu_can_unscale(written) -> None:
+    """On a GPU without bfloat16 the Trainer scales the loss with this scaler, which refuses gradients in float16."""
+    layer = torch.nn.Linear(4, 2).to(weights_dtype(recipe_of("m", model=written), torch.float16))
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cpu", init_scale=8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
+    scaler.unscale_(optimizer)
+    assert torch.equal(layer.weight.grad, torch.ones(2, 4))
+
+
+def test_weights_that_are_trained_whole_may_be_bfloat16_where_the_recipe_says_so() -> None:
+    assert weights_dtype(recipe_of("m", model={"dtype": "bfloat16"}), torch.bfloat16) == torch.bfloat16
+    assert weights_dtype(recipe_of("m", model={"dtype": "auto"}), torch.bfloat16) == torch.float32
+    assert weights_dtype(recipe_of("m", lora={"r": 4}), torch.float16) == torch.float16
+
+
 def test_precision_of_a_cpu_is_bfloat16_with_amx_and_float32_without() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     amx = cpuinfo.is_file() and {"amx_tile", "amx_bf16"} <= set(cpuinfo.read_text().split())
