@@ -13,7 +13,7 @@ from medibot.export.merge import MAIN_MEMORY, merge
 from medibot.export.ollama import render_modelfile
 from medibot.export.probe import Probe, load_whole
 from medibot.model.loading import silence_upstream
-from medibot.model.tokenizer import end_of_turn_token
+from medibot.model.tokenizer import end_of_turn_token, load_saved_tokenizer
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json, sync_to_disk
 
@@ -57,7 +57,9 @@ def export_gguf(name: str) -> str:
         proof = compare_answers(file, weights, recipe)
         # Whether engines put the first token before a prompt themselves, by llama.cpp's own rule
         adds_bos = fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")
-        Run(partial).write("Modelfile", render_modelfile(file.name, tokenizer, config, recipe, adds_bos))
+        Run(partial).write(
+            "Modelfile", render_modelfile(file.name, load_saved_tokenizer(weights), config, recipe, adds_bos)
+        )
         Run(partial).write("gguf.json", proof)
         sync_to_disk(partial)
         shutil.rmtree(run.gguf, ignore_errors=True)

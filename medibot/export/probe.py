@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
-from medibot.model.tokenizer import make_prompt, role_markers, template_kwargs
+from medibot.model.tokenizer import load_saved_tokenizer, make_prompt, role_markers, template_kwargs
 from medibot.recipe import Recipe
 
 # Questions, and tokens of each greedy answer
@@ -30,7 +30,7 @@ class Probe:
     @torch.inference_mode()
     def __init__(self, model: PreTrainedModel, recipe: Recipe, weights: Path) -> None:
         """Let `model` answer; the folder `weights` holds its tokenizer and stop tokens."""
-        tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
+        tokenizer, config = load_saved_tokenizer(weights), GenerationConfig.from_pretrained(weights)
         asked, prompts = held_out_prompts(recipe, tokenizer)
         rendering = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
         rendering |= template_kwargs(recipe)
