@@ -125,7 +125,7 @@ def in_model(name: str, files: dict[str, str | bytes | None], *says: str, at: st
     return case(name, "train mine.yaml", *says, at=at, files=files, **settings)
 
 
-ONE, TWO = {"a.yaml": "num_processes: 1"}, {"a.yaml": "num_processes: 2"}
+ONE, TWO = {"a.yaml": "num_processes: 1"}, {"a.yaml": "num_processes: 2\nuse_cpu: true"}
 STARTED = '{"status": "running", "fingerprint": "0", "parts": {"lora": {"r": 1}}}'
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LATIN = "question,answer\nWas heißt Anämie?,Blutarmut\n".encode("latin-1")
@@ -786,7 +786,7 @@ def test_mistake_before_the_launch_starts_nothing(
     mistake: Mistake, medibot: Callable, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    monkeypatch.setattr(launch.subprocess, "run", lambda command, **_: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(launch.psutil, "Popen", lambda command, **_: pytest.fail(f"started {command}"))
     arrange(workplace, mistake)
     before = files_of(workplace)
     code, lines = medibot(mistake.command)
