@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.text import Text
-from transformers import AutoModelForCausalLM
 
 from medibot.errors import RecipeError, explain_memory
-from medibot.export.probe import Probe
+from medibot.export.probe import Probe, load_whole
 from medibot.model.loading import hash_file, load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.recipe import Recipe, load_recipe
@@ -107,5 +106,4 @@ def try_merge(run: Run, recipe: Recipe, dtype: torch.dtype, probe: Probe, mode: 
     del base
     gc.collect()
     # What is proven is what was saved, read back as any program would
-    device = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    return probe.compare(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **device))
+    return probe.compare(load_whole(folder, dtype=dtype, use_safetensors=True))

@@ -168,7 +168,7 @@ class Plan:
         for part, size in (found["memory_bytes"] | {again: other.memory()["peak"]}).items():
             if size:
                 table.add_row(part, f"{size / GB:.3f}")
-        known = f"{UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device"
+        known = f"{UTILIZATION:.0%} of {self.device.tflops:.0f} data-sheet or measured TFLOPs a device"
         time = (
             f"{found['hours_estimated']:.1f} h (estimate: {known})" if self.device.tflops else "no data sheet is known"
         )

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
 
 from medibot.errors import RecipeError, explain_memory
 from medibot.model.loading import load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.model.thinking import opens_thinking, split_thinking, stream_thinking
-from medibot.model.tokenizer import escape_markers, role_markers, template_kwargs
+from medibot.model.tokenizer import escape_markers, load_saved_tokenizer, role_markers, template_kwargs
 from medibot.recipe import load_recipe
 from medibot.run import Run, find_finished_run
 from medibot.serving.emergencies import NOTICE, emergency_notice
@@ -46,7 +46,7 @@ class Assistant:
         # What readers of answers are told first: what this is not, and what its data lacks
         self.about = " ".join(filter(None, (NOTICE, self.recipe.evaluation.caveat)))
         # The run's own copy of tokenizer and template, so that use cannot differ from training
-        self.tokenizer = AutoTokenizer.from_pretrained(self.run.weights)
+        self.tokenizer = load_saved_tokenizer(self.run.weights)
         self.config = GenerationConfig.from_pretrained(self.run.weights)
         dtype = choose_precision(self.recipe.model.get("dtype")).dtype
         tuned = load_tuned(self.recipe, self.run.weights, dtype)

@@ -16,7 +16,10 @@ from medibot import tracking
 from medibot.data.preparation import own_rule_files
 from medibot.data.prepared import Prepared, prepare
 from medibot.errors import RecipeError, explain_memory, is_out_of_memory
+from medibot.export.engines import serving_lines
 from medibot.model.loading import identify_base, method_name, weights_dtype
+from medibot.model.tokenizer import save_tokenizer
+from medibot.planning.gpus import ask_torch, require_usable_gpus
 from medibot.planning.hardware import detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
@@ -39,6 +42,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
     something else. Raises Stopped where a signal ended the training and a whole checkpoint is there.
     """
+    require_usable_gpus(ask_torch())
     state = PartialState(cpu=not torch.cuda.is_available())
     wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
     if state.num_processes != wanted:
@@ -81,7 +85,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             save(trainer, prepared, run, mirror, plan)
     if main:
-        print_next_steps(run)
+        print_next_steps(run, recipe)
     return run
 
 
@@ -168,6 +172,7 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: runs.Run, mirror: tr
     if not runs.has_whole_weights(partial):
         remedy = "see accelerate_configs/README.md; the last checkpoint is kept"
         raise RecipeError.of("accelerate", "the trained weights could not be gathered: nothing was saved", remedy)
+    save_tokenizer(prepared.tokenizer, prepared.recipe, partial)
     prepared.generation.save_pretrained(partial)
     runs.sync_to_disk(partial)
     shutil.rmtree(run.weights, ignore_errors=True)
@@ -185,7 +190,7 @@ def save(trainer: CountingTrainer, prepared: Prepared, run: runs.Run, mirror: tr
         mirror.artifact("model", f"{run.name}-adapter", [run.weights], found | of_run, {data: "dataset"})
 
 
-def print_next_steps(run: runs.Run) -> None:
+def print_next_steps(run: runs.Run, recipe: Recipe) -> None:
     """Print the fixed questions' answers before and after, and what to do next."""
     rows, summary = runs.read_lines(run.answers), run.record()["summary"]
     for question in dict.fromkeys(row["question"] for row in rows):
@@ -197,3 +202,6 @@ def print_next_steps(run: runs.Run) -> None:
         print(f"\nvalidation loss {summary['eval_loss_first']:.4f} -> {summary['eval_loss_last']:.4f}")
     print(f"\nDone: {run.folder}  (recipe, ledger, split, metrics, answers; weights in {run.weights})")
     print(f'Next:  make ask RUN={run.name} Q="What is anemia?"    or  make chat RUN={run.name}')
+    print("Serve: by another program, as it was trained (docs/serving.md)")
+    for program, line in serving_lines(run, recipe).items():
+        print(f"       {program:<9}  {line}")

@@ -114,6 +114,48 @@ def test_a_written_dtype_wins(written: str) -> None:
     assert "recipe" in found.reason
 
 
+def test_apples_gpu_is_said_to_be_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    found = choose_precision()
+    assert found.dtype == torch.float32 and "Apple's GPU (MPS) is not used" in found.reason
+    assert found.training["use_cpu"]
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "capability", "said"),
+    [
+        ({"use_kernels": True}, (9, 0), r"use_kernels: needs the package kernels, [\d.]+ or later \(.*\.\[gpu\]"),
+        (
+            {"attn_implementation": "org/attention"},
+            (9, 0),
+            r"attn_implementation: needs the package kernels.*\.\[gpu\]",
+        ),
+        ({"attn_implementation": "flash_attention_2"}, None, "needs a GPU of compute capability 8.0"),
+        ({"attn_implementation": "flash_attention_2"}, (7, 5), "needs a GPU of compute capability 8.0"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            (8, 0),
+            r"FlashAttention2 .* installed.*\.\[gpu\].*leave it out",
+        ),
+        ({"attn_implementation": "flash_attention_4"}, (8, 9), "needs a GPU of compute capability 9.0"),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_one_line(
+    written: dict[str, Any],
+    capability: tuple[int, int] | None,
+    said: str,
+    make_model: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(RecipeError, match=said):
+        load_base(recipe_of(make_model(), model=written), torch.bfloat16)
+
+
 # --- tokenizer and stop tokens ----------------------------------------------------------------------------------------
 
 

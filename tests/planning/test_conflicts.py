@@ -73,7 +73,8 @@ def start(command, **_):
     ],
 )
 def test_as_many_gpus_train_as_can_share_the_batch(rows, config, text, started, miniature, monkeypatch, capsys):
-    monkeypatch.setattr(launching, "visible_gpus", lambda: 8)
+    gpus = {"count": 8, "version": "2.13.0+cu130", "built": "13.0", "reason": "", "old": []}
+    monkeypatch.setattr(launching, "find_gpus", lambda: gpus)
     monkeypatch.setattr(launching.psutil, "Popen", start)
     weights = miniature("quickstart").model["pretrained_model_name_or_path"]
     batch = [f"training.per_device_train_batch_size={rows}", "training.gradient_accumulation_steps=1"]
@@ -87,8 +88,9 @@ def test_as_many_gpus_train_as_can_share_the_batch(rows, config, text, started, 
     said = f"{started} of 8 GPUs train: the {rows} rows of a step do not divide among 8 processes"
     assert (said in capsys.readouterr().out) == (started < 8 and not text)
     # What is planned is what is started
-    monkeypatch.setattr(sys, "argv", ["medibot", "plan", recipe, *overrides, "--gpu", "24GB", "--launch", text])
-    monkeypatch.setattr(sys, "argv", [*sys.argv, *(["--accelerate", config] if config else [])])
+    # For a GPU that is not here the plan asks which config
+    asked = ["--gpu", "24GB", "--launch", text, "--accelerate", config or str(CONFIGS / "multi-gpu.yaml")]
+    monkeypatch.setattr(sys, "argv", ["medibot", "plan", recipe, *overrides, *asked])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code and f"GB on one device of {started}," in capsys.readouterr().out
@@ -198,7 +200,8 @@ def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, 
 
 
 def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    gpus = {"count": 2, "version": "2.13.0+cu130", "built": "13.0", "reason": "", "old": []}
+    monkeypatch.setattr("medibot.training.launch.find_gpus", lambda: gpus)
     with pytest.raises(RecipeError, match="left out of the shards"):
         launch(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), "")
     assert not list(workplace.iterdir())

@@ -18,9 +18,11 @@ import torch
 import wandb
 from conftest import FOUR_STEPS, MINIATURE, ROOT, adapter, assert_same, losses, wandb_records
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from medibot import tracking
 from medibot.errors import RecipeError
+from medibot.model.tokenizer import load_tokenizer, make_prompt
 from medibot.recipe import load_recipe
 from medibot.run import Run, locked, open_run, read_json, read_lines
 from medibot.training import session
@@ -92,6 +94,10 @@ def test_outputs_folder_holds_what_comes_after_needs(finished):
     assert json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"]
     assert not list(folder.rglob("*.partial"))
     again = load_recipe(str(folder / "recipe.yaml"))
+    question, asked = "What is anemia?", {"add_generation_prompt": True, "return_dict": False}
+    tokenizer, message = AutoTokenizer.from_pretrained(folder / "model"), {"role": "user", "content": question}
+    trained = load_tokenizer(again).apply_chat_template(make_prompt(question, again.data.system, ()), **asked)
+    assert again.data.system and tokenizer.apply_chat_template([message], **asked) == trained
     assert again.training["max_steps"] == 2 and again.lora["r"] == 16
 
 
