@@ -13,7 +13,7 @@ import medibot
 from medibot.errors import RecipeError, Stopped
 from medibot.recipe import find_differences, list_recipes, load_recipe, names_data
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped it, and a whole checkpoint is there to go on from
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped it, and the same command goes on
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_ERROR_REPORTING": "false"}
 app = typer.Typer(
     help="MediBot: recipes that turn a chat model into a medical question-answering assistant.",
@@ -143,10 +143,9 @@ def plan(
     checked = load_recipe(recipe, overrides or [])
     _, hardware = choose_hardware(accelerate)
     words, processes, _ = parse_launch(launch, hardware)
-    processes = fit_processes(checked, hardware, processes, words)
     from medibot.planning.plan import plan_recipe
 
-    show(plan_recipe(checked, gpu, hardware, processes))
+    show(plan_recipe(checked, gpu, hardware, fit_processes(checked, hardware, processes, words)))
     print(f"written: {outputs_folder() / 'plans' / checked.name}.json")
 
 

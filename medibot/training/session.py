@@ -3,7 +3,8 @@
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
 from medibot.serving.evidence import FILE, build_evidence, require_columns
+from medibot.training.processes import common_checkpoint, from_first, holding, require_same, together
 from medibot.training.record import Record, count_parameters, summarize
 from medibot.training.signals import Signals
 from medibot.training.trainer import CountingTrainer, audit_splits, build_trainer
@@ -46,27 +48,34 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     if state.num_processes != wanted:
         what = f"{wanted} processes were launched and {state.num_processes} found each other"
         raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
-    main, run, prepared = state.is_main_process, runs.open_run(name), prepare(recipe)
-    key, parts = runs.run_fingerprint(recipe, prepared.fingerprint, identify_base(recipe), state.num_processes)
-    runs.refuse_changed(run, parts)
-    if run.record().get("status") == "finished":
+    main = state.is_main_process
+    with together():
+        run, prepared = runs.open_run(name), prepare(recipe)
+        key, parts = runs.run_fingerprint(recipe, prepared.fingerprint, identify_base(recipe), state.num_processes)
+        runs.refuse_changed(run, parts)
+    require_same(parts)
+    if from_first(lambda: run.record().get("status") == "finished"):
         if main:
             print(f"outputs/{name} is finished, made from exactly this; to train again: another RUN=name, or delete it")
         return run
-    with runs.locked(run) if main else nullcontext():
+    with holding(run) as keeps:
         plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_hardware(state.num_processes))
-        if main and not anyway:
-            plan.require_fit()
-        with explain_memory("training", f"by the plan, {plan}: {LESS}"):
+        with together():
+            refuse_machine(plan, keeps, anyway)
+        with explained(run, plan), explain_memory("training", f"by the plan, {plan}: {LESS}"):
             trainer = build_trainer(prepared, run)
         audits = audit_splits(trainer, prepared)
         for audit in audits:
             audit.refuse_faults()
         require_columns(recipe, prepared.load("train"))
-        checkpoint, config = run.last_checkpoint(), {}
+        checkpoint, config = common_checkpoint(run), {}
+        trainer.args.save_on_each_node = keeps
         if main:
-            config = begin(trainer, prepared, plan, run)
+            config = begin(trainer, prepared, plan, run, checkpoint)
             run.write("audit.json", [audit.as_dict() for audit in audits])
+        if keeps:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.set_torn_aside(checkpoint)
             run.write("run.json", {"status": "running", "fingerprint": key, "parts": parts})
         # An interrupted run was evaluated at its start already: a second time would be in the record twice
         trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
@@ -80,9 +89,20 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     return run
 
 
-def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: runs.Run) -> dict[str, Any]:
+def refuse_machine(plan: Plan, keeps: bool, anyway: bool) -> None:
+    """Raise RecipeError for what by the plan cannot fit here, and where shards could not be resumed."""
+    if keeps and not PartialState().is_main_process and plan.hardware.sharded:
+        what = f"{plan.hardware.kind} writes checkpoints on the first machine alone, and another shares no disk with it"
+        raise RecipeError.of("accelerate", what, "set MEDIBOT_OUTPUTS to a folder that all machines share")
+    if not anyway:
+        plan.require_fit()
+
+
+def begin(
+    trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: runs.Run, checkpoint: Path | None
+) -> dict[str, Any]:
     """Print what is about to be trained, write what it is made from, and return that for the mirror."""
-    recipe, precision, args, checkpoint = prepared.recipe, prepared.precision, trainer.args, run.last_checkpoint()
+    recipe, precision, args = prepared.recipe, prepared.precision, trainer.args
     rows, steps, ways = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     (trainable, total), batch = count_parameters(trainer.model), rows * steps * ways
     print(f"model      {recipe.model['pretrained_model_name_or_path']}, {method_name(recipe)}")
@@ -90,7 +110,7 @@ def begin(trainer: CountingTrainer, prepared: Prepared, plan: Plan, run: runs.Ru
     print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     print(f"batch      {rows} per device x {steps} accumulated x {ways} processes = {batch} rows a step")
     print(f"memory     {plan}")
-    for name in run.set_torn_aside():
+    for name in run.set_torn_aside(checkpoint):
         print(f"{name} was never finished or is damaged: set aside in {run.checkpoints}/torn")
     if checkpoint:
         print(f"going on from {checkpoint}", flush=True)
@@ -144,6 +164,8 @@ def explained(run: runs.Run, plan: Plan) -> Generator[None]:
 def save(trainer: CountingTrainer, prepared: Prepared, run: runs.Run, mirror: tracking.Mirror, plan: Plan) -> None:
     """Write the trained weights with all that answering needs, mark the run finished, and send what it came to."""
     partial = run.folder / ".model.partial"
+    # The first machine keeps the model; what the others keep is what a resume needs
+    trainer.args.save_on_each_node = False
     trainer.save_model(str(partial))
     if not PartialState().is_main_process:
         return

@@ -34,6 +34,8 @@ class CountingTrainer(SFTTrainer):
 
     num_supervised_tokens_seen = peak_memory = 0
     training_seconds = started = 0.0
+    # The step whose checkpoint is on the disk
+    saved_step = 0
 
     def progress(self) -> dict[str, Any]:
         """Return where the training is, on every axis that runs are compared on."""
@@ -50,6 +52,7 @@ class CountingTrainer(SFTTrainer):
 
     def restore_progress(self) -> None:
         """Count on from the checkpoint that was loaded, and sum on for the next logged line."""
+        self.saved_step = self.state.global_step
         if kept := self.state.stateful_callbacks.get("progress"):
             self.started -= kept["seconds"]
             self.training_seconds, self.peak_memory = kept["training_seconds"], kept["peak_memory_bytes"]
@@ -95,6 +98,7 @@ class CountingTrainer(SFTTrainer):
                 made.rename(final)
                 sync_to_disk(run.checkpoints)
         self.accelerator.wait_for_everyone()
+        self.saved_step = self.state.global_step
         if self.args.should_save:
             # By number, not by time: clocks jump
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit

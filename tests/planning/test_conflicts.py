@@ -20,6 +20,7 @@ from medibot import cli
 from medibot.errors import RecipeError
 from medibot.planning import conflicts
 from medibot.planning.conflicts import refuse_conflicts, refuse_same_rows, share_batch
+from medibot.planning.gpus import NAMES
 from medibot.planning.hardware import read_hardware
 from medibot.recipe import load_recipe
 from medibot.run import has_whole_weights, open_run
@@ -57,8 +58,18 @@ class Started(Exception):
     """Holds the command of a launcher that a test does not start."""
 
 
-def start(command, **_):
-    raise Started(command)
+@pytest.fixture
+def eight_gpus(monkeypatch):
+    """Torch finds eight GPUs, and what would start raises Started."""
+
+    def start(command, **_):
+        raise Started(command)
+
+    found = {"count": 8, "version": "2.13.0+cu130", "built": "13.0", "reason": "", "old": []}
+    monkeypatch.setattr(launching, "find_gpus", lambda: found)
+    for name in NAMES:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launching.psutil, "Popen", start)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +83,9 @@ def start(command, **_):
         (8, None, "--num_processes 2", 2),
     ],
 )
-def test_as_many_gpus_train_as_can_share_the_batch(rows, config, text, started, miniature, monkeypatch, capsys):
-    gpus = {"count": 8, "version": "2.13.0+cu130", "built": "13.0", "reason": "", "old": []}
-    monkeypatch.setattr(launching, "find_gpus", lambda: gpus)
-    monkeypatch.setattr(launching.psutil, "Popen", start)
+def test_as_many_gpus_train_as_can_share_the_batch(
+    rows, config, text, started, miniature, eight_gpus, monkeypatch, capsys
+):
     weights = miniature("quickstart").model["pretrained_model_name_or_path"]
     batch = [f"training.per_device_train_batch_size={rows}", "training.gradient_accumulation_steps=1"]
     overrides = [f"model.pretrained_model_name_or_path={weights}", *MINIATURE, "quantization=null", *batch]
@@ -96,8 +106,7 @@ def test_as_many_gpus_train_as_can_share_the_batch(rows, config, text, started, 
     assert not ended.value.code and f"GB on one device of {started}," in capsys.readouterr().out
 
 
-def test_a_number_of_processes_that_was_written_is_not_changed(monkeypatch):
-    monkeypatch.setattr(launching.psutil, "Popen", start)
+def test_a_number_of_processes_that_was_written_is_not_changed(eight_gpus):
     batch = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]
     with pytest.raises(RecipeError, match="4 rows a step do not divide among 8 processes"):
         launch("quickstart", batch, [], str(CONFIGS / "multi-gpu.yaml"), "--num_processes 8")
