@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 from medibot import tracking
-from medibot.errors import RecipeError, one_line
+from medibot.errors import RecipeError, explain_memory, one_line
 from medibot.evaluation.metrics import Metric
 from medibot.evaluation.report import Report, difference_table, write_report
-from medibot.evaluation.scores import Rows, model_loader
+from medibot.evaluation.scores import FEWER_ROWS, Rows, model_loader
 from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
@@ -29,6 +29,7 @@ CLAIMS = {
 }
 
 
+@explain_memory("benchmark", FEWER_ROWS)
 def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
     """Return the accuracy of base and tuned model on each task, the medical ones by default, with paired intervals.
 

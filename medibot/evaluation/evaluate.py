@@ -15,7 +15,7 @@ from medibot.data.columns import kept_name
 from medibot.data.conversations import COLUMNS
 from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, explain_memory
 from medibot.evaluation.metrics import choose_metrics, name_references, score_answer
 from medibot.evaluation.page import evaluation_page
 from medibot.evaluation.questions import (
@@ -26,7 +26,7 @@ from medibot.evaluation.questions import (
     question,
 )
 from medibot.evaluation.report import Report, difference_table, write_report
-from medibot.evaluation.scores import Rows, model_loader, score_rows
+from medibot.evaluation.scores import FEWER_ROWS, Rows, model_loader, score_rows
 from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
 from medibot.model.thinking import opens_thinking, split_thinking
@@ -42,6 +42,7 @@ CLAIMS = {
 }
 
 
+@explain_memory("eval", FEWER_ROWS)
 def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Report:
     """Score base and tuned model of the run `name` on its test split, or on the file `data`, and write the result.
 

@@ -1,9 +1,10 @@
 """Ask a model held-out questions and measure how far another one is from it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
@@ -12,6 +13,12 @@ from medibot.recipe import Recipe
 
 # Questions, and tokens of each greedy answer
 QUESTIONS, TOKENS = 16, 32
+
+
+def load_whole(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """Load whole weights to compare them: on the GPUs if there are any, and beside them what does not fit."""
+    device = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    return AutoModelForCausalLM.from_pretrained(folder, **device, **kwargs)
 
 
 class Probe:

@@ -5,6 +5,7 @@ The reasons stand in `conflicts.yaml`; `tests/training/sharded.py` trains with r
 """
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from medibot.recipe.files import read_data
 from medibot.recipe.schema import Finding
 
 Section = Mapping[str, Any]
+# The ways of accelerate's ParallelismConfig in which several processes take the same rows
+SAME = ("cp", "tp", "sp")
 CONFLICTS: dict[str, tuple[str, str, str]] = read_data(__file__, "conflicts.yaml")
 
 
@@ -57,12 +60,27 @@ def find_conflicts(
         "whole": fsdp and adapted and (lora or {}).get("modules_to_save"),
         "8-bit": fsdp and bits.get("load_in_8bit"),
         "4-bit": fsdp and bits.get("load_in_4bit") and storage not in floats,
-        "size": zero3 and training.get("auto_find_batch_size"),
+        "parallel": any(
+            (settings.get("parallelism_config") or {}).get(f"parallelism_config_{way}_size", 1) > 1 for way in SAME
+        ),
+        "file": "deepspeed_config_file" in settings,
         "16-bit": zero3 and not settings.get("zero3_save_16bit_model"),
         "reentrant": zero3 and adapted and reentrant is False and again,
     }
     words = {"storage": storage, "float": floats[0]}
     return [Finding(*(text.format_map(words) for text in CONFLICTS[name])) for name, value in applies.items() if value]
+
+
+def refuse_same_rows() -> None:
+    """Raise RecipeError, in a launched process, where several take the same rows, however the launcher was told so."""
+    sizes = [os.environ.get(f"PARALLELISM_CONFIG_{way.upper()}_SIZE", "1") for way in SAME]
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true" and set(sizes) != {"1"}:
+        raise RecipeError.of("accelerate", *CONFLICTS["parallel"][1:])
+
+
+def rows_of_a_step(recipe: Recipe) -> int:
+    """Return the recipe's batch; upstream's defaults are read without its seconds of import."""
+    return recipe.training.get("per_device_train_batch_size", 8) * recipe.training.get("gradient_accumulation_steps", 1)
 
 
 def share_batch(recipe: Recipe, processes: int) -> dict[str, int]:
@@ -71,9 +89,7 @@ def share_batch(recipe: Recipe, processes: int) -> dict[str, int]:
     The recipe's numbers are those of one process. Each process gets its share of the rows, in the largest pieces that
     are no larger than the recipe's, so that the batch of a step stays the same on any hardware.
     """
-    # Upstream's defaults, which are read without its seconds of import
-    rows = recipe.training.get("per_device_train_batch_size", 8)
-    batch = rows * recipe.training.get("gradient_accumulation_steps", 1)
+    rows, batch = recipe.training.get("per_device_train_batch_size", 8), rows_of_a_step(recipe)
     if batch % processes:
         fitting = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
         what = f"{batch} rows a step do not divide among {processes} processes"

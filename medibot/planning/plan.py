@@ -168,10 +168,10 @@ class Plan:
         for part, size in (found["memory_bytes"] | {again: other.memory()["peak"]}).items():
             if size:
                 table.add_row(part, f"{size / GB:.3f}")
-        known = f"{UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device"
-        time = (
-            f"{found['hours_estimated']:.1f} h (estimate: {known})" if self.device.tflops else "no data sheet is known"
-        )
+        time = "no data sheet is known"
+        if speed := self.device.tflops:
+            known = f"{UTILIZATION:.0%} of {speed:.0f} data-sheet or measured TFLOPs a device"
+            time = f"{found['hours_estimated']:.1f} h (estimate: {known})"
         traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
         figures = {
             "computes in": found["computes_in"],

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FAMILIES, OVERRIDES, ROOT
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from medibot.errors import RecipeError
 from medibot.export import gguf
@@ -23,7 +23,7 @@ from medibot.export.card import write_cards
 from medibot.export.gguf import CONVERTER, export_gguf, require_same_tokens
 from medibot.export.merge import merge
 from medibot.export.ollama import render_modelfile, take_apart
-from medibot.export.probe import QUESTIONS, held_out_prompts, logit_distance
+from medibot.export.probe import QUESTIONS, held_out_prompts, load_whole, logit_distance
 from medibot.model.generation import generate_answers
 from medibot.model.loading import load_tuned
 from medibot.model.tokenizer import make_prompt, template_kwargs
@@ -142,6 +142,20 @@ def test_disk_that_fills_during_a_merge_is_said_in_a_line_and_nothing_of_it_stay
         patch.setattr(PreTrainedModel, "save_pretrained", full)
         merge("mine")
     assert sorted(merged.folder.rglob("*")) == there
+
+
+def test_whole_weights_are_compared_on_the_gpu_if_there_is_one(make_model, monkeypatch):
+    placed, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(folder, device_map=None, **kwargs):
+        placed.append(device_map)
+        return load(folder, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    load_whole(make_model())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    load_whole(make_model())
+    assert placed == [None, "auto"]
 
 
 def test_distance_tells_what_differs():
