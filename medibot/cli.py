@@ -141,7 +141,7 @@ def plan(
     from medibot.training.launch import choose_hardware, fit_processes, parse_launch
 
     checked = load_recipe(recipe, overrides or [])
-    _, hardware = choose_hardware(accelerate, gpu)
+    _, hardware = choose_hardware(accelerate)
     words, processes, _ = parse_launch(launch, hardware)
     from medibot.planning.plan import plan_recipe
 

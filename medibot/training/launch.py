@@ -101,12 +101,9 @@ def leave_exit_code(code: int) -> bool:
     return True
 
 
-def choose_hardware(name: str | None, gpu: str | None = None) -> tuple[Path, Hardware]:
-    """Return the accelerate config called `name`, or the one for what this machine has, or for one GPU that is planned for.
-
-    One for a CPU hides the GPUs from this process and those that it starts.
-    """
-    here = name or (gpu and "single-gpu") or {0: "cpu", 1: "single-gpu"}.get(find_gpus()["count"], "multi-gpu")
+def choose_hardware(name: str | None) -> tuple[Path, Hardware]:
+    """Return the accelerate config called `name`, or the one for what this machine has; one for a CPU hides the GPUs."""
+    here = name or {0: "cpu", 1: "single-gpu"}.get(find_gpus()["count"], "multi-gpu")
     config = find_by_name("ACCELERATE", here, search_folders("accelerate_configs"))
     hardware = read_hardware(config)
     # One that nobody named is for a machine without GPUs, or with one that is going to be refused
