@@ -25,6 +25,7 @@ from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
 from medibot.serving.evidence import FILE, build_evidence, require_columns
+from medibot.training.leaks import require_rows_apart
 from medibot.training.processes import common_checkpoint, from_first, holding, require_same, together
 from medibot.training.record import Record, count_parameters, summarize
 from medibot.training.signals import Signals
@@ -62,6 +63,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
         audits = audit_splits(trainer, prepared)
         for audit in audits:
             audit.refuse_faults()
+        require_rows_apart(trainer, recipe)
         require_columns(recipe, prepared.load("train"))
         checkpoint, config = common_checkpoint(run), {}
         trainer.args.save_on_each_node = keeps
