@@ -23,6 +23,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="
 os.environ.update(HIP_VISIBLE_DEVICES="", CUDA_VISIBLE_DEVICES="")
 # Each W&B run would list every installed package, in as many seconds as its training takes; `_` stands for "x_"
 os.environ["WANDB__SAVE_REQUIREMENTS"] = "false"
+# bitsandbytes wraps functions for torch's compiler, whose import takes a second of each process; nothing here compiles
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+# As the verbs themselves
+gc.set_threshold(10_000)
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "recipes" / "data" / "consumer_health.jsonl"
 

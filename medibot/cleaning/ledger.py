@@ -1,7 +1,7 @@
 """Count what a rule dropped, changed and added, and show three examples."""
 
 from dataclasses import dataclass, field
-from itertools import takewhile
+from os.path import commonprefix
 from typing import Any
 
 from medibot.cleaning.rules import Row
@@ -98,6 +98,6 @@ def make_example(before: Row, after: Row | None) -> dict[str, Any]:
 def excerpt(text: str, other: str, width: int = 400) -> str:
     """Return at most `width` characters of `text`, placed where it begins to differ from `other`."""
     # A cut at the end of a long answer would be invisible in an excerpt of its start
-    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))))
-    start = max(0, shared - width // 4) if text != other else 0
+    shared = commonprefix([text, other])  # noqa: RUF071
+    start = max(0, len(shared) - width // 4) if text != other else 0
     return ("…" if start else "") + text[start : start + width] + ("…" if start + width < len(text) else "")

@@ -88,12 +88,12 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> 
 def require_kernels(recipe: Recipe) -> None:
     """Raise RecipeError for kernels that this machine lacks or cannot run, where upstream ends in a traceback, or later."""
     key, name = "model.attn_implementation", recipe.model.get("attn_implementation") or ""
-    if not is_kernels_available() and ("/" in name or recipe.model.get("use_kernels")):
-        what = f"needs the package kernels, {KERNELS_MIN_VERSION} or later"
-        raise recipe.error(key if "/" in name else "model.use_kernels", what, GPU_EXTRA)
     least = 9 if name.endswith(("attention_4", "attn4")) else 8
     if "flash" in name and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= least):
         raise recipe.error(key, f"{name} needs a GPU of compute capability {least}.0 or later", "leave it out: sdpa")
+    if not is_kernels_available() and ("/" in name or recipe.model.get("use_kernels")):
+        what = f"needs the package kernels, {KERNELS_MIN_VERSION} or later"
+        raise recipe.error(key if "/" in name else "model.use_kernels", what, GPU_EXTRA)
 
 
 def keep_4bit_trainable(model: PreTrainedModel) -> None:

@@ -33,11 +33,8 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
     launcher would start it, without the seconds in which that imports torch.
     """
     config, hardware = choose_hardware(accelerate)
-    gpus = require_usable_gpus(find_gpus())
+    gpus = count_gpus(hardware)
     more, processes, machines = parse_launch(text, hardware)
-    if not (gpus or hardware.sharded or hardware.settings.get("use_cpu")):
-        what = "no GPU was found that torch can use (Apple's are not supported)"
-        raise RecipeError.of(f"ACCELERATE={hardware.name}", what, "take cpu or cpu-2, or write use_cpu: true")
     if processes > 1 or hardware.sharded:
         # Say in one process what is wrong before several do, and leave the prepared data for all of them
         checked = load_recipe(recipe, overrides)
@@ -110,6 +107,15 @@ def choose_hardware(name: str | None) -> tuple[Path, Hardware]:
     if name and hardware.settings.get("use_cpu"):
         os.environ.update(HIDDEN)
     return config, hardware
+
+
+def count_gpus(hardware: Hardware) -> int:
+    """Return how many GPUs torch can use here; raise RecipeError where the accelerate config asks for one that it cannot."""
+    gpus = require_usable_gpus(find_gpus())
+    if not (gpus or hardware.sharded or hardware.settings.get("use_cpu")):
+        what = "no GPU was found that torch can use (Apple's are not supported)"
+        raise RecipeError.of(f"ACCELERATE={hardware.name}", what, "take cpu or cpu-2, or write use_cpu: true")
+    return gpus
 
 
 def parse_launch(text: str, hardware: Hardware) -> tuple[list[str], int, int]:

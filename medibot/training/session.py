@@ -43,12 +43,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
     something else. Raises Stopped where a signal ended the training and a whole checkpoint is there.
     """
-    require_usable_gpus(ask_torch())
-    state = PartialState(cpu=not torch.cuda.is_available())
-    wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
-    if state.num_processes != wanted:
-        what = f"{wanted} processes were launched and {state.num_processes} found each other"
-        raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
+    state = join_processes()
     main = state.is_main_process
     with together():
         run, prepared = runs.open_run(name), prepare(recipe)
@@ -98,6 +93,17 @@ def refuse_machine(plan: Plan, keeps: bool, anyway: bool) -> None:
         raise RecipeError.of("accelerate", what, "set MEDIBOT_OUTPUTS to a folder that all machines share")
     if not anyway:
         plan.require_fit()
+
+
+def join_processes() -> PartialState:
+    """Return accelerate's state of this process; raise RecipeError for an unusable GPU, or processes that did not meet."""
+    require_usable_gpus(ask_torch())
+    state = PartialState(cpu=not torch.cuda.is_available())
+    wanted = int(os.environ.get("MEDIBOT_PROCESSES", os.environ.get("WORLD_SIZE", "1")))
+    if state.num_processes != wanted:
+        what = f"{wanted} processes were launched and {state.num_processes} found each other"
+        raise RecipeError.of("accelerate", what, "on CPUs use accelerate_configs/cpu.yaml or cpu-2.yaml")
+    return state
 
 
 def begin(

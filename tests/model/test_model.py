@@ -133,6 +133,7 @@ def test_apples_gpu_is_said_to_be_left_alone(monkeypatch: pytest.MonkeyPatch) ->
             r"attn_implementation: needs the package kernels.*\.\[gpu\]",
         ),
         ({"attn_implementation": "flash_attention_2"}, None, "needs a GPU of compute capability 8.0"),
+        ({"attn_implementation": "kernels-community/flash-attn2"}, None, "needs a GPU of compute capability 8.0"),
         ({"attn_implementation": "flash_attention_2"}, (7, 5), "needs a GPU of compute capability 8.0"),
         (
             {"attn_implementation": "flash_attention_2"},

@@ -23,7 +23,7 @@ from medibot.planning.conflicts import refuse_conflicts, refuse_same_rows, share
 from medibot.planning.gpus import NAMES
 from medibot.planning.hardware import read_hardware
 from medibot.recipe import load_recipe
-from medibot.run import has_whole_weights, open_run
+from medibot.run import has_whole_weights, open_run, read_lines
 from medibot.training import launch as launching
 from medibot.training.launch import launch
 from medibot.training.session import train
@@ -223,7 +223,9 @@ SAME = [
     "training.load_best_model_at_end=false",
 ]
 SAME += ["training.train_sampling_strategy=random", "training.activation_checkpointing=true", "tracking=null"]
-SAME += ["evaluation.questions=['What is anemia?']", "evaluation.max_new_tokens=2"]
+# Three for two processes, whose answers are not of one length
+SAME += ["evaluation.questions=['What is anemia?','What is gout?','Hi?']", "evaluation.max_new_tokens=12"]
+SAME += ["evaluation.generate={no_repeat_ngram_size: 1, stop_strings: [L, T]}"]
 SHARDED = {
     "lora": ["quantization=null"],
     "nf4": ["quantization.bnb_4bit_quant_storage=float32"],
@@ -242,6 +244,8 @@ def test_real_shards_train_what_one_process_trains(miniature, make_model, workpl
     for name in SHARDED:
         one, two = open_run(f"{name}-one"), open_run(name)
         assert losses(name) == pytest.approx(losses(f"{name}-one"), abs=1e-5), said
+        answers = read_lines(one.answers)[:3]
+        assert read_lines(two.answers)[:3] == answers and len({line["tokens"] for line in answers}) > 1
         (file,) = (path.name for path in one.weights.glob("*.safetensors"))
         trained = load_file(one.weights / file)
         # Shards are saved with the tied head written out

@@ -141,11 +141,14 @@ def cards(monkeypatch):
     return make
 
 
-def test_torch_tells_which_cards_it_has_kernels_for(cards):
+def test_torch_tells_which_cards_it_has_kernels_for(cards, monkeypatch):
     cards((8, 9), (7, 0), (12, 1), (13, 0), (7, 5), (6, 1))
     found = gpus.ask_torch()
     assert (found["count"], found["built"]) == (6, "13.0")
     assert found["old"] == [["card 1", 7, 0], ["card 5", 6, 1]]
+    # Without `compute_` a wheel ends with its last generation
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    assert [name for name, *_ in gpus.ask_torch()["old"]] == ["card 1", "card 2", "card 3", "card 4", "card 5"]
     cards((9, 4), hip="7.2")
     assert (gpus.ask_torch()["count"], gpus.ask_torch()["built"], gpus.ask_torch()["old"]) == (1, "7.2", [])
     cards()

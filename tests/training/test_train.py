@@ -1,7 +1,7 @@
 """Training end to end on tiny models: every recipe, every method, resumes, and what must stop a run."""
 
+import importlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -198,17 +198,7 @@ def test_resumed_equals_uninterrupted(method, miniature, monkeypatch):
         assert counted == sorted(counted) and counted[-1] > 0, figure
 
 
-RESUME = """
-import sys
-from pathlib import Path
-from medibot.recipe import load_recipe
-from medibot.training.session import train
-
-train(load_recipe("quickstart", sys.argv[2:], root=Path(sys.argv[1])), "torn")
-"""
-
-
-def test_a_renamed_function_leaves_prepared_rows_and_unfinished_runs_alone(miniature, monkeypatch, tmp_path):
+def test_a_renamed_function_leaves_prepared_rows_and_unfinished_runs_alone(miniature, monkeypatch, tmp_path, capsys):
     class Interrupted(Record):
         def on_log(self, args, state, *rest, **kwargs):
             super().on_log(args, state, *rest, **kwargs)
@@ -223,14 +213,22 @@ def test_a_renamed_function_leaves_prepared_rows_and_unfinished_runs_alone(minia
     shutil.copytree(ROOT / "medibot", renamed / "medibot", ignore=shutil.ignore_patterns("__pycache__"))
     for file in renamed.rglob("*.py"):
         file.write_text(re.sub(r"\b(drop_leaks|first_copies|fit_length)\b", r"new_\1", file.read_text()))
-    model = recipe.model["pretrained_model_name_or_path"]
-    overrides = [f"model.pretrained_model_name_or_path={model}", *MINIATURE, *FOUR_STEPS]
-    command = [sys.executable, "-c", RESUME, str(ROOT)]
-    done = subprocess.run(
-        [*command, *overrides], env=os.environ | {"PYTHONPATH": str(renamed)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout and "preparing" not in done.stdout
+    overrides = [f"model.pretrained_model_name_or_path={recipe.model['pretrained_model_name_or_path']}"]
+    overrides += [*MINIATURE, *FOUR_STEPS]
+    monkeypatch.syspath_prepend(renamed)
+    capsys.readouterr()
+    # Only MediBot is imported anew: another process would spend its seconds on torch and trl
+    ours = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "medibot"}
+    try:
+        other, reader = (importlib.import_module(f"medibot.{name}") for name in ("training.session", "recipe"))
+        assert Path(other.__file__).is_relative_to(renamed) and Path(reader.__file__).is_relative_to(renamed)
+        other.train(reader.load_recipe("quickstart", overrides, root=ROOT), "torn")
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "medibot"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    said = capsys.readouterr().out
+    assert "going on from" in said and "preparing" not in said
     assert open_run("torn").record()["status"] == "finished"
 
 
