@@ -297,8 +297,8 @@ def resume(bench: Bench) -> dict[str, Any]:
 def evaluate(bench: Bench) -> dict[str, Any]:
     """Evaluate base and tuned model on a few held-out rows."""
     bench.medibot("eval", "--run", "qlora", "--rows", "4" if bench.tiny else "16")
-    reports = sorted((bench.work / "outputs" / "qlora").rglob("evaluation*.json"))
-    return {"reports": len(reports)}
+    (results,) = (bench.work / "outputs" / "qlora").glob("eval/results.json")
+    return {"verdict": json.loads(results.read_text())["verdict"]}
 
 
 def merge(bench: Bench) -> dict[str, Any]:
