@@ -83,7 +83,14 @@ class Plan:
         always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
         together = setting(self.recipe, "gradient_accumulation_steps") > 1 or self.hardware.kind == "DDP"
-        return parts | {"peak": always + (passing + gradients if together else max(passing, gradients))}
+        peak, loading = always + (passing + gradients if together else max(passing, gradients)), self.loading()
+        return parts | {"whole, while loading": loading, "peak": max(peak, loading)}
+
+    def loading(self) -> int:
+        """Return the bytes of quantized weights that FSDP2 makes shards of only when each GPU has loaded them whole."""
+        if self.hardware.kind != "FSDP2" or self.recipe.quantization is None:
+            return 0
+        return sum(self.parameters.base.values()) + self.parameters.adapters + self.overhead
 
     def fixed(self) -> dict[str, int]:
         """Return the bytes that do not depend on the batch; all but DDP share optimizer and gradients."""
@@ -136,11 +143,23 @@ class Plan:
         where = f"{needed:.1f} GB of {capacity:.1f} GB on {self.device.name}"
         return f"{self.rows} rows of {self.longest} tokens need {where}"
 
-    def require_fit(self) -> None:
-        """Raise RecipeError, before a weight is loaded, for what cannot fit."""
-        if not self.fits():
-            remedy = f"{self.advice()}; or ANYWAY=1"
-            raise self.recipe.error("training.per_device_train_batch_size", str(self), remedy)
+    def certain(self) -> int:
+        """Return the bytes that no measurement is needed for: weights, adapters and the optimizer's state."""
+        parts = self.fixed()
+        counted = sum(size for part, size in parts.items() if part.startswith(("weights", "adapters", "optimizer")))
+        return max(counted, self.loading() - self.overhead)
+
+    def require_fit(self) -> str | None:
+        """Raise RecipeError, before a weight is loaded, for what cannot fit; return a warning of what may not.
+
+        Activations and the rest were measured on CPUs alone: on a GPU they are no reason to refuse.
+        """
+        if self.fits():
+            return None
+        if self.device.gpu and self.certain() <= self.device.capacity:
+            return f"by the plan, {self}, which no measurement on a GPU backs yet; if it does not fit: {self.advice()}"
+        remedy = f"{self.advice()}; or ANYWAY=1"
+        raise self.recipe.error("training.per_device_train_batch_size", str(self), remedy)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures: bytes, tokens, hours."""

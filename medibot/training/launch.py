@@ -47,6 +47,9 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
     threads, command = str(max(1, (os.cpu_count() or 1) // processes)), [sys.executable]
     # accelerate's launcher passes OMP_NUM_THREADS on
     environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MEDIBOT_PROCESSES": str(processes)}
+    if gpus and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Rows of many lengths leave holes that blocks of fixed sizes cannot use
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     environment |= first_gpu() if gpus > 1 and processes == 1 else {}
     if hardware.settings == ONE_CPU_PROCESS and not more:
         environment |= LAUNCHED_ON_CPU

@@ -119,7 +119,7 @@ class Record(TrainerCallback):
 def summarize(trainer: CountingTrainer, run: Run, plan: Plan) -> dict[str, Any]:
     """Return what a finished training came to: steps, losses, cost, and planned beside measured memory."""
     last, tokens = read_lines(run.metrics)[-1], trainer.num_supervised_tokens_seen
-    # On a GPU what is allocated is measured, without the context
+    # On a GPU what is reserved is measured, without the context
     planned = plan.memory()["peak"] - (plan.overhead if plan.device.gpu else 0)
     memory = {"planned_bytes": planned, "measured_bytes": last["peak_memory_bytes"]}
     summary = {"steps": trainer.state.global_step, "best_checkpoint": trainer.state.best_model_checkpoint}

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from medibot.errors import RecipeError, explain_memory, is_out_of_memory
 from medibot.export.engines import serving_lines
 from medibot.model.loading import identify_base, method_name, weights_dtype
 from medibot.model.tokenizer import save_tokenizer
+from medibot.planning.conflicts import refuse_cast
 from medibot.planning.gpus import ask_torch, require_usable_gpus
 from medibot.planning.hardware import detect_device, detect_hardware
 from medibot.planning.plan import Plan, make_plan
@@ -57,6 +59,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     with holding(run) as keeps:
         plan = make_plan(prepared, detect_device(prepared.precision.dtype), detect_hardware(state.num_processes))
         with together():
+            refuse_cast(recipe, plan.hardware, prepared.precision.name)
             refuse_machine(plan, keeps, anyway)
         with explained(run, plan), explain_memory("training", f"by the plan, {plan}: {LESS}"):
             trainer = build_trainer(prepared, run)
@@ -91,8 +94,8 @@ def refuse_machine(plan: Plan, keeps: bool, anyway: bool) -> None:
     if keeps and not PartialState().is_main_process and plan.hardware.sharded:
         what = f"{plan.hardware.kind} writes checkpoints on the first machine alone, and another shares no disk with it"
         raise RecipeError.of("accelerate", what, "set MEDIBOT_OUTPUTS to a folder that all machines share")
-    if not anyway:
-        plan.require_fit()
+    if not anyway and (doubt := plan.require_fit()) and PartialState().is_main_process:
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
 
 
 def join_processes() -> PartialState:

@@ -192,7 +192,8 @@ def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[Audit]:
 
 
 def peak_memory() -> int:
-    """Return bytes at the highest point: allocated on this process's GPU, or resident on a machine without one."""
+    """Return bytes at the highest point: reserved on this process's GPU, or resident on a machine without one."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        # What is reserved has to fit; what is allocated leaves out the holes between
+        return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

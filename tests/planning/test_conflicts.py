@@ -121,7 +121,7 @@ NF4 = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_type=nf4"]
 KWARGS = "training.activation_checkpointing_kwargs"
 CLASHES = [
     ("fsdp2", {}, NF4, "every GPU would hold all of them"),
-    ("fsdp2", {}, [*NF4, "quantization.bnb_4bit_quant_storage=float32", "model.dtype=bfloat16"], "stored as float32"),
+    ("fsdp2", {}, [*NF4, "quantization.bnb_4bit_quant_storage=float32", "model.dtype=bfloat16"], "stored as float32 would be cast"),
     ("fsdp2", {}, ["quantization.load_in_8bit=true"], "cannot be made shards"),
     ("fsdp2", {}, ["lora.modules_to_save=[lm_head]"], "not summed over the processes"),
     ("fsdp2", {"fsdp_activation_checkpointing": True}, [], "save an empty adapter"),

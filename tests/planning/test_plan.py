@@ -180,6 +180,39 @@ def test_bytes_of_4_bit_weights_are_not_sharded_unless_stored_as_floats(plan):
     assert floats["weights, 4-bit blocks"] == pytest.approx(ours.base["4-bit blocks"] / 4, abs=1)
 
 
+def test_every_gpu_loads_4_bit_weights_whole_before_it_keeps_a_share(plan):
+    planned = plan("quantization.bnb_4bit_quant_storage=bfloat16")
+    many = replace(planned, hardware=Hardware("FSDP2", 64), device=find_device("24GB", None), overhead=0)
+    whole = sum(planned.parameters.base.values()) + planned.parameters.adapters
+    assert many.memory()["whole, while loading"] == many.certain() == whole
+    assert sum(many.fixed().values()) < whole <= many.memory()["peak"]
+    assert not replace(many, device=replace(many.device, capacity=whole - 1)).fits()
+    assert replace(many, hardware=Hardware("DDP", 64)).memory()["whole, while loading"] == 0
+
+
+def test_a_gpu_refuses_what_is_certain_and_warns_of_the_rest(plan):
+    planned = replace(plan("training.per_device_train_batch_size=64"), device=find_device("24GB", None), overhead=0)
+    assert planned.require_fit() is None
+    certain, sizes = planned.certain(), replace(planned.device, capacity=0)
+    tight = replace(planned, device=replace(sizes, capacity=certain))
+    assert "by the plan, 64 rows" in str(tight.require_fit())
+    with pytest.raises(RecipeError, match="64 rows"):
+        replace(planned, device=replace(sizes, capacity=certain - 1)).require_fit()
+    # What a CPU's plan says was measured
+    with pytest.raises(RecipeError, match="64 rows"):
+        replace(tight, device=replace(tight.device, gpu=False)).require_fit()
+
+
+def test_the_warning_is_said_and_the_training_begins(plan, capsys):
+    from medibot.training.session import refuse_machine
+
+    planned = replace(plan(), device=replace(find_device("24GB", None), capacity=plan().certain()))
+    refuse_machine(planned, keeps=True, anyway=False)
+    assert capsys.readouterr().err.startswith("warning: by the plan, ")
+    refuse_machine(planned, keeps=True, anyway=True)
+    assert not capsys.readouterr().err
+
+
 def test_nothing_is_read_but_config_and_headers(plan, make_model, tmp_path):
     folder = tmp_path / "headers"
     shutil.copytree(make_model("llama3"), folder)
