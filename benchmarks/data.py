@@ -91,16 +91,8 @@ def write_tokenizer(folder: Path, rows: Path) -> Path:
     """Return the sample model's folder, or that of a tokenizer trained here in its place."""
     if MODEL.exists():
         return MODEL.resolve()
-    from transformers import LlamaConfig
-
-    LlamaConfig(vocab_size=train_tokenizer(folder / "model", rows)).save_pretrained(folder / "model")
-    return folder / "model"
-
-
-def train_tokenizer(folder: Path, rows: Path) -> int:
-    """Write a tokenizer trained on rows, with ChatML as its template, to a model's folder; return how many tokens it knows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     tokenizer, special = Tokenizer(models.BPE()), ["<|im_start|>", "<|im_end|>"]
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -111,8 +103,9 @@ def train_tokenizer(folder: Path, rows: Path) -> int:
         tokenizer.train_from_iterator((line for line, _ in zip(lines, range(5000), strict=False)), trainer)
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_start|>")
     whole.chat_template = CHAT
-    whole.save_pretrained(folder)
-    return len(whole)
+    whole.save_pretrained(folder / "model")
+    LlamaConfig(vocab_size=len(whole)).save_pretrained(folder / "model")
+    return folder / "model"
 
 
 class Clock:
