@@ -4,9 +4,14 @@
 #   docker run --rm --gpus all -v "$PWD/outputs:/home/medibot/outputs" medibot train medquad-qlora
 FROM python:3.11-slim
 
-# A folder of https://download.pytorch.org/whl: cpu, cu130 …
+# A folder of https://download.pytorch.org/whl: cpu, cu130, cu126 (GPUs before Turing) …
 ARG TORCH=cpu
 
+# Triton compiles what it loads a GPU's kernels with; this image has Python.h
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 medibot
 USER 1000
 WORKDIR /home/medibot

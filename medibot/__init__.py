@@ -13,6 +13,7 @@ and nothing heavy is imported before it is called:
         print(piece, end="")
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from medibot.serving.assistant import Assistant
     from medibot.training.session import train
 
+# On its import it advises a package from the hub that nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 __all__ = ["Assistant", "compare", "evaluate", "load_recipe", "merge", "prepare", "train"]
 MODULES = {
     "Assistant": "medibot.serving.assistant",

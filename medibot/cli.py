@@ -14,7 +14,7 @@ import medibot
 from medibot.errors import RecipeError, Stopped
 from medibot.recipe import find_differences, list_recipes, load_recipe, names_data
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped it, and a whole checkpoint is there to go on from
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: a signal stopped it, and the same command goes on
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_ERROR_REPORTING": "false"}
 ABOUT = "MediBot: recipes that turn a chat model into a medical question-answering assistant."
 app = typer.Typer(
@@ -135,16 +135,15 @@ def plan(
     launch: Launch = "",
 ) -> None:
     """Plan memory, largest micro-batch, steps, time and disk of a training; load no weights."""
-    from medibot.planning.hardware import read_hardware
     from medibot.run import outputs_folder
-    from medibot.training.launch import hardware_config, parse_launch
+    from medibot.training.launch import choose_hardware, fit_processes, parse_launch
 
     checked = load_recipe(recipe, overrides or [])
-    hardware = read_hardware(hardware_config(accelerate))
-    _, processes, _ = parse_launch(launch, hardware)
+    _, hardware = choose_hardware(accelerate)
+    words, processes, _ = parse_launch(launch, hardware)
     from medibot.planning.plan import plan_recipe
 
-    show(plan_recipe(checked, gpu, hardware, processes))
+    show(plan_recipe(checked, gpu, hardware, fit_processes(checked, hardware, processes, words)))
     print(f"written: {outputs_folder() / 'plans' / checked.name}.json")
 
 
@@ -164,6 +163,7 @@ def train(
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         options = (["--run", run] if run else []) + (["--anyway"] if anyway else [])
         sys.exit(launching.launch(recipe, overrides or [], options, accelerate, launch))
+    os.environ.update(launching.HIDDEN if os.environ.get("ACCELERATE_USE_CPU") == "True" else {})
     # Until there is something to save, a signal just ends it, without Python's traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     checked = load_recipe(recipe, overrides or [])
@@ -285,10 +285,10 @@ def main() -> None:
     """Run the command line: private by default, and one line for an author's mistake."""
     # Imports make a million objects and next to no garbage: Python's 700 search them through for a second
     gc.set_threshold(10_000)
-    os.environ.update(PRIVATE | os.environ)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.update(PRIVATE | ({} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}) | os.environ)
     try:
+        if sys.platform == "win32":
+            raise RecipeError.of("Windows", "is not supported", "run it in WSL 2 or a container")
         app()
     except (RecipeError, Stopped) as error:
         from medibot.training.launch import leave_exit_code

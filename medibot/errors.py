@@ -1,8 +1,13 @@
 """The two ways in which a command ends early: an author's mistake, and a signal."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
+
+# As torch, CUDA's libraries, numpy and the system say that memory ran out
+OUT_OF_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|ALLOC(ATION)?_FAILED", re.IGNORECASE)
 
 
 class Place(NamedTuple):
@@ -55,6 +60,24 @@ class RecipeError(Exception):
 
 class Stopped(Exception):
     """A signal ended the training at a step boundary, and the checkpoint of that step is whole."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a device's or the machine's memory ran out, here or in what caused this error."""
+    causes = (error, error.__cause__) if error.__cause__ else (error,)
+    return any(isinstance(cause, MemoryError) or OUT_OF_MEMORY.search(str(cause)) for cause in causes)
+
+
+@contextmanager
+def explain_memory(subject: str, remedy: str) -> Generator[None]:
+    """Turn memory that runs out into a RecipeError, which says what to do; also a function's decorator."""
+    try:
+        yield
+    except Exception as error:  # upstream says it by many types
+        if isinstance(error, RecipeError) or not is_out_of_memory(error):
+            raise
+        said = shorten(one_line(error.__cause__ or error), 200)
+        raise RecipeError.of(subject, f"out of memory: {said}", remedy) from error
 
 
 def one_line(error: BaseException) -> str:

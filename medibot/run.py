@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import re
@@ -60,15 +59,20 @@ class Run:
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that is whole; None if there is none."""
-        return max(filter(is_whole, self.all_checkpoints()), key=checkpoint_step, default=None)
+        return max(self.whole_checkpoints(), key=checkpoint_step, default=None)
+
+    def whole_checkpoints(self) -> list[Path]:
+        """Return every checkpoint that is whole."""
+        return [folder for folder in self.all_checkpoints() if is_whole(folder)]
 
     def all_checkpoints(self) -> list[Path]:
         """Return every folder that has a checkpoint's name."""
         return [folder for folder in self.checkpoints.glob("checkpoint-*") if folder.name.split("-", 1)[1].isdigit()]
 
-    def set_torn_aside(self) -> list[str]:
-        """Move checkpoints that were never finished, or are damaged, to checkpoints/torn/; return their names."""
-        torn = [*self.writing.glob("checkpoint-*"), *itertools.filterfalse(is_whole, self.all_checkpoints())]
+    def set_torn_aside(self, last: Path | None) -> list[str]:
+        """Move checkpoints that were never finished, are damaged or newer than `last` to checkpoints/torn/; name them."""
+        step, torn = checkpoint_step(last) if last else -1, [*self.writing.glob("checkpoint-*")]
+        torn += [folder for folder in self.all_checkpoints() if checkpoint_step(folder) > step or not is_whole(folder)]
         for folder in torn:
             aside = self.checkpoints / "torn" / folder.name
             shutil.rmtree(aside, ignore_errors=True)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from medibot.recipe import Recipe
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
+# What is tested is the same on a machine with a GPU
+os.environ.update(HIP_VISIBLE_DEVICES="", CUDA_VISIBLE_DEVICES="")
 # Each W&B run would list every installed package, in as many seconds as its training takes; `_` stands for "x_"
 os.environ["WANDB__SAVE_REQUIREMENTS"] = "false"
 # bitsandbytes wraps functions for torch's compiler, whose import takes a second of each process; nothing here compiles

@@ -125,7 +125,7 @@ def in_model(name: str, files: dict[str, str | bytes | None], *says: str, at: st
     return case(name, "train mine.yaml", *says, at=at, files=files, **settings)
 
 
-ONE, TWO = {"a.yaml": "num_processes: 1"}, {"a.yaml": "num_processes: 2"}
+ONE, TWO = {"a.yaml": "num_processes: 1"}, {"a.yaml": "num_processes: 2\nuse_cpu: true"}
 STARTED = '{"status": "running", "fingerprint": "0", "parts": {"lora": {"r": 1}}}'
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 LATIN = "question,answer\nWas heißt Anämie?,Blutarmut\n".encode("latin-1")
@@ -605,10 +605,18 @@ MODELS = [
         at="target_modules",
     ),
     in_recipe(
-        "attention not installed",
+        "attention of a GPU",
         "/model\n",
         "/model\n  attn_implementation: flash_attention_2\n",
-        "FlashAttention2",
+        "flash_attention_2 needs a GPU",
+        "leave it out",
+        at="attn_implementation",
+    ),
+    in_recipe(
+        "attention that cannot learn on a CPU",
+        "/model\n",
+        "/model\n  attn_implementation: flex_attention\n",
+        "flex_attention has no backward pass on a CPU",
         "leave it out",
         at="attn_implementation",
     ),
@@ -778,7 +786,7 @@ def test_mistake_before_the_launch_starts_nothing(
     mistake: Mistake, medibot: Callable, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    monkeypatch.setattr(launch.subprocess, "run", lambda command, **_: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(launch.psutil, "Popen", lambda command, **_: pytest.fail(f"started {command}"))
     arrange(workplace, mistake)
     before = files_of(workplace)
     code, lines = medibot(mistake.command)

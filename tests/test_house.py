@@ -55,9 +55,9 @@ def test_every_room_is_there_and_says_what_it_does():
 
 
 def test_the_package_is_short():
-    # The house took 7,500; the rest is data of one's own: shapes, files, sources, thinking
+    # The house took 7,500; the rest is data of one's own (shapes, files, sources, thinking, a million rows) and GPUs
     lines = {file: len(file.read_text().splitlines()) for file in FILES}
-    assert sum(lines.values()) <= 9_320
+    assert sum(lines.values()) <= 10_700
     assert [file.name for file, count in lines.items() if count > 300] == []
     assert [name for name, count in functions() if count > 50] == []
 

@@ -194,7 +194,7 @@ def test_the_question_about_a_file_of_the_documentation_is_answered(outputs, mak
 
 def test_every_target_that_documents_name_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for document in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/data.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/data.md", "docs/serving.md"):
         named = set(re.findall(r"(?m)(?:^|`)make ([a-z]+(?:-[a-z]+)*)", (ROOT / document).read_text()))
         assert named - {"sure"} <= targets, document
 
@@ -230,6 +230,10 @@ def test_accelerate_configs_hold_what_accelerate_knows():
         assert loaded.distributed_type == written["distributed_type"], file
         # Upstream passes over nested names that it does not know
         assert set(written.get("fsdp_config", {}) | written.get("deepspeed_config", {})) <= set(known), file
+        if written["distributed_type"] != "NO" and written["num_machines"] == 1:
+            assert written["main_process_port"] == 0, (
+                file
+            )  # or the second run of a machine finds upstream's 29500 in use
         assert written["mixed_precision"] == "no", file  # or it would overrule a recipe that says float32
     fsdp = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
     assert fsdp["fsdp_version"] == 2 and fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"

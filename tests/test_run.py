@@ -124,12 +124,12 @@ def test_checkpoint_with_a_file_that_ends_early_is_named_and_set_aside(name, sha
         folder.mkdir(parents=True)
         for each in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"):
             checkpoint_file(folder / each)
-    assert mine.last_checkpoint() == folder and mine.set_torn_aside() == []
+    assert mine.last_checkpoint() == folder and mine.set_torn_aside(mine.last_checkpoint()) == []
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(len(content) * share)])
     (mine.writing / "checkpoint-6").mkdir(parents=True)
     assert mine.last_checkpoint().name == "checkpoint-2"
-    assert sorted(mine.set_torn_aside()) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(mine.set_torn_aside(mine.last_checkpoint())) == ["checkpoint-4", "checkpoint-6"]
     assert sorted(path.name for path in (mine.checkpoints / "torn").iterdir()) == ["checkpoint-4", "checkpoint-6"]
     assert [path.name for path in mine.all_checkpoints()] == ["checkpoint-2"]
 

@@ -14,8 +14,8 @@ from medibot.data.gate import Audit, spans
 from medibot.data.prepared import Prepared
 from medibot.data.splitting import sha256
 
-# The version of what the gate checks. Raise it by hand when it refuses more: records of before then prove nothing.
-GATE = 2
+# The version of what the gate checks. Raise it by hand when it refuses other rows: records of before then prove nothing.
+GATE = 3
 COUNTS = ["rows_in", "rows_out", "tokens", "supervised", "longest", "violations"]
 
 

@@ -155,10 +155,10 @@ class Audit:
         thought = message.get("reasoning_content")
         if between is None:
             return "thinking"
-        for text in [between[0], thought, between[1]] if thought else []:
+        for text in [between[0], thought, between[1]] if thought else between:
             rest = self.behind(said, text)
             if rest is None:
-                return "thinking"
+                return "thinking" if thought else "outside"
             said = rest
         return "outside" if self.behind(said, message["content"]) != "" else None
 
@@ -188,8 +188,14 @@ class Audit:
                 covered = " … ".join(map(repr, self.renderer.read(ends)))
                 example = f"row {rows[0]}: " + (f"the loss covers {covered}" if trained else "every label is masked")
             faults.append(f"{len(rows):,} of {self.rows_out:,} {self.split}: {NAMES[key]} ({example})")
+        remedy = "see the painted rows with: medibot inspect"
+        if (
+            self.violations.keys() & {"prefix", "outside"}
+            and "enable_thinking" in self.renderer.tokenizer.chat_template
+        ):
+            remedy += "; or write data.chat_template_kwargs: {enable_thinking: false}"
         if faults:
-            raise RecipeError.of("loss mask", "; ".join(faults), "see the painted rows with: medibot inspect")
+            raise RecipeError.of("loss mask", "; ".join(faults), remedy)
 
 
 class Places:

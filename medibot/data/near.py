@@ -15,6 +15,8 @@ NEAR = 0.8
 LAST_BITS, ODD = np.uint64((1 << 25) - 1), np.uint64(0x9E3779B97F4A7C15)
 # Fewer bits where they only say about how often a hash occurs
 FEW_BITS = np.uint64((1 << 21) - 1)
+# Texts are compared that share so many 3-grams of those by which one is found: chance alone makes two share one
+SHARED = 2
 # So many texts are compared at once
 BATCH = 1000
 
@@ -80,8 +82,8 @@ def find_near_texts(queries: Iterable[str], references: Iterable[str], threshold
 def find_near(grams: Grams, queries: np.ndarray, references: np.ndarray, threshold: float = NEAR) -> np.ndarray:
     """Return for each of the texts at `queries` whether one at `references` is near it; all places ascend.
 
-    Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006): a near text shares at least
-    ceil(threshold * n) of n 3-grams, and so at least one of any n - ceil(threshold * n) + 1 of them.
+    Exact, by the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006), lengthened as by Wang, Li and Feng (SIGMOD
+    2012): a near text shares at least m = ceil(threshold * n) of n 3-grams, and so at least k of any n - m + k of them.
     """
     near = np.zeros(len(queries), dtype=bool)
     index, owners, sizes = index_rare(grams, queries, threshold)
@@ -91,16 +93,30 @@ def find_near(grams: Grams, queries: np.ndarray, references: np.ndarray, thresho
     for _, flat, starts in grams.batches(references):
         places = np.flatnonzero(known[flat & LAST_BITS])
         first, last = (np.searchsorted(index, flat[places], side) for side in ("left", "right"))
-        texts = np.searchsorted(starts, places, "right") - 1
-        found = (texts[first < last].tolist(), first[first < last].tolist(), last[first < last].tolist())
-        pairs = {(text, query) for text, low, high in zip(*found, strict=True) for query in owners[low:high].tolist()}
-        for text, candidates in itertools.groupby(sorted(pairs), key=lambda pair: pair[0]):
+        texts = np.repeat(np.searchsorted(starts, places, "right") - 1, last - first)
+        pairs, shared = np.unique(texts * len(queries) + owners[ranges(first, last)], return_counts=True)
+        texts, found = np.divmod(pairs, len(queries))
+        candidates = (shared >= np.minimum(SHARED, least_shared(sizes[found], threshold))) & ~near[found]
+        pairs = zip(texts[candidates].tolist(), found[candidates].tolist(), strict=True)
+        for text, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             own = sort_distinct(flat[starts[text] : starts[text + 1]])
-            for _, query in candidates:
+            for _, query in group:
                 alike = threshold * max(len(own), sizes[query]) - 1e-9 <= min(len(own), sizes[query])
                 if alike and not near[query]:
                     near[query] = jaccard(grams.distinct(queries[query]), own) >= threshold
     return near
+
+
+def ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the numbers from each start to its end, one range after the other."""
+    lengths = ends - starts
+    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+
+
+def least_shared(sizes: np.ndarray, threshold: float) -> np.ndarray:
+    """Return how many of so many 3-grams a near text has, too."""
+    # The margin keeps 0.7 * 10 = 7.000000000000001 from asking for eight
+    return np.ceil(threshold * sizes - 1e-9).astype(np.int64)
 
 
 def jaccard(one: np.ndarray, two: np.ndarray) -> float:
@@ -132,9 +148,7 @@ def index_rare(grams: Grams, queries: np.ndarray, threshold: float) -> tuple[np.
         sizes = np.bincount(texts, minlength=len(starts) - 1)
         rare = np.lexsort((counts[flat & FEW_BITS], texts))
         rank = np.arange(len(flat)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        # The margin keeps 0.7 * 10 = 7.000000000000001 from asking for eight.
-        needed = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
-        rare = rare[rank < np.repeat(needed, sizes)]
+        rare = rare[rank < np.repeat(sizes - least_shared(sizes, threshold) + SHARED, sizes)]
         kept.append(flat[rare])
         owners.append(texts[rare] + number * BATCH)
         all_sizes.append(sizes)

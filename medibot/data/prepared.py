@@ -22,7 +22,7 @@ from medibot.data.splitting import sha256
 from medibot.model.generation import load_generation_config
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
-from medibot.model.tokenizer import load_tokenizer, tokenizer_fingerprint
+from medibot.model.tokenizer import load_tokenizer, require_served_as_trained, tokenizer_fingerprint
 from medibot.recipe import Recipe
 
 # The version of what cleaning, splitting and rendering do. Raise it by hand when prepared rows change: it makes cached
@@ -80,6 +80,7 @@ def prepare(
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "prepared.json").is_file():
             write_folder(recipe, tokenizer, sources, folder, progress)
+    require_served_as_trained(tokenizer, recipe)
     record = json.loads((folder / "prepared.json").read_text())
     precision = choose_precision(recipe.model.get("dtype"))
     return Prepared(recipe, tokenizer, generation, precision, folder, fingerprint, **record)

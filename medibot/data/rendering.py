@@ -10,6 +10,8 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from medibot.model.thinking import CLOSE, OPEN
+
 Row = dict[str, Any]
 # Small enough that long conversations fit in memory, large enough that the tokenizer's threads have work
 BATCH = 256
@@ -22,8 +24,9 @@ class Skeleton(NamedTuple):
     """What a template writes around the texts of a chat.
 
     `controls` are its control tokens, `closing` is what it writes from the last of them on, empty where the answer stands
-    behind that, and `between` is the text before and behind the thought, None where the template leaves the thought out.
-    `whole` says that every message stands in it.
+    behind that, and `between` is the text before and behind the thought, None where the template leaves the thought out;
+    without a thought it is the empty block that a reasoning model's template writes before the answer, which the model
+    has to generate, too. `whole` says that every message stands in it.
     """
 
     ids: list[int]
@@ -98,15 +101,21 @@ class Renderer:
         if kind not in self.skeletons:
             (ids,), (prompt,) = self.encode([row], [chat]), self.encode([row], [chat[:-1]], prompt=True)
             thought = chat[-1].get("reasoning_content")
-            between: list[str] | None = [""]
+            lead = self.read([ids[len(prompt) :]])[0].partition("xcontentx")[0]
+            between: list[str] | None = [lead.strip() if is_empty_thought(lead) else ""]
             if thought:
-                around = self.read([ids[len(prompt) :]])[0].partition("xcontentx")[0].split(thought)
+                around = lead.split(thought)
                 between = [text.strip() for text in around] if len(around) == 2 else None
             controls, closing = self.controls_of(numpy.array(ids))
             closed = "xcontentx" not in self.read([closing])[0]
             whole = self.read([ids])[0].count("xcontentx") >= sum(bool(message["content"]) for message in chat)
             self.skeletons[kind] = Skeleton(ids, controls, closing if closed else [], between, whole)
         return self.skeletons[kind]
+
+
+def is_empty_thought(text: str) -> bool:
+    """Tell whether a text is nothing but the marks around a thought."""
+    return "".join(text.split()) in {CLOSE, OPEN + CLOSE}
 
 
 def read_rows(conversations: Dataset, places: Sequence[int]) -> list[Row]:

@@ -14,7 +14,7 @@ import pyarrow
 from medibot.cleaning.ledger import LedgerLine, make_example
 from medibot.cleaning.rules import Row, asked, digest, fold
 from medibot.data.columns import as_text
-from medibot.data.near import Grams
+from medibot.data.near import Grams, ranges
 
 TEXTS = ("prompt", "completion", "system", "thinking")
 NUMBERS = ("row", "part", "tokens")
@@ -137,9 +137,8 @@ class Rows:
     def values_of(self, places: Places) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers of the distinct values at these places, row after row, and beside each whose it is."""
         ends = np.frombuffer(self.value_ends, np.int64)
-        starts, lengths = ends[places], ends[places + 1] - ends[places]
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return self.distinct[2][np.repeat(starts, lengths) + within], np.repeat(np.arange(len(places)), lengths)
+        starts, ends = ends[places], ends[places + 1]
+        return self.distinct[2][ranges(starts, ends)], np.repeat(np.arange(len(places)), ends - starts)
 
     def dropped(self, rule: str, before: Places, after: Places) -> LedgerLine:
         """Return the ledger's line for the rows at `before` of which those at `after` are left."""

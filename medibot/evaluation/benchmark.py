@@ -5,16 +5,15 @@ import itertools
 import logging
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from medibot import tracking
-from medibot.errors import RecipeError, one_line
+from medibot.errors import RecipeError, explain_memory, one_line
 from medibot.evaluation.metrics import Metric
 from medibot.evaluation.report import Report, difference_table, write_report
-from medibot.evaluation.scores import Rows, model_loader
+from medibot.evaluation.scores import FEWER_ROWS, Rows, model_loader
 from medibot.evaluation.statistics import FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import silence_upstream
 from medibot.model.precision import Precision, choose_precision
+from medibot.model.tokenizer import load_saved_tokenizer
 from medibot.recipe import Recipe, load_recipe
 from medibot.recipe.files import find_file
 from medibot.run import Run, find_finished_run, locked
@@ -30,6 +29,7 @@ CLAIMS = {
 }
 
 
+@explain_memory("benchmark", FEWER_ROWS)
 def benchmark(name: str, tasks: list[str], limit: int | None = None) -> Report:
     """Return the accuracy of base and tuned model on each task, the medical ones by default, with paired intervals.
 
@@ -87,7 +87,7 @@ def ask_both(run: Run, recipe: Recipe, precision: Precision, managers: dict[str,
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    load, tokenizer = model_loader(recipe, run, precision.dtype), AutoTokenizer.from_pretrained(run.weights)
+    load, tokenizer = model_loader(recipe, run, precision.dtype), load_saved_tokenizer(run.weights)
     settings = {"batch_size": recipe.training.get("per_device_eval_batch_size", 8)}
     settings |= {"chat_template_args": recipe.data.chat_template_kwargs}
     asked = {"num_fewshot": 0, "limit": limit, "bootstrap_iters": 0, "verbosity": "ERROR"}

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from medibot import tracking
 from medibot.data.columns import kept_name
 from medibot.data.conversations import COLUMNS
 from medibot.data.prepared import prepare
 from medibot.data.splitting import sha256
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, explain_memory
 from medibot.evaluation.metrics import choose_metrics, name_references, score_answer
 from medibot.evaluation.page import evaluation_page
 from medibot.evaluation.questions import (
@@ -26,11 +26,11 @@ from medibot.evaluation.questions import (
     question,
 )
 from medibot.evaluation.report import Report, difference_table, write_report
-from medibot.evaluation.scores import Rows, model_loader, score_rows
+from medibot.evaluation.scores import FEWER_ROWS, Rows, model_loader, score_rows
 from medibot.evaluation.statistics import CONFIDENCE, FIGURES, RESAMPLES, SEED, compare_scores, interval_text
 from medibot.model.loading import identify_base, method_name
 from medibot.model.thinking import opens_thinking, split_thinking
-from medibot.model.tokenizer import template_kwargs, tokenizer_fingerprint
+from medibot.model.tokenizer import load_saved_tokenizer, template_kwargs, tokenizer_fingerprint
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json
 
@@ -42,6 +42,7 @@ CLAIMS = {
 }
 
 
+@explain_memory("eval", FEWER_ROWS)
 def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Report:
     """Score base and tuned model of the run `name` on its test split, or on the file `data`, and write the result.
 
@@ -51,7 +52,7 @@ def evaluate(name: str, rows: int | None = None, data: Path | None = None) -> Re
     with locked(run):
         recipe = load_recipe(str(run.recipe))
         # The run's own copy of tokenizer and template, so that what is asked cannot differ from training
-        tokenizer, config = AutoTokenizer.from_pretrained(run.weights), GenerationConfig.from_pretrained(run.weights)
+        tokenizer, config = load_saved_tokenizer(run.weights), GenerationConfig.from_pretrained(run.weights)
         prepared = replace(prepare(recipe), tokenizer=tokenizer, generation=config)
         if prepared.split["fingerprint"] != read_json(run.folder / "split.json")["fingerprint"]:
             remedy = "bring back that data, or train again under another RUN=name"

@@ -29,6 +29,8 @@ from medibot.run import Run, read_lines
 
 # Padded tokens in one forward pass: their logits are held in memory at once
 TOKENS_A_BATCH = 2048
+# For memory that runs out while a model is scored
+FEWER_ROWS = "lower training.per_device_eval_batch_size in the run's recipe.yaml, or end what else uses this memory"
 # ("likelihood" | "answer", places of rows…)
 Batch = tuple[Any, ...]
 Rows = list[dict[str, Any]]

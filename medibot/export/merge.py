@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.text import Text
-from transformers import AutoModelForCausalLM
 
-from medibot.errors import RecipeError
-from medibot.export.probe import Probe
+from medibot.errors import RecipeError, explain_memory
+from medibot.export.probe import Probe, load_whole
 from medibot.model.loading import hash_file, load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.recipe import Recipe, load_recipe
@@ -22,6 +21,8 @@ from medibot.run import Run, find_finished_run, locked, read_json, sync_to_disk
 # the same in all of 512 tokens and moved no logit by more than 0.0001, the merge into the base as it came chose the same
 # in 76 % and moved one by 14. In bfloat16, rounding alone costs 1 to 3 % and up to 2.9. The limits lie between.
 LEAST_AGREEMENT, MOST_DIFFERENCE = 0.9, 6.0
+# For memory that runs out with whole weights in it
+MAIN_MEMORY = "hide the GPU (CUDA_VISIBLE_DEVICES=-1) to use main memory, or end what else uses this memory"
 MODES = {"base": "the base as it came", "dequantized": "the base as it was trained on"}
 
 
@@ -49,6 +50,7 @@ class Merge:
         return Text("\n".join([*lines, written]), no_wrap=True, overflow="ignore")
 
 
+@explain_memory("merge", MAIN_MEMORY)
 def merge(name: str) -> Merge:
     """Write outputs/<name>/merged/: the whole weights that are nearest to the trained model.
 
@@ -104,5 +106,4 @@ def try_merge(run: Run, recipe: Recipe, dtype: torch.dtype, probe: Probe, mode: 
     del base
     gc.collect()
     # What is proven is what was saved, read back as any program would
-    device = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    return probe.compare(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **device))
+    return probe.compare(load_whole(folder, dtype=dtype, use_safetensors=True))

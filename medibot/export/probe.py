@@ -1,17 +1,24 @@
 """Ask a model held-out questions and measure how far another one is from it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medibot.data.prepared import prepare
 from medibot.errors import RecipeError
-from medibot.model.tokenizer import make_prompt, role_markers, template_kwargs
+from medibot.model.tokenizer import load_saved_tokenizer, make_prompt, role_markers, template_kwargs
 from medibot.recipe import Recipe
 
 # Questions, and tokens of each greedy answer
 QUESTIONS, TOKENS = 16, 32
+
+
+def load_whole(folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """Load whole weights to compare them: on the GPUs if there are any, and beside them what does not fit."""
+    device = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    return AutoModelForCausalLM.from_pretrained(folder, **device, **kwargs)
 
 
 class Probe:
@@ -23,7 +30,7 @@ class Probe:
     @torch.inference_mode()
     def __init__(self, model: PreTrainedModel, recipe: Recipe, weights: Path) -> None:
         """Let `model` answer; the folder `weights` holds its tokenizer and stop tokens."""
-        tokenizer, config = AutoTokenizer.from_pretrained(weights), GenerationConfig.from_pretrained(weights)
+        tokenizer, config = load_saved_tokenizer(weights), GenerationConfig.from_pretrained(weights)
         asked, prompts = held_out_prompts(recipe, tokenizer)
         rendering = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
         rendering |= template_kwargs(recipe)

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, explain_memory
 
 
+@explain_memory("model", "end what else uses this memory")
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write a GGUF file as a plain model folder (bfloat16 safetensors, tokenizer, template), whole or not at all.
 

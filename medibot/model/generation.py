@@ -38,10 +38,12 @@ def generate_answers(
     config: GenerationConfig,
     template: dict[str, Any],
     batch_size: int = 8,
+    sharded: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield `text`, `tokens` and `stopped` (ended by itself) for each prompt, a list of chat messages.
 
-    Prompts go through the chat template as in training (`template`: see template_kwargs), left-padded in batches.
+    Prompts go through the chat template as in training (`template`: see template_kwargs), left-padded in batches. Where
+    the weights are `sharded`, a process goes on until the others have their answers, too.
     """
     was_training, stops = model.training, set(config.eos_token_id)
     rendering = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True} | template
@@ -50,7 +52,8 @@ def generate_answers(
         for start in range(0, len(prompts), batch_size):
             chats = list(prompts[start : start + batch_size])
             batch = tokenizer.apply_chat_template(chats, tokenizer_kwargs={"padding_side": "left"}, **rendering)
-            output = model.generate(**batch.to(model.device), generation_config=config, tokenizer=tokenizer)
+            options = {"generation_config": config, "tokenizer": tokenizer, "synced_gpus": sharded}
+            output = model.generate(**batch.to(model.device), **options)
             for ids in output[:, batch["input_ids"].shape[1] :].tolist():
                 end = next((place for place, token in enumerate(ids) if token in stops), None)
                 text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()

@@ -1,9 +1,9 @@
 """Load weights: the base as the recipe says, the tuned model from a run's folder."""
 
 import hashlib
-import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,23 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    core_model_loading,
+)
+from transformers.utils.import_utils import KERNELS_MIN_VERSION, is_kernels_available
 
-from medibot.errors import one_line
+from medibot.errors import is_out_of_memory, one_line
 from medibot.model.precision import make_quantization_config
 from medibot.recipe import Recipe
 
+# Upstream hides why a weight cannot be quantized, such as memory that runs out, in a report that it logs
+core_model_loading.log_conversion_errors = lambda *_, **__: nullcontext()
+GPU_EXTRA = 'run: .venv/bin/python -m pip install -c constraints.txt -e ".[gpu]"'
 # Files of a model folder that decide what it computes
 IDENTIFYING = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 
@@ -45,6 +56,8 @@ def call_loader(recipe: Recipe, what: str, load: Any, **kwargs: Any) -> Any:
     try:
         return load(path, **source_kwargs(recipe), **kwargs)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         remedy = "check the name, the revision, and that the hub or the folder is readable from here"
         if "safetensors" in what:
             remedy += ", or convert other weights to safetensors"
@@ -61,13 +74,26 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: str | None = None) -> 
     }
     kwargs |= {"dtype": dtype, "use_safetensors": True, "quantization_config": make_quantization_config(recipe, dtype)}
     kwargs |= {"device_map": {"": device}} if device else {}
+    require_kernels(recipe)
     try:
         model = call_loader(recipe, "safetensors weights", AutoModelForCausalLM.from_pretrained, **kwargs)
     except ImportError as error:
-        raise recipe.error("model.attn_implementation", one_line(error), "install it, or leave it out: sdpa") from error
+        remedy = f"install it, or {GPU_EXTRA}, or leave it out: sdpa"
+        raise recipe.error("model.attn_implementation", one_line(error), remedy) from error
     if recipe.quantization and not torch.cuda.is_available():
         keep_4bit_trainable(model)
     return model
+
+
+def require_kernels(recipe: Recipe) -> None:
+    """Raise RecipeError for kernels that this machine lacks or cannot run, where upstream ends in a traceback, or later."""
+    key, name = "model.attn_implementation", recipe.model.get("attn_implementation") or ""
+    least = 9 if name.endswith(("attention_4", "attn4")) else 8
+    if "flash" in name and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= least):
+        raise recipe.error(key, f"{name} needs a GPU of compute capability {least}.0 or later", "leave it out: sdpa")
+    if not is_kernels_available() and ("/" in name or recipe.model.get("use_kernels")):
+        what = f"needs the package kernels, {KERNELS_MIN_VERSION} or later"
+        raise recipe.error(key if "/" in name else "model.use_kernels", what, GPU_EXTRA)
 
 
 def keep_4bit_trainable(model: PreTrainedModel) -> None:
@@ -111,16 +137,18 @@ def hash_file(path: Path) -> str:
 def silence_upstream() -> None:
     """Silence upstream warnings that MediBot reports itself."""
     transformers.logging.set_verbosity_error()
-    # It advises a package from the hub that nothing here needs
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|bitsandbytes")
 
 
 def weights_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
-    """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in."""
-    return torch.float32 if recipe.lora is None and "dtype" not in recipe.model else compute
+    """Return the dtype of the base weights: float32 masters for full fine-tuning, else what is computed in.
+
+    A recipe may write bfloat16 for both. float16 it may not: torch refuses to unscale gradients of float16 weights.
+    """
+    masters = recipe.model.get("dtype", "auto") == "auto" or compute == torch.float16
+    return torch.float32 if recipe.lora is None and masters else compute
 
 
 def make_tiny_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

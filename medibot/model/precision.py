@@ -36,6 +36,8 @@ def choose_precision(written: str | None = None) -> Precision:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(torch.bfloat16, f"native on {gpu}")
         return Precision(torch.float16, f"{gpu} has no native bfloat16")
+    if torch.backends.mps.is_available():
+        return Precision(torch.float32, "on the CPU: Apple's GPU (MPS) is not used")
     if torch.cpu._is_amx_tile_supported():
         return Precision(torch.bfloat16, "native on this CPU (AMX)")
     # AVX512-BF16 alone is no matrix unit: torch's bfloat16 products ran 8 times slower than float32 there

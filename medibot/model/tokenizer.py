@@ -1,5 +1,6 @@
 """Load the tokenizer and its chat template, and keep user text from forging a turn."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -18,6 +19,8 @@ SAMPLE_CHAT = [{"role": "user", "content": "question"}, {"role": "assistant", "c
 # What a chat template writes between angle or square brackets is a role or turn marker, whether or not it is a token of
 # its own: TinyLlama's <|user|> is plain text to its tokenizer and would still forge a turn.
 MARKER = re.compile(r"<\|?/?[A-Za-z_][\w ]*\|?>|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
+# Ends the defaults before a saved template. A block, because every engine drops the line end behind one
+DEFAULTS_END = "{%- if true %}{# the defaults of training end here #}{% endif %}\n"
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -44,6 +47,52 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise recipe.error(key, f"the chat template cannot be rendered: {error}", remedy) from error
     if not all(message["content"] in text for message in SAMPLE_CHAT):
         raise recipe.error(key, "the chat template leaves out what the messages say", remedy)
+    return tokenizer
+
+
+def served_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
+    """Return the chat template with the recipe's arguments and system message before it, as defaults."""
+    defaults = "".join(
+        f"{{%- if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n"
+        for name, value in recipe.data.chat_template_kwargs.items()
+    )
+    if system := recipe.data.common_system:
+        put = f"{{% set messages = [{{'role': 'system', 'content': {system!r}}}] + messages %}}"
+        defaults += f"{{%- if messages and messages[0].role != 'system' %}}{put}{{% endif %}}\n"
+    # Defaults that the base model brings from a training of its own belong to its template
+    needed = defaults or DEFAULTS_END in tokenizer.chat_template
+    return defaults + DEFAULTS_END + tokenizer.chat_template if needed else tokenizer.chat_template
+
+
+def require_served_as_trained(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Raise RecipeError where the template that will be saved, given the messages alone, gives other ids than training."""
+    system, rendering = recipe.data.common_system, {"add_generation_prompt": True, "return_dict": False}
+    trained = tokenizer.apply_chat_template(make_prompt("question", system, ()), **rendering | template_kwargs(recipe))
+    saved, asked, why = served_template(tokenizer, recipe), SAMPLE_CHAT[:1], "other tokens"
+    try:
+        served = tokenizer.apply_chat_template(asked, chat_template=saved, **rendering)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        served, why = None, str(error)
+    if served != trained:
+        key = "data.system" if system else "data.chat_template_kwargs"
+        what = f"a chat template that brings it with it does not render as in training: {why}"
+        raise recipe.error(key, what, "write it without control tokens, arguments as text, numbers, true or false")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
+    """Write a tokenizer whose chat template, given the messages alone, renders them as training did."""
+    saved = copy.deepcopy(tokenizer)
+    saved.chat_template = served_template(tokenizer, recipe)
+    # TGI reads the template in tokenizer_config.json only (its issue 3247), others the file
+    saved.save_pretrained(folder, save_jinja_files=False)
+    (folder / "chat_template.jinja").write_text(saved.chat_template, encoding="utf-8")
+
+
+def load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return a run's tokenizer with the template of its training, without the defaults for other programs."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before, end, after = tokenizer.chat_template.partition(DEFAULTS_END)
+    tokenizer.chat_template = after if end else before
     return tokenizer
 
 

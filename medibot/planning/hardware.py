@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ CONTEXT, NCCL = 600_000_000, 300_000_000
 
 @dataclass(frozen=True)
 class Device:
-    """One device: its memory in bytes, TFLOPs where a data sheet says them, and the dtype that it computes in."""
+    """One device: its memory in bytes, TFLOPs as a data sheet says them or measured, and the dtype that it computes in."""
 
     name: str
     capacity: float
@@ -93,12 +94,30 @@ def find_device(written: str, dtype: str | None) -> Device:
     return Device(name or f"{capacity:g} GB GPU", capacity * GB, tflops, True, compute)
 
 
+def measure_tflops(compute: "torch.dtype", device: str, size: int = 4096, times: int = 20) -> float:
+    """Return the TFLOPs that products of large matrices reach on `device`: a name may stand for slower variants, too."""
+    import torch
+
+    # Not torch's global generator: the draws of the training stay what they were
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(size, size, device=device, generator=generator).to(compute)
+    for repeats in (2, times):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            product = matrix @ matrix
+        # A GPU works on when the call has returned: reading one value waits for it
+        product[0, 0].item()
+    return 2 * size**3 * times / (time.perf_counter() - started) / 1e12
+
+
 def detect_device(compute: "torch.dtype") -> Device:
     """Return what this process may use: the GPU's free memory, or what the machine and its cgroups leave."""
     import torch
 
     if torch.cuda.is_available():
-        return Device(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] + CONTEXT, None, True, compute)
+        capacity, tflops = torch.cuda.mem_get_info()[0] + CONTEXT, measure_tflops(compute, "cuda")
+        torch.cuda.empty_cache()
+        return Device(torch.cuda.get_device_name(), capacity, tflops, True, compute)
     free = psutil.virtual_memory().available
     group = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.M) if sys.platform == "linux" else None
     here = Path("/sys/fs/cgroup") / (group[1] if group else "")

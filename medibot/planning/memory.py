@@ -153,7 +153,8 @@ def trace(recipe: Recipe, dtype: torch.dtype, compute: torch.dtype, gpu: bool, r
     A model that cannot be traced is estimated.
     """
     kept: list[int] = []
-    # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name
+    # Half precision of either kind is as large, and bfloat16 is the one that every CPU can name; mixed they are float32
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=compute != torch.float32)
     for layers in (1, 2):
         model, saved = build_skeleton(recipe, dtype, layers), []

@@ -35,7 +35,8 @@ class Plan:
     """One training on one device.
 
     `traced` stands for two of the longest rows. `lengths` are the tokens of each row, `rows` a micro-batch, `longest` the
-    tokens to which it is padded, `supervised_share` of them learned from, `overhead` what the process holds anyway.
+    tokens to which it is padded, `supervised_share` of them learned from, `overhead` what the process holds anyway,
+    `validated` the tokens of the validation split.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class Plan:
     checkpointing: bool
     supervised_share: float
     overhead: int
+    validated: int
 
     def memory(self, rows: int | None = None) -> dict[str, int]:
         """Return bytes on one device, by what they are for; `peak` is what has to fit."""
@@ -81,7 +83,14 @@ class Plan:
         always = sum(parts.values()) - passing - gradients
         # Without accumulation the gradients grow while the activations go; DDP's buckets are always there
         together = setting(self.recipe, "gradient_accumulation_steps") > 1 or self.hardware.kind == "DDP"
-        return parts | {"peak": always + (passing + gradients if together else max(passing, gradients))}
+        peak, loading = always + (passing + gradients if together else max(passing, gradients)), self.loading()
+        return parts | {"whole, while loading": loading, "peak": max(peak, loading)}
+
+    def loading(self) -> int:
+        """Return the bytes of quantized weights that FSDP2 makes shards of only when each GPU has loaded them whole."""
+        if self.hardware.kind != "FSDP2" or self.recipe.quantization is None:
+            return 0
+        return sum(self.parameters.base.values()) + self.parameters.adapters + self.overhead
 
     def fixed(self) -> dict[str, int]:
         """Return the bytes that do not depend on the batch; all but DDP share optimizer and gradients."""
@@ -134,11 +143,23 @@ class Plan:
         where = f"{needed:.1f} GB of {capacity:.1f} GB on {self.device.name}"
         return f"{self.rows} rows of {self.longest} tokens need {where}"
 
-    def require_fit(self) -> None:
-        """Raise RecipeError, before a weight is loaded, for what cannot fit."""
-        if not self.fits():
-            remedy = f"{self.advice()}; or ANYWAY=1"
-            raise self.recipe.error("training.per_device_train_batch_size", str(self), remedy)
+    def certain(self) -> int:
+        """Return the bytes that no measurement is needed for: weights, adapters and the optimizer's state."""
+        parts = self.fixed()
+        counted = sum(size for part, size in parts.items() if part.startswith(("weights", "adapters", "optimizer")))
+        return max(counted, self.loading() - self.overhead)
+
+    def require_fit(self) -> str | None:
+        """Raise RecipeError, before a weight is loaded, for what cannot fit; return a warning of what may not.
+
+        Activations and the rest were measured on CPUs alone: on a GPU they are no reason to refuse.
+        """
+        if self.fits():
+            return None
+        if self.device.gpu and self.certain() <= self.device.capacity:
+            return f"by the plan, {self}, which no measurement on a GPU backs yet; if it does not fit: {self.advice()}"
+        remedy = f"{self.advice()}; or ANYWAY=1"
+        raise self.recipe.error("training.per_device_train_batch_size", str(self), remedy)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures: bytes, tokens, hours."""
@@ -168,10 +189,11 @@ class Plan:
         for part, size in (found["memory_bytes"] | {again: other.memory()["peak"]}).items():
             if size:
                 table.add_row(part, f"{size / GB:.3f}")
-        known = f"{UTILIZATION:.0%} of {self.device.tflops} data-sheet TFLOPs a device"
-        time = (
-            f"{found['hours_estimated']:.1f} h (estimate: {known})" if self.device.tflops else "no data sheet is known"
-        )
+        time = "no data sheet is known"
+        if speed := self.device.tflops:
+            known = f"{UTILIZATION:.0%} of {speed:.0f} data-sheet or measured TFLOPs a device"
+            part = f"{found['hours_evaluating_and_answering']:.1f} h of it evaluating and answering the questions"
+            time = f"{found['hours_estimated']:.1f} h, {part} (estimate: {known})"
         traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
         figures = {
             "computes in": found["computes_in"],
@@ -200,6 +222,7 @@ def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
     if setting(recipe, "packing"):
         whole = setting(recipe, "max_length")
         lengths = np.full(math.ceil(lengths.sum() / whole), whole)
+    held: Any = prepared.load("validation")
     longest, several = int(lengths.max()), hardware.processes > 1
     # Before anything is traced
     overhead = CONTEXT + NCCL * several if device.gpu else psutil.Process().memory_info().rss + LATER
@@ -217,6 +240,7 @@ def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
         checkpointing=bool(own or training.get("activation_checkpointing", True)),
         supervised_share=share,
         overhead=overhead,
+        validated=sum(held["tokens"]) if held else 0,
     )
 
 

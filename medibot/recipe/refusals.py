@@ -3,11 +3,11 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
 
+from medibot.recipe.constructors import ask_constructor
 from medibot.recipe.document import outwards
 from medibot.recipe.renames import NEEDS, REFUSED_VALUES
 from medibot.recipe.schema import NULL_IS_A_VALUE, SECTIONS, Finding, section_models
@@ -142,16 +142,6 @@ def find_shapes(data: dict[str, Any], flawed: set[str]) -> Iterator[Finding]:
 
 def find_upstream(section: str, values: dict[str, Any]) -> Iterator[Finding]:
     """Yield what a section's own constructor complains about, in its words, at the setting that they name first."""
-    from peft import LoraConfig
-    from transformers import BitsAndBytesConfig
-    from trl import SFTConfig
-
-    # The machine decides these, and nothing else may depend on where a recipe is checked
-    machine = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
-    constructors = {"training": partial(SFTConfig, **machine), "lora": LoraConfig, "quantization": BitsAndBytesConfig}
-    try:
-        constructors[section](**{key: value for key, value in values.items() if key != "chat_template_path"})
-    except (ValueError, TypeError, NotImplementedError) as error:
-        words = " ".join(str(error).replace("--", "").replace("`", "").split())
+    if words := ask_constructor(section, values):
         named = [(at.start(), key) for key in values if (at := re.search(rf"\b{re.escape(key)}\b", words))]
         yield Finding(f"{section}.{min(named)[1]}" if named else section, words)

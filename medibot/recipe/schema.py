@@ -4,14 +4,12 @@
 What upstream leaves unchecked (choices that are any string, sizes below zero) is typed here.
 """
 
-import inspect
-import types
-from enum import Enum
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, create_model
 
+from medibot.recipe.constructors import describe_constructors
 from medibot.recipe.renames import REFUSED, RENAMED
 from medibot.recipe.sections import (
     PISSA_STEPS,
@@ -106,57 +104,32 @@ GENERATION_TYPES: dict[str, Any] = {
 }
 
 
-def narrow(hint: Any) -> Any:
-    """Return a type hint as a recipe may fill it: enums by their values, no JSON strings, no config objects."""
-    if get_origin(hint) in (Union, types.UnionType):
-        parts = [narrow(part) for part in get_args(hint)]
-        # `SchedulerType | str` and `dict | str` would let every typing error through
-        typed = any(get_origin(part) in (Literal, dict) or part is dict for part in parts)
-        return Union[tuple(part for part in parts if not (typed and part is str))]  # noqa: UP007
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return Literal[tuple(member.value for member in hint)]  # ty: ignore[invalid-type-form]
-    if isinstance(hint, type) and hint.__module__.split(".")[0] in ("peft", "trl", "transformers", "accelerate"):
-        return dict[str, Any]
-    return hint
-
-
-def constructor_section(name: str, constructor: Any, ours: dict[str, Any]) -> type[Section]:
-    """Make a section of a constructor's parameters, less those that a recipe may not decide."""
-    types = {key: narrow(hint) for key, hint in get_type_hints(constructor).items()} | ours
-    fields: dict[str, Any] = {}
-    for key, parameter in inspect.signature(constructor).parameters.items():
-        if parameter.kind is not parameter.VAR_KEYWORD and f"{name}.{key}" not in REFUSED and key not in RENAMED:
-            default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
-            fields[key] = (types.get(key, Any), default if isinstance(default, bool | int | float | str) else None)
-    doc = f"Keyword arguments of {constructor.__name__}."
-    return create_model(f"{name.capitalize()}Section", __base__=Section, __doc__=doc, **fields)
+def constructor_section(name: str, doc: str, ours: dict[str, Any]) -> type[Section]:
+    """Make a section of its constructor's parameters, less those that a recipe may not decide."""
+    fields: Any = {
+        key: (ours.get(key, hint), default)
+        for key, (hint, default) in describe_constructors()[name].items()
+        if f"{name}.{key}" not in REFUSED and key not in RENAMED
+    }
+    model = f"{name.capitalize()}Section" if "." not in name else "GenerationSettings"
+    return create_model(model, __base__=Section, __doc__=doc, **fields)
 
 
 @cache
 def section_models() -> dict[str, type[Section]]:
-    """Return every section's model, and at "" the whole recipe's.
-
-    Importing the libraries behind them takes seconds, so not at the top.
-    """
-    from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, GenerationConfig
-    from trl import SFTConfig
-
-    settings: Any = {
-        name: (GENERATION_TYPES.get(name, Any), None)
-        for name in GenerationConfig().to_dict()
-        if f"evaluation.generate.{name}" not in REFUSED
-    }
+    """Return every section's model, and at "" the whole recipe's."""
     doc = "Settings of transformers.GenerationConfig; greedy unless do_sample is true."
-    generation = create_model("GenerationSettings", __base__=Section, __doc__=doc, **settings)
+    generation = constructor_section("evaluation.generate", doc, GENERATION_TYPES)
     generate: Any = (generation, {})
     doc = EvaluationSection.__doc__
     models: dict[str, type[Section]] = {
         "model": ModelSection,
-        "quantization": constructor_section("quantization", BitsAndBytesConfig, QUANTIZATION_TYPES),
-        "lora": constructor_section("lora", LoraConfig, LORA_TYPES),
+        "quantization": constructor_section(
+            "quantization", "Keyword arguments of BitsAndBytesConfig.", QUANTIZATION_TYPES
+        ),
+        "lora": constructor_section("lora", "Keyword arguments of LoraConfig.", LORA_TYPES),
         "data": DataSection,
-        "training": constructor_section("training", SFTConfig, TRAINING_TYPES),
+        "training": constructor_section("training", "Keyword arguments of SFTConfig.", TRAINING_TYPES),
         "evaluation": create_model("EvaluationSection", __base__=EvaluationSection, __doc__=doc, generate=generate),
         "tracking": TrackingSection,
     }

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, explain_memory
 from medibot.model.loading import load_base, load_tuned, silence_upstream
 from medibot.model.precision import choose_precision
 from medibot.model.thinking import opens_thinking, split_thinking, stream_thinking
-from medibot.model.tokenizer import escape_markers, role_markers, template_kwargs
+from medibot.model.tokenizer import escape_markers, load_saved_tokenizer, role_markers, template_kwargs
 from medibot.recipe import load_recipe
 from medibot.run import Run, find_finished_run
 from medibot.serving.emergencies import NOTICE, emergency_notice
@@ -38,6 +38,7 @@ class Decoding:
 class Assistant:
     """A finished run, loaded once, that any number of threads may ask."""
 
+    @explain_memory("model", "end what else uses this memory; a run with a section quantization needs less")
     def __init__(self, run: Run | str) -> None:
         silence_upstream()
         self.run = find_finished_run(run) if isinstance(run, str) else run
@@ -45,7 +46,7 @@ class Assistant:
         # What readers of answers are told first: what this is not, and what its data lacks
         self.about = " ".join(filter(None, (NOTICE, self.recipe.evaluation.caveat)))
         # The run's own copy of tokenizer and template, so that use cannot differ from training
-        self.tokenizer = AutoTokenizer.from_pretrained(self.run.weights)
+        self.tokenizer = load_saved_tokenizer(self.run.weights)
         self.config = GenerationConfig.from_pretrained(self.run.weights)
         dtype = choose_precision(self.recipe.model.get("dtype")).dtype
         tuned = load_tuned(self.recipe, self.run.weights, dtype)
@@ -145,7 +146,8 @@ class Reply:
             self.cancel()
             self.thread.join()
         if self.failure is not None:
-            raise RuntimeError("the model failed while it answered") from self.failure
+            with explain_memory("messages", "write less, ask for a shorter answer, or end what else uses this memory"):
+                raise RuntimeError("the model failed while it answered") from self.failure
         if ends:
             self.finish_reason = "stop"
 
@@ -156,10 +158,10 @@ class Reply:
     def generate(self) -> None:
         """Generate in this thread, holding the model for a token at a time."""
         weights = self.assistant.weights[self.which]
-        prompt = torch.tensor([self.ids], device=weights.device)
         try:
             self.take_model()
             with torch.inference_mode():
+                prompt = torch.tensor([self.ids], device=weights.device)
                 weights.generate(
                     input_ids=prompt,
                     attention_mask=torch.ones_like(prompt),

@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from medibot.errors import RecipeError
+from medibot.errors import RecipeError, is_out_of_memory
 from medibot.serving.assistant import MODELS, Assistant, Reply
 from medibot.serving.evidence import Evidence
 from medibot.serving.protocol import ApiError, ChatRequest, begin_reply, error_body, event, read_request, require_model
@@ -160,6 +160,8 @@ class Answer:
                     yield name, text
         if self.server.should_exit:
             raise ApiError(503, "the server is stopping", None, "stopping")
+        if self.reply.failure is not None and is_out_of_memory(self.reply.failure):
+            raise ApiError(503, "out of memory: write less, or ask for a shorter answer", None, "out_of_memory")
         if self.reply.failure is not None:
             logging.getLogger(__name__).error("an answer failed", exc_info=self.reply.failure)
             raise ApiError(500, "the model failed while it answered", None, "model_failed")

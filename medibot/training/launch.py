@@ -3,9 +3,7 @@
 import argparse
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from contextlib import suppress
@@ -15,9 +13,10 @@ from pathlib import Path
 import psutil
 
 from medibot.errors import RecipeError, one_line
-from medibot.planning.conflicts import refuse_conflicts, share_batch
+from medibot.planning.conflicts import refuse_conflicts, rows_of_a_step, share_batch
+from medibot.planning.gpus import HIDDEN, find_gpus, first_gpu, require_usable_gpus
 from medibot.planning.hardware import Hardware, read_hardware
-from medibot.recipe import load_recipe
+from medibot.recipe import Recipe, load_recipe
 from medibot.recipe.files import find_by_name, search_folders
 from medibot.training.signals import Signals
 
@@ -33,13 +32,14 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
     `options` are those of the training, `text` those of the launcher. One process on a CPU is started as accelerate's
     launcher would start it, without the seconds in which that imports torch.
     """
-    config = hardware_config(accelerate)
-    hardware = read_hardware(config)
+    config, hardware = choose_hardware(accelerate)
+    gpus = count_gpus(hardware)
     more, processes, machines = parse_launch(text, hardware)
     if processes > 1 or hardware.sharded:
         # Say in one process what is wrong before several do, and leave the prepared data for all of them
         checked = load_recipe(recipe, overrides)
-        refuse_conflicts(checked, hardware, visible_gpus(), machines)
+        refuse_conflicts(checked, hardware, gpus, machines)
+        processes = fit_processes(checked, hardware, processes, more)
         share_batch(checked, processes)
         from medibot.data.prepared import prepare
 
@@ -47,6 +47,10 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
     threads, command = str(max(1, (os.cpu_count() or 1) // processes)), [sys.executable]
     # accelerate's launcher passes OMP_NUM_THREADS on
     environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MEDIBOT_PROCESSES": str(processes)}
+    if gpus and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Rows of many lengths leave holes that blocks of fixed sizes cannot use
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    environment |= first_gpu() if gpus > 1 and processes == 1 else {}
     if hardware.settings == ONE_CPU_PROCESS and not more:
         environment |= LAUNCHED_ON_CPU
     else:
@@ -97,17 +101,31 @@ def leave_exit_code(code: int) -> bool:
     return True
 
 
-def hardware_config(name: str | None) -> Path:
-    """Return the accelerate config called `name`, or the one for what this machine has."""
-    here = {0: "cpu", 1: "single-gpu"}.get(visible_gpus(), "multi-gpu")
-    return find_by_name("ACCELERATE", name or here, search_folders("accelerate_configs"))
+def choose_hardware(name: str | None) -> tuple[Path, Hardware]:
+    """Return the accelerate config called `name`, or the one for what this machine has; one for a CPU hides the GPUs."""
+    here = name or {0: "cpu", 1: "single-gpu"}.get(find_gpus()["count"], "multi-gpu")
+    config = find_by_name("ACCELERATE", here, search_folders("accelerate_configs"))
+    hardware = read_hardware(config)
+    # One that nobody named is for a machine without GPUs, or with one that is going to be refused
+    if name and hardware.settings.get("use_cpu"):
+        os.environ.update(HIDDEN)
+    return config, hardware
+
+
+def count_gpus(hardware: Hardware) -> int:
+    """Return how many GPUs torch can use here; raise RecipeError where the accelerate config asks for one that it cannot."""
+    gpus = require_usable_gpus(find_gpus())
+    if not (gpus or hardware.sharded or hardware.settings.get("use_cpu")):
+        what = "no GPU was found that torch can use (Apple's are not supported)"
+        raise RecipeError.of(f"ACCELERATE={hardware.name}", what, "take cpu or cpu-2, or write use_cpu: true")
+    return gpus
 
 
 def parse_launch(text: str, hardware: Hardware) -> tuple[list[str], int, int]:
     """Return `--launch`'s text as arguments, and how many processes and machines these or the config start in all."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     # A config without a number takes every GPU
-    started = hardware.settings.get("num_processes") or max(1, visible_gpus())
+    started = hardware.settings.get("num_processes") or max(1, find_gpus()["count"])
     parser.add_argument("--num_processes", type=int, default=started)
     parser.add_argument("--num_machines", type=int, default=hardware.settings.get("num_machines", 1))
     try:
@@ -121,10 +139,14 @@ def parse_launch(text: str, hardware: Hardware) -> tuple[list[str], int, int]:
     return words, known.num_processes, known.num_machines
 
 
-def visible_gpus() -> int:
-    """Return how many GPUs a training may use; asks the driver, since importing torch takes seconds."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len([name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip() not in {"", "-1"}])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+def fit_processes(recipe: Recipe, hardware: Hardware, processes: int, words: list[str]) -> int:
+    """Return how many `processes` to start: where nobody wrote a number, no more than can share the recipe's batch."""
+    if "num_processes" in hardware.settings or "--num_processes" in " ".join(words):
+        return processes
+    rows = rows_of_a_step(recipe)
+    fitting = max(count for count in range(1, processes + 1) if rows % count == 0)
+    if fitting < processes:
+        print(
+            f"{fitting} of {processes} GPUs train: the {rows} rows of a step do not divide among {processes} processes"
+        )
+    return fitting

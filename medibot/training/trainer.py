@@ -22,8 +22,9 @@ from medibot.data.gate import Audit
 from medibot.data.prepared import Prepared
 from medibot.model.loading import load_base, make_tiny_model, weights_dtype
 from medibot.model.precision import make_lora_config
-from medibot.planning.conflicts import share_batch
+from medibot.planning.conflicts import refuse_same_rows, share_batch
 from medibot.planning.hardware import detect_hardware
+from medibot.recipe import Recipe
 from medibot.run import Run, sync_to_disk
 from medibot.training.cpu import optimize_for_cpu
 
@@ -33,6 +34,8 @@ class CountingTrainer(SFTTrainer):
 
     num_supervised_tokens_seen = peak_memory = 0
     training_seconds = started = 0.0
+    # The step whose checkpoint is on the disk
+    saved_step = 0
 
     def progress(self) -> dict[str, Any]:
         """Return where the training is, on every axis that runs are compared on."""
@@ -49,6 +52,7 @@ class CountingTrainer(SFTTrainer):
 
     def restore_progress(self) -> None:
         """Count on from the checkpoint that was loaded, and sum on for the next logged line."""
+        self.saved_step = self.state.global_step
         if kept := self.state.stateful_callbacks.get("progress"):
             self.started -= kept["seconds"]
             self.training_seconds, self.peak_memory = kept["training_seconds"], kept["peak_memory_bytes"]
@@ -94,6 +98,7 @@ class CountingTrainer(SFTTrainer):
                 made.rename(final)
                 sync_to_disk(run.checkpoints)
         self.accelerator.wait_for_everyone()
+        self.saved_step = self.state.global_step
         if self.args.should_save:
             # By number, not by time: clocks jump
             best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
@@ -109,12 +114,14 @@ class CountingTrainer(SFTTrainer):
 def build_trainer(prepared: Prepared, this: Run, tiny: bool = False) -> CountingTrainer:
     """Build TRL's trainer over the prepared conversations; around a tiny model for who needs its dataset alone."""
     # Before the weights: under ZeRO-3 they are sharded while loading only if the arguments exist by then
-    args = sft_config(prepared, this)
+    args = sft_config(prepared, this, tiny)
     if args.use_cpu:
         optimize_for_cpu()
     rows = {f"{split}_dataset": prepared.load(name) for split, name in (("train", "train"), ("eval", "validation"))}
     rows = {split: found.select_columns(COLUMNS) for split, found in rows.items() if found is not None}
     recipe, dtype = prepared.recipe, weights_dtype(prepared.recipe, prepared.precision.dtype)
+    if not tiny:
+        require_backward(recipe, prepared.precision.dtype, args.use_cpu)
     model = make_tiny_model(prepared.tokenizer) if tiny else load_base(recipe, dtype)
     adapters = None if tiny else make_lora_config(recipe)
     # The Trainer makes its folder at once: what does not get through the gate shall leave none
@@ -131,8 +138,24 @@ def build_trainer(prepared: Prepared, this: Run, tiny: bool = False) -> Counting
     return trainer
 
 
-def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
-    """Return the recipe's training section with what run and machine decide; the batch of a step stays the recipe's."""
+def require_backward(recipe: Recipe, compute: torch.dtype, cpu: bool) -> None:
+    """Raise RecipeError for attention that can be loaded, and cannot be trained."""
+    name, what = recipe.model.get("attn_implementation") or "", ""
+    if name == "flex_attention" and cpu:
+        what = "flex_attention has no backward pass on a CPU"
+    if "flash" in name and compute == torch.float32 and not cpu:
+        what = f"{name} computes in half precision alone, and model.dtype is float32"
+    if what:
+        raise recipe.error("model.attn_implementation", what, "leave it out: sdpa")
+
+
+def sft_config(prepared: Prepared, this: Run, tiny: bool = False) -> SFTConfig:
+    """Return the recipe's training section with what run and machine decide; the batch of a step stays the recipe's.
+
+    What a tiny model is for needs no GPU.
+    """
+    refuse_same_rows()
+    machine = {"use_cpu": True, "bf16": False, "fp16": False} if tiny else prepared.precision.training
     decided = {
         "output_dir": str(this.checkpoints),
         "run_name": this.name,
@@ -145,14 +168,18 @@ def sft_config(prepared: Prepared, this: Run) -> SFTConfig:
         # TRL tokenizes row by row: a share of each processor where there are thousands
         "dataset_num_proc": min(os.cpu_count() or 1, prepared.split["rows"]["train"] // 2000) or None,
         "activation_checkpointing": True,
-        **prepared.precision.training,
+        **machine,
     }
     written = {key: value for key, value in prepared.recipe.training.items() if key != "chat_template_path"}
     if written.get("activation_checkpointing", True):
         # TRL asks for it where LoRA meets ZeRO-3, and writes it where the Trainer does not read it
         reentrant = detect_hardware().kind == "ZeRO-3" and prepared.recipe.lora is not None
         written = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}} | written
-    return SFTConfig(**(decided | written | share_batch(prepared.recipe, PartialState().num_processes)))
+    shared = share_batch(prepared.recipe, PartialState(cpu=machine["use_cpu"]).num_processes)
+    args = SFTConfig(**(decided | written | shared))
+    # With several in sight the Trainer would take DataParallel, which TRL refuses
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[Audit]:
@@ -165,7 +192,8 @@ def audit_splits(trainer: CountingTrainer, prepared: Prepared) -> list[Audit]:
 
 
 def peak_memory() -> int:
-    """Return bytes at the highest point: allocated on this process's GPU, or resident on a machine without one."""
+    """Return bytes at the highest point: reserved on this process's GPU, or resident on a machine without one."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        # What is reserved has to fit; what is allocated leaves out the holes between
+        return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

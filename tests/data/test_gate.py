@@ -209,11 +209,11 @@ def sample_rows(count: int) -> list[dict[str, str]]:
     return unique[:: len(unique) // count][:count]
 
 
-def assert_exact(case: Case, closing: str) -> None:
-    """The loss covers each answer and what closes it, and the gate agrees."""
+def assert_exact(case: Case, closing: str, lead: str = "") -> None:
+    """The loss covers each answer with what closes it, and a `lead` that the model generates too; the gate agrees."""
     answers = [row["completion"][0]["content"] for row in case.conversations]
     taught = [text.removesuffix("\n").lstrip(" ") for text in case.supervised()]
-    assert taught == [answer + closing for answer in answers]
+    assert taught == [lead + answer + closing for answer in answers]
     report = case.audit()
     assert report.violations == {}
     report.refuse_faults()
@@ -251,6 +251,20 @@ def test_a_reasoning_model_learns_the_answer_alone_when_it_does_not_think(
     assert_exact(make_case(stored_tokenizer(name, QWEN), sample_rows(6), template=NO_THINKING), "<|im_end|>")
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "qwen3_8"])
+def test_a_reasoning_model_learns_to_answer_without_a_thought_from_where_it_really_begins(
+    name: str, stored_tokenizer: Callable, make_case: Callable
+) -> None:
+    question = {"role": "user", "content": "What is gout?"}
+    # The generation prompt of some opens the block itself
+    prompt = stored_tokenizer(name, QWEN).apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    block = "<think>\n\n</think>\n\n"
+    opened = prompt.rpartition("<|im_start|>assistant\n")[2]
+    assert block.startswith(opened)
+    case = make_case(stored_tokenizer(name, QWEN), sample_rows(6))
+    assert_exact(case, "<|im_end|>", block.removeprefix(opened))
+
+
 def test_loss_is_exact_under_a_sentencepiece_tokenizer(metaspace_tokenizer: Any, make_case: Callable) -> None:
     assert_exact(make_case(metaspace_tokenizer, sample_rows(6)), "</s>")
 
@@ -261,15 +275,11 @@ def test_loss_is_exact_under_a_sentencepiece_tokenizer(metaspace_tokenizer: Any,
 @pytest.mark.parametrize(
     ("name", "tokens", "template", "kinds"),
     [
-        # The empty thought of a model that thinks would be learned as part of the answer
-        ("qwen3", QWEN, {}, {"outside"}),
-        ("qwen3_6", QWEN, {}, {"outside"}),
-        ("qwen3_8", QWEN, {}, {"outside"}),
         # The prompt ends in <think>, which the training text does not hold
         ("deepseek_r1_distill", DEEPSEEK, {}, {"prefix"}),
         ("deepseek_r1_distill", DEEPSEEK, NO_THINKING, {"prefix"}),
         # The answer is closed by nothing
-        ("glm4moe", GLM, {}, {"stop", "outside"}),
+        ("glm4moe", GLM, {}, {"stop"}),
         ("glm4moe", GLM, NO_THINKING, {"stop"}),
         # The name of the channel is part of the completion
         ("gptoss", HARMONY, {}, {"outside"}),
@@ -443,10 +453,10 @@ def test_packed_rows_are_audited_one_by_one(make_tokenizer: Callable, make_case:
 def test_a_fault_inside_a_packed_row_is_refused_with_its_example(
     stored_tokenizer: Callable, make_case: Callable
 ) -> None:
-    case = make_case(stored_tokenizer("qwen3", QWEN), sample_rows(6)).trained_again(packing=True)
+    case = make_case(stored_tokenizer("gptoss", HARMONY), sample_rows(6)).trained_again(packing=True)
     report, words = case.refusal()
     assert report.violations == {"outside": [0, 1, 2, 3, 4, 5]}
-    assert "'<think>" in words
+    assert "'<|channel|>" in words
 
 
 def test_wrapped_packing_is_refused(make_tokenizer: Callable, make_case: Callable) -> None:
@@ -794,9 +804,27 @@ def test_a_thought_that_a_template_changes_is_refused(change: str, thinker: Any,
     assert chats.audit().violations == {"thinking": [1]}
 
 
-def test_an_answer_without_a_thought_beside_those_with_one_is_refused(thinker: Any, tmp_path: Path) -> None:
+def test_an_answer_without_a_thought_is_learned_with_its_empty_block_beside_those_with_one(
+    thinker: Any, tmp_path: Path
+) -> None:
     chats = make_chats(thinker, [THINKING_ROW, PLAIN_ROW], tmp_path)
-    assert chats.audit().violations == {"outside": [1]}
+    assert chats.taught()[1].startswith("<think>\n\n</think>\n\nDrink water.") and chats.audit().violations == {}
+    # A block that is not empty is none
+    wrong = make_chats(thinker, [THINKING_ROW, make_row("Drink water.", "Rain.")], tmp_path)
+    assert chats.audit(wrong.dataset).violations == {"outside": [1]}
+
+
+def test_a_refused_template_that_knows_thinking_names_the_setting(
+    stored_tokenizer: Callable, make_case: Callable
+) -> None:
+    tokenizer = stored_tokenizer("qwen3", QWEN)
+    opening = "\\n<think>\\n' + reasoning_content"
+    assert opening in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(opening, opening.replace("<think>", "<think>Well. "))
+    case = make_case(tokenizer, sample_rows(2))
+    report, words = case.refusal()
+    assert report.violations == {"outside": [0, 1]}
+    assert "data.chat_template_kwargs: {enable_thinking: false}" in words
 
 
 # --- every row --------------------------------------------------------------------------------------------------------

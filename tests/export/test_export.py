@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FAMILIES, OVERRIDES, ROOT
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from medibot.errors import RecipeError
 from medibot.export import gguf
@@ -23,7 +23,7 @@ from medibot.export.card import write_cards
 from medibot.export.gguf import CONVERTER, export_gguf, require_same_tokens
 from medibot.export.merge import merge
 from medibot.export.ollama import render_modelfile, take_apart
-from medibot.export.probe import QUESTIONS, held_out_prompts, logit_distance
+from medibot.export.probe import QUESTIONS, held_out_prompts, load_whole, logit_distance
 from medibot.model.generation import generate_answers
 from medibot.model.loading import load_tuned
 from medibot.model.tokenizer import make_prompt, template_kwargs
@@ -82,14 +82,20 @@ def test_merged_folder_has_the_runs_own_bytes_and_nothing_of_the_adapter(merged)
     assert "quantization_config" not in read_json(merged.merged / "config.json")
 
 
-def test_the_cards_own_lines_answer_in_plain_transformers_without_medibot(merged):
+@pytest.mark.parametrize("what", ["merged", "model"])
+def test_the_cards_own_lines_answer_without_medibot(what, merged, make_model):
     write_cards("mine")
-    lines = re.search(r"```python\n(.*?)```", (merged.merged / "README.md").read_text(), re.S)
+    folder = merged.folder / what
+    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert lines
-    program = lines[1] + 'import sys\nassert not {"medibot", "peft", "bitsandbytes"} & sys.modules.keys()\n'
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=merged.merged, env=os.environ, capture_output=True, text=True, timeout=120
-    )
+    foreign = {"medibot"} if what == "model" else {"medibot", "peft", "bitsandbytes"}
+    program = lines[1] + f"import sys\nassert not {foreign} & sys.modules.keys()\n"
+    # A card names a local base without its folder
+    base = folder / make_model("smollm2").name
+    base.symlink_to(make_model("smollm2"))
+    run = {"cwd": folder, "env": os.environ, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", program], **run)
+    base.unlink()
     assert done.returncode == 0, done.stderr
     recipe = load_recipe(str(merged.recipe))
     tokenizer = AutoTokenizer.from_pretrained(merged.weights)
@@ -142,6 +148,20 @@ def test_disk_that_fills_during_a_merge_is_said_in_a_line_and_nothing_of_it_stay
         patch.setattr(PreTrainedModel, "save_pretrained", full)
         merge("mine")
     assert sorted(merged.folder.rglob("*")) == there
+
+
+def test_whole_weights_are_compared_on_the_gpu_if_there_is_one(make_model, monkeypatch):
+    placed, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(folder, device_map=None, **kwargs):
+        placed.append(device_map)
+        return load(folder, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    load_whole(make_model())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    load_whole(make_model())
+    assert placed == [None, "auto"]
 
 
 def test_distance_tells_what_differs():

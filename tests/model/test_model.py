@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreT
 from medibot.errors import RecipeError
 from medibot.model import loading
 from medibot.model.generation import generate_answers, load_generation_config
-from medibot.model.loading import identify_base, load_base, load_tuned, source_kwargs
+from medibot.model.loading import identify_base, load_base, load_tuned, source_kwargs, weights_dtype
 from medibot.model.precision import choose_precision, make_lora_config, make_quantization_config
 from medibot.model.tokenizer import (
     end_of_turn_token,
@@ -78,7 +78,23 @@ def edit_json(file: Path, **changes: Any) -> None:
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("written", [{}, {"dtype": "auto"}, {"dtype": "float16"}], ids=["absent", "auto", "float16"])
+def test_weights_that_are_trained_whole_have_gradients_that_a_float16_gpu_can_unscale(written) -> None:
+    """On a GPU without bfloat16 the Trainer scales the loss with this scaler, which refuses gradients in float16."""
+    layer = torch.nn.Linear(4, 2).to(weights_dtype(recipe_of("m", model=written), torch.float16))
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cpu", init_scale=8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        scaler.scale(layer(torch.ones(1, 4)).sum()).backward()
+    scaler.unscale_(optimizer)
+    assert torch.equal(layer.weight.grad, torch.ones(2, 4))
+
+
+def test_weights_that_are_trained_whole_may_be_bfloat16_where_the_recipe_says_so() -> None:
+    assert weights_dtype(recipe_of("m", model={"dtype": "bfloat16"}), torch.bfloat16) == torch.bfloat16
+    assert weights_dtype(recipe_of("m", model={"dtype": "auto"}), torch.bfloat16) == torch.float32
+    assert weights_dtype(recipe_of("m", lora={"r": 4}), torch.float16) == torch.float16
+
+
 def test_precision_of_a_cpu_is_bfloat16_with_amx_and_float32_without() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     amx = cpuinfo.is_file() and {"amx_tile", "amx_bf16"} <= set(cpuinfo.read_text().split())
@@ -95,6 +111,49 @@ def test_a_written_dtype_wins(written: str) -> None:
     assert found.dtype is getattr(torch, written)
     assert (found.training["bf16"], found.training["fp16"]) == (written == "bfloat16", written == "float16")
     assert "recipe" in found.reason
+
+
+def test_apples_gpu_is_said_to_be_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    found = choose_precision()
+    assert found.dtype == torch.float32 and "Apple's GPU (MPS) is not used" in found.reason
+    assert found.training["use_cpu"]
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "capability", "said"),
+    [
+        ({"use_kernels": True}, (9, 0), r"use_kernels: needs the package kernels, [\d.]+ or later \(.*\.\[gpu\]"),
+        (
+            {"attn_implementation": "org/attention"},
+            (9, 0),
+            r"attn_implementation: needs the package kernels.*\.\[gpu\]",
+        ),
+        ({"attn_implementation": "flash_attention_2"}, None, "needs a GPU of compute capability 8.0"),
+        ({"attn_implementation": "kernels-community/flash-attn2"}, None, "needs a GPU of compute capability 8.0"),
+        ({"attn_implementation": "flash_attention_2"}, (7, 5), "needs a GPU of compute capability 8.0"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            (8, 0),
+            r"FlashAttention2 .* installed.*\.\[gpu\].*leave it out",
+        ),
+        ({"attn_implementation": "flash_attention_4"}, (8, 9), "needs a GPU of compute capability 9.0"),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_one_line(
+    written: dict[str, Any],
+    capability: tuple[int, int] | None,
+    said: str,
+    make_model: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(RecipeError, match=said):
+        load_base(recipe_of(make_model(), model=written), torch.bfloat16)
 
 
 # --- tokenizer and stop tokens ----------------------------------------------------------------------------------------
@@ -353,7 +412,7 @@ def test_without_that_care_bitsandbytes_packs_the_weights_and_adapters_fall_sile
 ) -> None:
     from bitsandbytes.functional import has_avx512bf16
 
-    if torch.cuda.is_available() or not has_avx512bf16():
+    if not has_avx512bf16():
         pytest.skip("bitsandbytes packs only on a CPU with AVX512-BF16")
     monkeypatch.setattr(loading, "keep_4bit_trainable", lambda _: None)
     # Fresh adapters, so that no gradient can go round a packed layer by way of its adapter: lora_B is zero

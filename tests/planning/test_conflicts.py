@@ -7,18 +7,24 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_extend_env_parallelism_config
 from conftest import FOUR_STEPS, MINIATURE, ROOT, assert_same, losses
 from safetensors.torch import load_file
 
+from medibot import cli
 from medibot.errors import RecipeError
 from medibot.planning import conflicts
-from medibot.planning.conflicts import refuse_conflicts, share_batch
+from medibot.planning.conflicts import refuse_conflicts, refuse_same_rows, share_batch
+from medibot.planning.gpus import NAMES
 from medibot.planning.hardware import read_hardware
 from medibot.recipe import load_recipe
-from medibot.run import has_whole_weights, open_run
+from medibot.run import has_whole_weights, open_run, read_lines
+from medibot.training import launch as launching
 from medibot.training.launch import launch
 from medibot.training.session import train
 
@@ -48,6 +54,64 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_the_numbers():
         share_batch(quickstart(*batch), 3)
 
 
+class Started(Exception):
+    """Holds the command of a launcher that a test does not start."""
+
+
+@pytest.fixture
+def eight_gpus(monkeypatch):
+    """Torch finds eight GPUs, and what would start raises Started."""
+
+    def start(command, **_):
+        raise Started(command)
+
+    found = {"count": 8, "version": "2.13.0+cu130", "built": "13.0", "reason": "", "old": []}
+    monkeypatch.setattr(launching, "find_gpus", lambda: found)
+    for name in NAMES:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launching.psutil, "Popen", start)
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "text", "started"),
+    [
+        (4, None, "", 4),
+        (12, None, "", 6),
+        (12, "fsdp2", "", 6),
+        (8, None, "", 8),
+        (1, None, "", 1),
+        (8, None, "--num_processes 2", 2),
+    ],
+)
+def test_as_many_gpus_train_as_can_share_the_batch(
+    rows, config, text, started, miniature, eight_gpus, monkeypatch, capsys
+):
+    weights = miniature("quickstart").model["pretrained_model_name_or_path"]
+    batch = [f"training.per_device_train_batch_size={rows}", "training.gradient_accumulation_steps=1"]
+    overrides = [f"model.pretrained_model_name_or_path={weights}", *MINIATURE, "quantization=null", *batch]
+    recipe, config = str(ROOT / "recipes" / "quickstart.yaml"), config and str(CONFIGS / f"{config}.yaml")
+    with pytest.raises(Started) as caught:
+        launch(recipe, overrides, [], config, text)
+    (command,) = caught.value.args
+    numbers = [int(command[place + 1]) for place, word in enumerate(command) if word == "--num_processes"]
+    assert numbers[-1] == started
+    said = f"{started} of 8 GPUs train: the {rows} rows of a step do not divide among 8 processes"
+    assert (said in capsys.readouterr().out) == (started < 8 and not text)
+    # What is planned is what is started
+    # For a GPU that is not here the plan asks which config
+    asked = ["--gpu", "24GB", "--launch", text, "--accelerate", config or str(CONFIGS / "multi-gpu.yaml")]
+    monkeypatch.setattr(sys, "argv", ["medibot", "plan", recipe, *overrides, *asked])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and f"GB on one device of {started}," in capsys.readouterr().out
+
+
+def test_a_number_of_processes_that_was_written_is_not_changed(eight_gpus):
+    batch = ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]
+    with pytest.raises(RecipeError, match="4 rows a step do not divide among 8 processes"):
+        launch("quickstart", batch, [], str(CONFIGS / "multi-gpu.yaml"), "--num_processes 8")
+
+
 def hardware(name, **settings):
     read = read_hardware(CONFIGS / f"{name}.yaml")
     return dataclasses.replace(read, settings=read.settings | settings)
@@ -57,7 +121,7 @@ NF4 = ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_type=nf4"]
 KWARGS = "training.activation_checkpointing_kwargs"
 CLASHES = [
     ("fsdp2", {}, NF4, "every GPU would hold all of them"),
-    ("fsdp2", {}, [*NF4, "quantization.bnb_4bit_quant_storage=float32", "model.dtype=bfloat16"], "stored as float32"),
+    ("fsdp2", {}, [*NF4, "quantization.bnb_4bit_quant_storage=float32", "model.dtype=bfloat16"], "stored as float32 would be cast"),
     ("fsdp2", {}, ["quantization.load_in_8bit=true"], "cannot be made shards"),
     ("fsdp2", {}, ["lora.modules_to_save=[lm_head]"], "not summed over the processes"),
     ("fsdp2", {"fsdp_activation_checkpointing": True}, [], "save an empty adapter"),
@@ -67,6 +131,10 @@ CLASHES = [
     ("zero3", {}, [f"{KWARGS}={{use_reentrant: false}}", "training.activation_checkpointing=true"], "use_reentrant: true"),
     ("multi-gpu", {}, [f"{KWARGS}={{use_reentrant: true}}", "training.activation_checkpointing=true"], "use_reentrant: false"),
     ("fsdp2", {}, ["training.save_only_model=true", "training.load_best_model_at_end=true"], "no best model"),
+    ("fsdp2", {"parallelism_config": {"parallelism_config_cp_size": 2}}, [], "several processes the same rows"),
+    ("fsdp2", {"parallelism_config": {"parallelism_config_tp_size": 4}}, [], "several processes the same rows"),
+    ("zero3", {"parallelism_config": {"parallelism_config_sp_size": 2}}, [], "several processes the same rows"),
+    ("zero2", {"deepspeed_config_file": "tp.json"}, [], "holds settings that nothing here reads"),
 ]  # fmt: skip
 
 
@@ -82,6 +150,35 @@ def test_what_upstream_would_spoil_is_refused_before_the_launch(name, settings, 
 @pytest.mark.parametrize("overrides", [[], ["lora=null"], ["lora.use_dora=true"]], ids=["lora", "full", "dora"])
 def test_what_works_is_let_through(name, overrides):
     refuse_conflicts(quickstart(*overrides), hardware(name), gpus=8)
+
+
+def test_shards_and_replicas_of_them_take_rows_of_their_own():
+    sizes = {
+        "parallelism_config_dp_replicate_size": 2,
+        "parallelism_config_dp_shard_size": 4,
+        "parallelism_config_tp_size": 1,
+    }
+    refuse_conflicts(quickstart(), hardware("fsdp2", parallelism_config=sizes), gpus=8)
+
+
+@pytest.mark.parametrize("way", ["cp", "tp", "sp"])
+def test_processes_that_the_launcher_gives_the_same_rows_are_refused(way, miniature, monkeypatch):
+    """Whoever starts `accelerate launch` by hand, or writes it in LAUNCH, has passed no check of the config."""
+    recipe = miniature("quickstart", "tracking=null")
+    args = SimpleNamespace(**vars(launch_command_parser().parse_args(["--use_parallelism_config", "--use_fsdp", "x"])))
+    setattr(args, f"parallelism_config_{way}_size", 2)
+    for name, value in prepare_extend_env_parallelism_config(args, {}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="several processes the same rows"):
+        train(recipe, "parallel")
+    assert not open_run("parallel").folder.exists()
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{way.upper()}_SIZE", "1")
+    refuse_same_rows()
+
+
+def test_a_batch_size_that_changes_behind_the_record_is_refused():
+    with pytest.raises(RecipeError, match=r"auto_find_batch_size: .*behind the record: lower per_device"):
+        quickstart("training.auto_find_batch_size=true")
 
 
 def test_a_machine_that_cannot_shard_is_refused(monkeypatch):
@@ -112,7 +209,8 @@ def test_an_accelerate_config_that_trains_something_else_is_refused(text, said, 
 
 
 def test_the_refusal_comes_before_anything_is_prepared(workplace, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    gpus = {"count": 2, "version": "2.13.0+cu130", "built": "13.0", "reason": "", "old": []}
+    monkeypatch.setattr("medibot.training.launch.find_gpus", lambda: gpus)
     with pytest.raises(RecipeError, match="left out of the shards"):
         launch(str(ROOT / "recipes" / "quickstart.yaml"), [], None, str(CONFIGS / "fsdp2.yaml"), "")
     assert not list(workplace.iterdir())
@@ -125,7 +223,9 @@ SAME = [
     "training.load_best_model_at_end=false",
 ]
 SAME += ["training.train_sampling_strategy=random", "training.activation_checkpointing=true", "tracking=null"]
-SAME += ["evaluation.questions=['What is anemia?']", "evaluation.max_new_tokens=2"]
+# Three for two processes, whose answers are not of one length
+SAME += ["evaluation.questions=['What is anemia?','What is gout?','Hi?']", "evaluation.max_new_tokens=12"]
+SAME += ["evaluation.generate={no_repeat_ngram_size: 1, stop_strings: [L, T]}"]
 SHARDED = {
     "lora": ["quantization=null"],
     "nf4": ["quantization.bnb_4bit_quant_storage=float32"],
@@ -144,6 +244,8 @@ def test_real_shards_train_what_one_process_trains(miniature, make_model, workpl
     for name in SHARDED:
         one, two = open_run(f"{name}-one"), open_run(name)
         assert losses(name) == pytest.approx(losses(f"{name}-one"), abs=1e-5), said
+        answers = read_lines(one.answers)[:3]
+        assert read_lines(two.answers)[:3] == answers and len({line["tokens"] for line in answers}) > 1
         (file,) = (path.name for path in one.weights.glob("*.safetensors"))
         trained = load_file(one.weights / file)
         # Shards are saved with the tied head written out

@@ -18,8 +18,10 @@ from contextlib import ExitStack, closing, contextmanager
 import openai
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import ROOT
+from transformers import LlamaForCausalLM
 
 from medibot.errors import RecipeError
 from medibot.serving import assistant, protocol
@@ -476,6 +478,17 @@ def test_a_failing_model_is_an_error_of_the_server_and_of_that_answer_alone(serv
         with pytest.raises(openai.InternalServerError, match="failed while it answered"):
             server.create()
         with pytest.raises(openai.APIError, match="failed while it answered"):
+            list(server.create(stream=True))
+    assert server.create().choices[0].message.content and server.line() == (0, 0)
+
+
+def test_memory_that_runs_out_is_said_to_the_client_and_the_next_is_answered(server, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", lambda *_, **__: torch.empty(1 << 50))
+        with pytest.raises(openai.InternalServerError, match="out of memory: write less") as caught:
+            server.create()
+        assert caught.value.status_code == 503 and caught.value.code == "out_of_memory"
+        with pytest.raises(openai.APIError, match="out of memory: write less"):
             list(server.create(stream=True))
     assert server.create().choices[0].message.content and server.line() == (0, 0)
 

@@ -3,15 +3,19 @@
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SAMPLE
 from rich.console import Console
 from rich.text import Text
 
 from medibot.errors import RecipeError
 from medibot.recipe import load_recipe
+from medibot.run import Run
 from medibot.training.inspection import inspect_recipe
+from medibot.training.trainer import require_backward, sft_config
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +68,30 @@ def test_examples_are_the_shortest_the_median_and_the_longest_row(make_model, wo
 def test_row_that_is_not_there_is_refused(make_model, workplace):
     with pytest.raises(RecipeError, match="the training split has rows 0 to"):
         inspect_recipe(recipe(make_model(), "training.max_length=1024"), row=10_000)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """What torch says of a machine with two GPUs; to use one fails here."""
+    answers = {"is_available": True, "device_count": 2, "get_device_name": "NVIDIA L4", "is_bf16_supported": True}
+    for name, answer in (answers | {"set_device": None}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+
+def test_no_gpu_is_used(make_model, workplace, two_gpus):
+    found = inspect_recipe(recipe(make_model(), "training.max_length=1024"))
+    assert len(found.painted) == 3 and found.prepared.precision.reason == "native on NVIDIA L4"
+
+
+def test_a_training_in_one_process_takes_one_of_several_gpus(miniature, two_gpus):
+    from medibot.data.prepared import prepare
+
+    args = sft_config(prepare(miniature("quickstart", "model.dtype=null")), Run(Path("unused")))
+    assert (args.device.type, args.n_gpu, args.bf16, args.train_batch_size) == ("cuda", 1, True, 2)
+
+
+def test_flash_attention_trains_in_half_precision_alone(miniature):
+    recipe = miniature("quickstart", "model.attn_implementation=flash_attention_2")
+    with pytest.raises(RecipeError, match=r"computes in half precision alone, and model\.dtype is float32"):
+        require_backward(recipe, torch.float32, cpu=False)
+    require_backward(recipe, torch.bfloat16, cpu=False)

@@ -18,9 +18,11 @@ import torch
 import wandb
 from conftest import FOUR_STEPS, MINIATURE, ROOT, adapter, assert_same, losses, wandb_records
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from medibot import tracking
 from medibot.errors import RecipeError
+from medibot.model.tokenizer import load_tokenizer, make_prompt
 from medibot.recipe import load_recipe
 from medibot.run import Run, locked, open_run, read_json, read_lines
 from medibot.training import session
@@ -92,7 +94,24 @@ def test_outputs_folder_holds_what_comes_after_needs(finished):
     assert json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"]
     assert not list(folder.rglob("*.partial"))
     again = load_recipe(str(folder / "recipe.yaml"))
+    question, asked = "What is anemia?", {"add_generation_prompt": True, "return_dict": False}
+    tokenizer, message = AutoTokenizer.from_pretrained(folder / "model"), {"role": "user", "content": question}
+    trained = load_tokenizer(again).apply_chat_template(make_prompt(question, again.data.system, ()), **asked)
+    assert again.data.system and tokenizer.apply_chat_template([message], **asked) == trained
     assert again.training["max_steps"] == 2 and again.lora["r"] == 16
+
+
+def test_the_end_of_a_training_says_how_other_programs_serve_it(finished, capsys):
+    run = finished("mini")
+    session.print_next_steps(run, load_recipe(str(run.recipe)))
+    said = capsys.readouterr().out
+    assert [program for program in ("vLLM", "TGI", "llama.cpp", "Ollama") if f"\n       {program} " in said] == [
+        "vLLM", "TGI", "llama.cpp", "Ollama",
+    ]  # fmt: skip
+    # What is named is there
+    for flag in ("--chat-template", "--generation-config", "--lora-modules mini="):
+        named = re.search(rf"{flag}[ ]?(\S+)", said)
+        assert named and Path(named[1]).exists(), flag
 
 
 def test_supervised_tokens_are_counted_as_the_audit_counts_them(miniature):
