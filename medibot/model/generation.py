@@ -1,15 +1,17 @@
 """Answer prompts in batches, decoding as the run says."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medibot.model.loading import call_loader, model_path, source_kwargs
 from medibot.model.tokenizer import end_of_turn_token
 from medibot.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def load_generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -32,7 +34,7 @@ def load_generation_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
 # Not inference_mode: FSDP2 keeps the buffers that it gathers weights in, and training could not write into them
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel | PeftModel,
+    model: "PreTrainedModel | PeftModel",
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[dict[str, str]]],
     config: GenerationConfig,

@@ -5,11 +5,10 @@ import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,6 +23,9 @@ from transformers.utils.import_utils import KERNELS_MIN_VERSION, is_kernels_avai
 from medibot.errors import is_out_of_memory, one_line
 from medibot.model.precision import make_quantization_config
 from medibot.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Upstream hides why a weight cannot be quantized, such as memory that runs out, in a report that it logs
 core_model_loading.log_conversion_errors = lambda *_, **__: nullcontext()
@@ -108,11 +110,13 @@ def keep_4bit_trainable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_tuned(recipe: Recipe, weights: Path, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+def load_tuned(recipe: Recipe, weights: Path, dtype: torch.dtype) -> "PreTrainedModel | PeftModel":
     """Load the trained model from a run's `weights` folder: base plus adapter, or the full fine-tuned weights."""
     if recipe.lora is None:
         model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True)
     else:
+        from peft import PeftModel
+
         model = PeftModel.from_pretrained(load_base(recipe, dtype), weights)
     if recipe.quantization is None and torch.cuda.is_available():
         model = model.to("cuda")

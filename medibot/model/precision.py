@@ -1,12 +1,15 @@
 """Choose the dtype that the machine computes in, and build the configs of quantization and LoRA."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from medibot.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ def make_quantization_config(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytes
     return BitsAndBytesConfig(**(compute | recipe.quantization))
 
 
-def make_lora_config(recipe: Recipe) -> LoraConfig | None:
+def make_lora_config(recipe: Recipe) -> "LoraConfig | None":
     """Return peft's config; None for full fine-tuning."""
+    # Late, as wherever preparing rows passes by: it takes seconds, and bitsandbytes comes with it
+    from peft import LoraConfig
+
     return None if recipe.lora is None else LoraConfig(task_type="CAUSAL_LM", **recipe.lora)

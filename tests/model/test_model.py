@@ -242,13 +242,15 @@ def test_a_fingerprint_is_the_same_in_another_process(make_model: Callable) -> N
     folder = make_model("llama3")
     code = (
         "import sys; from transformers import AutoTokenizer; from medibot.model.tokenizer import tokenizer_fingerprint;"
+        "print({'peft', 'bitsandbytes'} & sys.modules.keys() or 'light');"
         "print(tokenizer_fingerprint(AutoTokenizer.from_pretrained(sys.argv[1])))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
     other = subprocess.run(
         [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, check=True
     )
-    assert other.stdout.split()[-1] == tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
+    # What only reads rows waits for no adapters
+    assert other.stdout.split()[-2:] == ["light", tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))]
 
 
 # --- the author's mistakes --------------------------------------------------------------------------------------------
