@@ -26,6 +26,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import speed
+
+import medibot
+from medibot.recipe import load_recipe
+from medibot.run import open_run, read_lines
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "recipes" / "data" / "consumer_health.jsonl"
 NF4 = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true}"
@@ -36,11 +42,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-SHAPES = {
-    "1.1b": dict(zip(SIZES, (2048, 22, 32, 4, 5632), strict=True)) | {"vocab_size": 32000},
-    "8b": dict(zip(SIZES, (4096, 32, 32, 8, 14336), strict=True)) | {"vocab_size": 128256},
-}
-SMALL = dict(zip(SIZES, (64, 2, 4, 2, 128), strict=True)) | {"vocab_size": 640}
+SIZES += ("vocab_size",)
+SHAPES = {"1.1b": (2048, 22, 32, 4, 5632, 32000), "8b": (4096, 32, 32, 8, 14336, 128256)}
+SMALL = (64, 2, 4, 2, 128, 640)
 WHOLE_SECONDS = 530
 
 
@@ -58,8 +62,8 @@ def main() -> None:
     record, end, lines = given.out / "gpu.jsonl", time.monotonic() + WHOLE_SECONDS, {}
     record.write_text("")
     with tempfile.TemporaryDirectory() as folder:
-        for step in STEPS:
-            lines[step] = run_step(step, given.tiny, Path(folder), min(STEPS[step][1], end - time.monotonic()))
+        for step, (_, limit) in STEPS.items():
+            lines[step] = run_step(step, given.tiny, Path(folder), min(limit, end - time.monotonic()))
             with record.open("a") as file:
                 file.write(json.dumps(lines[step]) + "\n")
             print(json.dumps(lines[step]), flush=True)
@@ -75,7 +79,9 @@ def run_step(step: str, tiny: bool, work: Path, limit: float) -> dict[str, Any]:
     command = [sys.executable, __file__, "--inside", step, str(result), *(["--tiny"] if tiny else [])]
     own = {"MEDIBOT_OUTPUTS": str(work / "outputs"), "MEDIBOT_CACHE": str(work / "cache"), "GPU_WORK": str(work)}
     own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
-    own |= {"CUDA_VISIBLE_DEVICES": ""} if tiny else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    # One GPU of several, or none; memory as `medibot train` sets it
+    own["CUDA_VISIBLE_DEVICES"] = "" if tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    own["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     said = f"no more than {WHOLE_SECONDS} s were left"
     if limit > 0:
         with log.open("w") as file:
@@ -97,7 +103,7 @@ def make_table(lines: dict[str, Any]) -> str:
     found = {step: line for step, line in lines.items() if line["ok"]}
     about, peak = found.get("environment", {}), found.get("gemm", {}).get("tflops")
     text = {step: "" for step in STEPS if step not in {"environment", "weights"}}
-    for step in found.keys() & text.keys():
+    for step in [step for step in text if step in found]:
         own = {key: value for key, value in found[step].items() if key not in {"step", "ok", "wall_seconds"}}
         if peak and "needed_tflops" in own:
             own["of_gemm_peak"] = f"{own['needed_tflops'] / peak:.1%}"
@@ -119,26 +125,25 @@ def work() -> Path:
 def environment(tiny: bool) -> dict[str, Any]:
     import torch
 
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    named = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")}
-    found = {"card": card, "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip(), **named}
-    if tiny:
-        return found | {"python": platform.python_version(), "cuda": None, "driver": None}
-    if not torch.cuda.is_available():
+    if not tiny and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here: --tiny runs on a CPU")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+    found = {"card": "CPU", "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip() or "unknown"}
+    found |= {name: version(name) for name in names} | {"python": platform.python_version()}
+    if tiny:
+        return found
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
-    total = torch.cuda.get_device_properties(0).total_memory
-    return found | {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": driver, "bytes": total}
+    card = {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": driver}
+    return found | card | {"bytes": torch.cuda.mem_get_info()[1]}
 
 
 def gemm(tiny: bool) -> dict[str, Any]:
     """TFLOPS of the fastest of several bfloat16 products, by wall time over many of them."""
     import torch
 
-    device, rates = "cpu" if tiny else "cuda", []
-    wait: Callable[[], None] = (lambda: None) if tiny else torch.cuda.synchronize
+    device, rates, wait = "cpu" if tiny else "cuda", [], torch.cpu.synchronize if tiny else torch.cuda.synchronize
     for size in (64,) if tiny else (4096, 8192, 16384):
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
         times = 10 if tiny else max(1, 2**44 // size**3)
@@ -155,31 +160,25 @@ def gemm(tiny: bool) -> dict[str, Any]:
 def weights(tiny: bool) -> dict[str, Any]:
     """Draw both models on the device, and write them beside one tokenizer."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     texts = [text for line in SAMPLE.read_text().splitlines() for text in json.loads(line).values() if text]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=600, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
-    tokenizer.chat_template = TEMPLATE
-    found = {}
+    tokenizer.chat_template, end = TEMPLATE, tokenizer.eos_token_id
+    found, dtype, device = {}, torch.float32 if tiny else torch.bfloat16, "cpu" if tiny else "cuda"
     for name, shape in SHAPES.items():
         torch.manual_seed(0)
-        sizes = SMALL if tiny else shape
-        config = LlamaConfig(**sizes, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id)
-        config.dtype = torch.float32 if tiny else torch.bfloat16
-        torch.set_default_dtype(config.dtype)
-        with torch.device("cpu" if tiny else "cuda"):
-            model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
+        config = LlamaConfig(**dict(zip(SIZES, SMALL if tiny else shape, strict=True)), eos_token_id=end)
+        with torch.device(device):
+            # Drawn in this dtype: an 8B model in float32 would be 32 GB first
+            model = LlamaForCausalLM._from_config(config, dtype=dtype)
         model.save_pretrained(work() / "models" / name)
         tokenizer.save_pretrained(work() / "models" / name)
         found[f"{name}_parameters"] = model.num_parameters()
-        del model
     return found
 
 
@@ -189,54 +188,43 @@ def nf4(tiny: bool) -> dict[str, Any]:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     torch.manual_seed(0)
-    drawn = torch.randn(64, 128) if tiny else torch.randn(4096, 4096)
-    device = "cpu" if tiny else "cuda"
+    drawn, device = torch.randn(64, 128) if tiny else torch.randn(4096, 4096), "cpu" if tiny else "cuda"
     here, state = quantize_4bit(drawn, quant_type="nf4")
     there, other = quantize_4bit(drawn.to(device), quant_type="nf4")
-    equal = (here == there.cpu()).float().mean().item()
-    back = dequantize_4bit(there, other).cpu()
+    equal, back = (here == there.cpu()).float().mean().item(), dequantize_4bit(there, other).cpu()
     apart = (back - dequantize_4bit(here, state)).abs().max().item()
-    return {"equal_bytes": equal, "largest_difference": apart, "mean_error": (back - drawn).abs().mean().item()}
+    found = {"devices": f"cpu and {device}", "equal_bytes": equal, "largest_difference": apart}
+    return found | {"mean_error": (back - drawn).abs().mean().item()}
 
 
 def make_recipe(tiny: bool, model: str, *more: str) -> Any:
-    from medibot.recipe import load_recipe
-
     rows = "{train: 8, validation: 4}" if tiny else "{train: 192, validation: 8}"
     dtype, batch = ("float32", 4) if tiny else ("bfloat16", 16)
     size = [f"training.per_device_train_batch_size={batch}", "training.gradient_accumulation_steps=1"]
-    size.append(f"model.dtype={dtype}")
+    size += [f"model.dtype={dtype}", f"evaluation.max_new_tokens={8 if tiny else 128}"]
     place = f"model.pretrained_model_name_or_path={work() / 'models' / model}"
     data = [f"data.path={SAMPLE}", f"data.limit={rows}", "training.num_train_epochs=2"]
     return load_recipe(str(ROOT / "recipes" / "medquad-lora.yaml"), [place, *data, *BARE, *size, *more])
 
 
-def second_epoch(rows: int, seconds: list[float], recipe: Any) -> dict[str, Any]:
+def second_epoch(seconds: list[float], recipe: Any) -> dict[str, Any]:
     """The rate between the ends of the first and the second epoch, and the FLOP that these rows need in a second."""
-    import speed
-
-    from medibot.data.prepared import prepare
-
-    prepared = prepare(recipe)
+    prepared = medibot.prepare(recipe)
     kept = speed.tokenized(prepared)[0]
     tokens = sum(len(row["input_ids"]) for row in kept)
     supervised = sum(label != -100 for row in kept for label in row["labels"])
     took = seconds[-1] - seconds[len(seconds) // 2 - 1]
     needed = speed.needed(prepared, tokens, supervised) / took / 1e12
-    return {"rows_per_second": round(rows / took, 4), "tokens": tokens, "needed_tflops": round(needed, 6)}
+    return {"rows_per_second": round(len(kept) / took, 4), "tokens": tokens, "needed_tflops": round(needed, 6)}
 
 
 def trained(tiny: bool, name: str, model: str, *more: str) -> dict[str, Any]:
     """Train by MediBot's own path; return rate and memory, planned beside measured."""
-    import medibot
-    from medibot.run import open_run, read_lines
-
     recipe = make_recipe(tiny, model, *more)
     medibot.train(recipe, name, anyway=True)
     run = open_run(name)
     seconds = [line["seconds"] for line in read_lines(run.metrics) if "loss" in line]
-    rows = json.loads((run.folder / "split.json").read_text())["rows"]["train"]
-    return second_epoch(rows, seconds, recipe) | run.record()["summary"]["memory"]
+    return second_epoch(seconds, recipe) | run.record()["summary"]["memory"]
 
 
 def trl(tiny: bool) -> dict[str, Any]:
@@ -246,7 +234,6 @@ def trl(tiny: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from medibot.data.prepared import prepare
     from medibot.model.precision import make_lora_config, make_quantization_config
 
     seconds: list[float] = []
@@ -256,26 +243,23 @@ def trl(tiny: bool) -> dict[str, Any]:
             seconds.extend([time.monotonic()] if "loss" in logs else [])
 
     recipe = make_recipe(tiny, "1.1b", NF4)
-    rows = Dataset.from_list(list(prepare(recipe).load("train").select_columns(["prompt", "completion"])))
+    rows = Dataset.from_list(list(medibot.prepare(recipe).load("train").select_columns(["prompt", "completion"])))
     folder, dtype = work() / "models" / "1.1b", torch.float32 if tiny else torch.bfloat16
-    bits = make_quantization_config(recipe, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=bits)
+    quantized = {"dtype": dtype, "quantization_config": make_quantization_config(recipe, dtype)}
+    model = AutoModelForCausalLM.from_pretrained(folder, **quantized)
     own = {"output_dir": str(work() / "trl"), "num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no"}
     args = SFTConfig(**own, report_to="none", bf16=not tiny, use_cpu=tiny)
     parts = {"train_dataset": rows, "peft_config": make_lora_config(recipe), "callbacks": [Clock()]}
     SFTTrainer(model, args, processing_class=AutoTokenizer.from_pretrained(folder), **parts).train()
-    return second_epoch(len(rows), seconds, recipe)
+    return second_epoch(seconds, recipe)
 
 
 def resumed(tiny: bool) -> dict[str, Any]:
     """Kill a training after its first checkpoint, go on, and compare its weights with those nobody touched."""
-    import medibot
-    from medibot.run import open_run
-
     more = ["training.full_determinism=true", "training.save_strategy=steps", "training.save_steps=2"]
     recipe = make_recipe(tiny, "1.1b", NF4, *more, "training.max_steps=6")
     if "GPU_VICTIM" in os.environ:
-        return {"finished": str(medibot.train(recipe, "killed", anyway=True).folder)}
+        return {"finished": bool(medibot.train(recipe, "killed", anyway=True))}
     command = [sys.executable, __file__, "--inside", "resumed", str(work() / "victim"), *(["--tiny"] if tiny else [])]
     victim = subprocess.Popen(command, env=os.environ | {"GPU_VICTIM": "1"})
     while open_run("killed").last_checkpoint() is None and victim.poll() is None:
@@ -289,25 +273,19 @@ def resumed(tiny: bool) -> dict[str, Any]:
 
 
 def evaluated(tiny: bool) -> dict[str, Any]:
-    import medibot
-
-    started, rows = time.monotonic(), 2 if tiny else 16
+    rows = 2 if tiny else 16
     medibot.evaluate("qlora", rows=rows)
-    return {"rows": rows, "seconds": round(time.monotonic() - started, 1)}
+    return {"rows": rows}
 
 
 def merged(_: bool) -> dict[str, Any]:
-    import medibot
-
     proof = medibot.merge("qlora").proof or {}
     return {"kept": proof["kept"], **proof["modes"][proof["kept"]]}
 
 
-def planned(_: bool) -> dict[str, Any]:
-    from medibot.run import open_run
-
-    memory = {name: open_run(name).record()["summary"]["memory"] for name in ("lora", "qlora", "8b")}
-    return {name: round(found["planned_over_measured"], 3) for name, found in memory.items()}
+def planned(_: bool) -> dict[str, float]:
+    names = ("lora", "qlora", "8b")
+    return {name: open_run(name).record()["summary"]["memory"]["planned_over_measured"] for name in names}
 
 
 QUICK = "training.activation_checkpointing=false"
@@ -320,7 +298,7 @@ STEPS: dict[str, tuple[Callable[[bool], dict[str, Any]], float]] = {
     "qlora": (lambda tiny: trained(tiny, "qlora", "1.1b", NF4, QUICK), 70),
     "trl": (trl, 70),
     "resumed": (resumed, 110),
-    "8b": (lambda tiny: trained(tiny, "8b", "8b", NF4, "data.limit={train: 32, validation: 8}"), 110),
+    "8b": (lambda tiny: trained(tiny, "8b", "8b", NF4, f"data.limit={{train: {8 if tiny else 32}}}"), 110),
     "planned": (planned, 20),
     "evaluated": (evaluated, 60),
     "merged": (merged, 60),

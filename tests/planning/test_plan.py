@@ -1,6 +1,7 @@
 """The plan against what is really loaded, traced, sharded and written; and that it loads nothing itself."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -265,8 +266,12 @@ def test_a_refusal_names_the_batch_that_fits(plan):
     planned = plan("training.per_device_train_batch_size=64")
     parts = planned.memory(16)
     planned = replace(planned, device=replace(planned.device, capacity=parts["peak"]))
-    with pytest.raises(RecipeError, match=r"64 rows of \d+ tokens.*per_device_train_batch_size=16 would fit"):
-        planned.require_fit()
+    said = r"64 rows of \d+ tokens.*per_device_train_batch_size=16 would fit"
+    assert re.search(said, str(planned.require_fit()))
+    measured = replace(planned, device=replace(planned.device, capacity=0, gpu=False))
+    measured = replace(measured, device=replace(measured.device, capacity=measured.memory(16)["peak"]))
+    with pytest.raises(RecipeError, match=said):
+        measured.require_fit()
 
 
 def test_a_gpu_is_a_size_or_a_name():
