@@ -282,6 +282,13 @@ def test_a_gpu_is_a_size_or_a_name():
         find_device("Voodoo", None)
 
 
+def test_a_gpus_memory_is_measured_as_reserved(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: 4)
+    assert peak_memory() == 4
+
+
 def test_after_a_run_planned_stands_beside_measured(recipe):
     small = [
         "data.limit={train: 8, validation: 4}",
