@@ -47,9 +47,7 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
     threads, command = str(max(1, (os.cpu_count() or 1) // processes)), [sys.executable]
     # accelerate's launcher passes OMP_NUM_THREADS on
     environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MEDIBOT_PROCESSES": str(processes)}
-    if gpus and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Rows of many lengths leave holes that blocks of fixed sizes cannot use
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    environment |= memory_settings(gpus)
     environment |= first_gpu() if gpus > 1 and processes == 1 else {}
     if hardware.settings == ONE_CPU_PROCESS and not more:
         environment |= LAUNCHED_ON_CPU
@@ -77,6 +75,14 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
             how = f"by signal {-finished} (9 is often the system's, out of memory)"
         print(f"training ended {how}; run the same command to resume", file=sys.stderr)
     return 128 - finished if finished < 0 else finished
+
+
+def memory_settings(gpus: int) -> dict[str, str]:
+    """Return how torch shall take a GPU's memory, unless its user says that."""
+    if not gpus or {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        return {}
+    # Rows of many lengths leave holes that blocks of fixed sizes cannot use
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def stop(launcher: psutil.Popen, kill: bool = False) -> None:
