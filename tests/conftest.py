@@ -93,8 +93,10 @@ FAMILIES = {
 
 
 # Whole files go to a worker at a time: the longest first, or one worker ends long before the other
-LONGEST = ["training/test_survival.py", "test_readme.py", "training/test_train.py", "export/test_export.py"]
-LONGEST += ["serving/test_server.py", "test_wheel.py", "planning/test_conflicts.py", "test_fuzz.py"]
+LONGEST = ["training/test_survival.py", "test_readme.py", "serving/test_server.py", "export/test_export.py"]
+LONGEST += ["training/test_train.py", "test_wheel.py", "test_fuzz.py", "evaluation/test_sweep.py"]
+LONGEST += ["planning/test_conflicts.py", "evaluation/test_evaluate.py", "data/test_gate.py", "test_cli.py"]
+LONGEST += ["evaluation/test_compare.py", "evaluation/test_benchmark.py", "serving/test_chat.py", "test_tracking.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,20 +12,15 @@ RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 def serving_lines(run: Run, recipe: Recipe) -> dict[str, str]:
     """Return a shell line for each program; where it takes whole weights or a GGUF file, the line makes them first."""
-    merged = run.weights if recipe.lora is None else run.merged
-    merge, gguf = (
-        "" if recipe.lora is None else f"make merge RUN={run.name} && ",
-        f"make export-gguf RUN={run.name} && ",
-    )
-    name, folder = run.name, shlex.quote(str(merged))
-    mount = f'-v "$PWD/{merged}:/model"' if not merged.is_absolute() else f"-v {folder}:/model"
-    image = "ghcr.io/huggingface/text-generation-inference --model-id /model"
-    kwargs = json.dumps(recipe.data.chat_template_kwargs)
-    # It gives templates an enable_thinking of its own, before which a default stands back
-    thinking = f" --chat-template-kwargs {shlex.quote(kwargs)}" if recipe.data.chat_template_kwargs else ""
-    adapter = adapter_line(run, recipe)
+    name, whole = run.name, recipe.lora is None
+    merge, gguf = "" if whole else f"make merge RUN={name} && ", f"make export-gguf RUN={name} && "
+    folder = shlex.quote(str(run.weights if whole else run.merged))
+    mount = f'-v "$(realpath {folder}):/model"'
+    kwargs, image = recipe.data.chat_template_kwargs, "ghcr.io/huggingface/text-generation-inference --model-id /model"
+    # llama.cpp gives templates an enable_thinking of its own, before which a default stands back
+    thinking = f" --chat-template-kwargs {shlex.quote(json.dumps(kwargs))}" if kwargs else ""
     return {
-        "vLLM": adapter or f"{merge}vllm serve {folder} --host 127.0.0.1 --served-model-name {name}",
+        "vLLM": adapter_line(run, recipe) or f"{merge}vllm serve {folder} --host 127.0.0.1 --served-model-name {name}",
         "TGI": f"{merge}docker run --gpus all --shm-size 1g -p 127.0.0.1:8080:80 {mount} {image}",
         "llama.cpp": f"{gguf}llama-server -m {shlex.quote(str(run.gguf / f'{name}.gguf'))} --jinja{thinking}",
         "Ollama": f"{gguf}ollama create {name} -f {shlex.quote(str(run.gguf / 'Modelfile'))}",

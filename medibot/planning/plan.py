@@ -35,7 +35,8 @@ class Plan:
     """One training on one device.
 
     `traced` stands for two of the longest rows. `lengths` are the tokens of each row, `rows` a micro-batch, `longest` the
-    tokens to which it is padded, `supervised_share` of them learned from, `overhead` what the process holds anyway.
+    tokens to which it is padded, `supervised_share` of them learned from, `overhead` what the process holds anyway,
+    `validated` the tokens of the validation split.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class Plan:
     checkpointing: bool
     supervised_share: float
     overhead: int
+    validated: int
 
     def memory(self, rows: int | None = None) -> dict[str, int]:
         """Return bytes on one device, by what they are for; `peak` is what has to fit."""
@@ -190,7 +192,8 @@ class Plan:
         time = "no data sheet is known"
         if speed := self.device.tflops:
             known = f"{UTILIZATION:.0%} of {speed:.0f} data-sheet or measured TFLOPs a device"
-            time = f"{found['hours_estimated']:.1f} h (estimate: {known})"
+            part = f"{found['hours_evaluating_and_answering']:.1f} h of it evaluating and answering the questions"
+            time = f"{found['hours_estimated']:.1f} h, {part} (estimate: {known})"
         traced = "traced" if self.traced.traced else "a rule of thumb: this architecture cannot be traced"
         figures = {
             "computes in": found["computes_in"],
@@ -219,6 +222,7 @@ def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
     if setting(recipe, "packing"):
         whole = setting(recipe, "max_length")
         lengths = np.full(math.ceil(lengths.sum() / whole), whole)
+    held: Any = prepared.load("validation")
     longest, several = int(lengths.max()), hardware.processes > 1
     # Before anything is traced
     overhead = CONTEXT + NCCL * several if device.gpu else psutil.Process().memory_info().rss + LATER
@@ -236,6 +240,7 @@ def make_plan(prepared: Prepared, device: Device, hardware: Hardware) -> Plan:
         checkpointing=bool(own or training.get("activation_checkpointing", True)),
         supervised_share=share,
         overhead=overhead,
+        validated=sum(held["tokens"]) if held else 0,
     )
 
 

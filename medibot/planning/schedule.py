@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # The share of a data sheet's TFLOPs that a fine-tuning is taken to reach; 0.3 to 0.45 is usual
 UTILIZATION = 0.35
+# Operations that a GPU does while it reads a 16-bit weight, which a step of generation waits for: 300 (A100) to 800 (L4)
+# by data sheets
+READING = 500
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
 
 
@@ -52,8 +55,10 @@ def make_schedule(plan: "Plan") -> dict[str, Any]:
     linear, again = 2 * (plan.parameters.total - embedding), 2 if plan.checkpointing else 1
     attention = 4 * config.num_hidden_layers * config.hidden_size * float(np.average(lengths, weights=lengths))
     flops = tokens * ((again + 1) * linear + (again + 2) * attention + 2 * plan.parameters.trainable)
-    speed = plan.device.tflops
-    hours = flops / (speed * 1e12 * UTILIZATION * processes) / 3600 if speed else None
+    evaluations, passes = count_evaluations(recipe, steps), count_passes(recipe, steps, processes)
+    besides = evaluations * plan.validated * (linear + attention) / processes + passes * READING * plan.parameters.total
+    an_hour = (plan.device.tflops or 0) * 1e12 * UTILIZATION * 3600
+    hours, beside = ((work / an_hour if an_hour else None) for work in (flops / processes + besides, besides))
     # The checkpoints that exist at once, and the model
     every, limit, model = value("save_steps"), value("save_total_limit"), plan.parameters.trained
     by_steps = steps // max(1, math.ceil(steps * every if every < 1 else every))
@@ -62,4 +67,24 @@ def make_schedule(plan: "Plan") -> dict[str, Any]:
         # The best one is kept beside the last one, and one is written before another goes
         saves = min(saves, max(limit, 2 if value("load_best_model_at_end") else 1) + 1)
     disk = saves * (model + plan.parameters.optimizer) + model
-    return {"steps": steps, "tokens": tokens, "hours_estimated": hours, "disk_bytes": disk}
+    time = {"hours_estimated": hours, "hours_evaluating_and_answering": beside}
+    return {"steps": steps, "tokens": tokens, **time, "disk_bytes": disk}
+
+
+def count_evaluations(recipe: Recipe, steps: int) -> int:
+    """Return how often a training of so many steps is scored on the validation split."""
+    every = setting(recipe, "eval_steps") or setting(recipe, "logging_steps")
+    by_steps = math.ceil(steps / max(1, math.ceil(steps * every if every < 1 else every)))
+    counts = {"steps": by_steps, "epoch": math.ceil(setting(recipe, "num_train_epochs"))}
+    return counts.get(setting(recipe, "eval_strategy"), 0) + bool(setting(recipe, "eval_on_start"))
+
+
+def count_passes(recipe: Recipe, steps: int, processes: int) -> int:
+    """Return how often a process reads all weights for its share of the fixed questions, one token a row each time.
+
+    They are asked before the first step, at each evaluation and, where that was none, behind the last step.
+    """
+    times = 1 + max(1, count_evaluations(recipe, steps) - bool(setting(recipe, "eval_on_start")))
+    share = math.ceil(len(recipe.evaluation.questions) / processes)
+    batches = math.ceil(share / setting(recipe, "per_device_eval_batch_size"))
+    return times * batches * recipe.evaluation.max_new_tokens

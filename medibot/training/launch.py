@@ -44,11 +44,7 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
         from medibot.data.prepared import prepare
 
         prepare(checked)
-    threads, command = str(max(1, (os.cpu_count() or 1) // processes)), [sys.executable]
-    # accelerate's launcher passes OMP_NUM_THREADS on
-    environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MEDIBOT_PROCESSES": str(processes)}
-    environment |= memory_settings(gpus)
-    environment |= first_gpu() if gpus > 1 and processes == 1 else {}
+    command, environment = [sys.executable], make_environment(gpus, processes)
     if hardware.settings == ONE_CPU_PROCESS and not more:
         environment |= LAUNCHED_ON_CPU
     else:
@@ -77,12 +73,14 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
     return 128 - finished if finished < 0 else finished
 
 
-def memory_settings(gpus: int) -> dict[str, str]:
-    """Return how torch shall take a GPU's memory, unless its user says that."""
-    if not gpus or {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        return {}
-    # Rows of many lengths leave holes that blocks of fixed sizes cannot use
-    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+def make_environment(gpus: int, processes: int) -> dict[str, str]:
+    """Return the environment in which `processes` train."""
+    # accelerate's launcher passes OMP_NUM_THREADS on
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
+    if gpus and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Rows of many lengths leave holes that blocks of fixed sizes cannot use
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return environment | {"MEDIBOT_PROCESSES": str(processes)} | (first_gpu() if gpus > 1 and processes == 1 else {})
 
 
 def stop(launcher: psutil.Popen, kill: bool = False) -> None:

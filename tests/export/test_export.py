@@ -82,14 +82,20 @@ def test_merged_folder_has_the_runs_own_bytes_and_nothing_of_the_adapter(merged)
     assert "quantization_config" not in read_json(merged.merged / "config.json")
 
 
-def test_the_cards_own_lines_answer_in_plain_transformers_without_medibot(merged):
+@pytest.mark.parametrize("what", ["merged", "model"])
+def test_the_cards_own_lines_answer_without_medibot(what, merged, make_model):
     write_cards("mine")
-    lines = re.search(r"```python\n(.*?)```", (merged.merged / "README.md").read_text(), re.S)
+    folder = merged.folder / what
+    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert lines
-    program = lines[1] + 'import sys\nassert not {"medibot", "peft", "bitsandbytes"} & sys.modules.keys()\n'
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=merged.merged, env=os.environ, capture_output=True, text=True, timeout=120
-    )
+    foreign = {"medibot"} if what == "model" else {"medibot", "peft", "bitsandbytes"}
+    program = lines[1] + f"import sys\nassert not {foreign} & sys.modules.keys()\n"
+    # A card names a local base without its folder
+    base = folder / make_model("smollm2").name
+    base.symlink_to(make_model("smollm2"))
+    run = {"cwd": folder, "env": os.environ, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", program], **run)
+    base.unlink()
     assert done.returncode == 0, done.stderr
     recipe = load_recipe(str(merged.recipe))
     tokenizer = AutoTokenizer.from_pretrained(merged.weights)

@@ -20,6 +20,7 @@ from medibot.model.precision import make_lora_config
 from medibot.planning.hardware import Device, Hardware, find_device
 from medibot.planning.memory import count_bytes, trace
 from medibot.planning.plan import make_plan
+from medibot.planning.schedule import READING, UTILIZATION
 from medibot.recipe import load_recipe
 from medibot.run import open_run, read_json, read_lines
 from medibot.training.record import count_parameters
@@ -307,6 +308,34 @@ def test_after_a_run_planned_stands_beside_measured(recipe):
     assert record["memory"]["planned_over_measured"] > 0.5 or record["memory"]["measured_bytes"] == before
     assert planned["steps"] == record["steps"] == 2
     assert planned["tokens"] == pytest.approx(read_lines(run.metrics)[-1]["num_input_tokens_seen"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "times", "scored"),
+    [
+        (["training.eval_strategy=steps", "training.eval_steps=2"], 4, 3),
+        (["training.eval_strategy=steps", "training.eval_steps=2", "training.eval_on_start=true"], 4, 4),
+        (["training.eval_strategy=steps", "training.eval_steps=0.5"], 3, 2),
+        (["training.eval_strategy=no"], 2, 0),
+    ],
+)
+def test_hours_count_the_questions_as_often_as_a_training_asks_them(overrides, times, scored, plan, recipe):
+    more = ["training.max_steps=5", "training.eval_on_start=false"]
+    more += ["training.load_best_model_at_end=false", "training.save_strategy=no", "quantization=null", *overrides]
+    more += ["evaluation.questions=['What is gout?','What is anemia?','Hi?']"]
+    more += ["training.per_device_eval_batch_size=2", "evaluation.max_new_tokens=4", "data.validation=0.2"]
+    run = train(recipe(*more), "asked")
+    answers, losses = (read_lines(file) for file in (run.answers, run.metrics))
+    assert len({line["global_step"] for line in answers}) == times
+    assert len([line for line in losses if "eval_loss" in line]) == scored
+    device = find_device("L4", None)
+    whole, asked_nothing = plan(*more, device=device), plan(*more, "evaluation.questions=[]", device=device)
+    hours = [made.as_dict()["hours_estimated"] for made in (whole, asked_nothing)]
+    # Two batches of four tokens each time
+    reading = times * 2 * 4 * READING * whole.parameters.total
+    assert hours[0] - hours[1] == pytest.approx(reading / (121e12 * UTILIZATION * 3600))
+    beside = asked_nothing.as_dict()["hours_evaluating_and_answering"]
+    assert (beside > 0) == bool(scored) and whole.validated == sum(prepare(whole.recipe).load("validation")["tokens"])
 
 
 def test_the_verb_prints_tables_and_writes_json(recipe, make_model, workplace):

@@ -7,6 +7,7 @@ lost, and the weights and the record must be those of a training that nobody tou
 """
 
 import argparse
+import gc
 import os
 import random
 import signal
@@ -16,9 +17,12 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+# As the verbs: imports leave no garbage
+gc.set_threshold(10_000)
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

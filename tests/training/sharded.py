@@ -7,14 +7,18 @@ on CPUs in silence; the one gate that says so is opened here. Everything behind 
 the place of nccl.
 """
 
+import gc
 import json
 import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-from accelerate import state
-from accelerate.utils import DistributedType
+# As the verbs: imports leave no garbage
+gc.set_threshold(10_000)
+
+import torch.distributed as dist  # noqa: E402
+from accelerate import state  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 state.PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)

@@ -101,6 +101,19 @@ def test_outputs_folder_holds_what_comes_after_needs(finished):
     assert again.training["max_steps"] == 2 and again.lora["r"] == 16
 
 
+def test_the_end_of_a_training_says_how_other_programs_serve_it(finished, capsys):
+    run = finished("mini")
+    session.print_next_steps(run, load_recipe(str(run.recipe)))
+    said = capsys.readouterr().out
+    assert [program for program in ("vLLM", "TGI", "llama.cpp", "Ollama") if f"\n       {program} " in said] == [
+        "vLLM", "TGI", "llama.cpp", "Ollama",
+    ]  # fmt: skip
+    # What is named is there
+    for flag in ("--chat-template", "--generation-config", "--lora-modules mini="):
+        named = re.search(rf"{flag}[ ]?(\S+)", said)
+        assert named and Path(named[1]).exists(), flag
+
+
 def test_supervised_tokens_are_counted_as_the_audit_counts_them(miniature):
     one_epoch = ["training.max_steps=-1", "training.num_train_epochs=1", "training.gradient_accumulation_steps=2"]
     train(miniature("quickstart", *one_epoch), "mini")
