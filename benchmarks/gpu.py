@@ -14,13 +14,11 @@ between two logged lines, with nothing evaluated, asked or saved on the way.
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -46,13 +44,15 @@ SIZES += ("vocab_size",)
 SHAPES = {"1.1b": (2048, 22, 32, 4, 5632, 32000), "8b": (4096, 32, 32, 8, 14336, 128256)}
 SMALL = (64, 2, 4, 2, 128, 640)
 WHOLE_SECONDS = 530
+# Where the steps leave models and runs for one another
+WORK = Path(os.environ.get("GPU_WORK", "."))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu"))
     parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU")
-    parser.add_argument("--inside", nargs=2, metavar=("STEP", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside:
         step, file = given.inside
@@ -118,19 +118,14 @@ def make_table(lines: dict[str, Any]) -> str:
 # --- what runs in a process of its own --------------------------------------------------------------------------------
 
 
-def work() -> Path:
-    return Path(os.environ["GPU_WORK"])
-
-
 def environment(tiny: bool) -> dict[str, Any]:
     import torch
 
     if not tiny and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here: --tiny runs on a CPU")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    names = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
     found = {"card": "CPU", "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip() or "unknown"}
-    found |= {name: version(name) for name in names} | {"python": platform.python_version()}
+    found |= {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")}
     if tiny:
         return found
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -176,8 +171,8 @@ def weights(tiny: bool) -> dict[str, Any]:
         with torch.device(device):
             # Drawn in this dtype: an 8B model in float32 would be 32 GB first
             model = LlamaForCausalLM._from_config(config, dtype=dtype)
-        model.save_pretrained(work() / "models" / name)
-        tokenizer.save_pretrained(work() / "models" / name)
+        model.save_pretrained(WORK / "models" / name)
+        tokenizer.save_pretrained(WORK / "models" / name)
         found[f"{name}_parameters"] = model.num_parameters()
     return found
 
@@ -202,15 +197,14 @@ def make_recipe(tiny: bool, model: str, *more: str) -> Any:
     dtype, batch = ("float32", 4) if tiny else ("bfloat16", 16)
     size = [f"training.per_device_train_batch_size={batch}", "training.gradient_accumulation_steps=1"]
     size += [f"model.dtype={dtype}", f"evaluation.max_new_tokens={8 if tiny else 128}"]
-    place = f"model.pretrained_model_name_or_path={work() / 'models' / model}"
+    place = f"model.pretrained_model_name_or_path={WORK / 'models' / model}"
     data = [f"data.path={SAMPLE}", f"data.limit={rows}", "training.num_train_epochs=2"]
     return load_recipe(str(ROOT / "recipes" / "medquad-lora.yaml"), [place, *data, *BARE, *size, *more])
 
 
 def second_epoch(seconds: list[float], recipe: Any) -> dict[str, Any]:
     """The rate between the ends of the first and the second epoch, and the FLOP that these rows need in a second."""
-    prepared = medibot.prepare(recipe)
-    kept = speed.tokenized(prepared)[0]
+    kept = speed.tokenized(prepared := medibot.prepare(recipe))[0]
     tokens = sum(len(row["input_ids"]) for row in kept)
     supervised = sum(label != -100 for row in kept for label in row["labels"])
     took = seconds[-1] - seconds[len(seconds) // 2 - 1]
@@ -221,8 +215,7 @@ def second_epoch(seconds: list[float], recipe: Any) -> dict[str, Any]:
 def trained(tiny: bool, name: str, model: str, *more: str) -> dict[str, Any]:
     """Train by MediBot's own path; return rate and memory, planned beside measured."""
     recipe = make_recipe(tiny, model, *more)
-    medibot.train(recipe, name, anyway=True)
-    run = open_run(name)
+    run = medibot.train(recipe, name, anyway=True)
     seconds = [line["seconds"] for line in read_lines(run.metrics) if "loss" in line]
     return second_epoch(seconds, recipe) | run.record()["summary"]["memory"]
 
@@ -244,10 +237,10 @@ def trl(tiny: bool) -> dict[str, Any]:
 
     recipe = make_recipe(tiny, "1.1b", NF4)
     rows = Dataset.from_list(list(medibot.prepare(recipe).load("train").select_columns(["prompt", "completion"])))
-    folder, dtype = work() / "models" / "1.1b", torch.float32 if tiny else torch.bfloat16
+    folder, dtype = WORK / "models" / "1.1b", torch.float32 if tiny else torch.bfloat16
     quantized = {"dtype": dtype, "quantization_config": make_quantization_config(recipe, dtype)}
     model = AutoModelForCausalLM.from_pretrained(folder, **quantized)
-    own = {"output_dir": str(work() / "trl"), "num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no"}
+    own = {"output_dir": str(WORK / "trl"), "num_train_epochs": 2, "logging_steps": 1, "save_strategy": "no"}
     args = SFTConfig(**own, report_to="none", bf16=not tiny, use_cpu=tiny)
     parts = {"train_dataset": rows, "peft_config": make_lora_config(recipe), "callbacks": [Clock()]}
     SFTTrainer(model, args, processing_class=AutoTokenizer.from_pretrained(folder), **parts).train()
@@ -260,21 +253,19 @@ def resumed(tiny: bool) -> dict[str, Any]:
     recipe = make_recipe(tiny, "1.1b", NF4, *more, "training.max_steps=6")
     if "GPU_VICTIM" in os.environ:
         return {"finished": bool(medibot.train(recipe, "killed", anyway=True))}
-    command = [sys.executable, __file__, "--inside", "resumed", str(work() / "victim"), *(["--tiny"] if tiny else [])]
-    victim = subprocess.Popen(command, env=os.environ | {"GPU_VICTIM": "1"})
+    victim = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"GPU_VICTIM": "1"})
     while open_run("killed").last_checkpoint() is None and victim.poll() is None:
         time.sleep(0.005)
     victim.kill()
     died = victim.wait() == -signal.SIGKILL
-    at = open_run("killed").last_checkpoint()
+    at = str(open_run("killed").last_checkpoint()).rpartition("/")[2]
     runs = [medibot.train(recipe, name, anyway=True) for name in ("killed", "untouched")]
     files = [(run.weights / "adapter_model.safetensors").read_bytes() for run in runs]
-    return {"killed": died, "went_on_from": at.name if at else None, "bitwise_equal": files[0] == files[1]}
+    return {"killed": died, "went_on_from": at, "bitwise_equal": files[0] == files[1]}
 
 
 def evaluated(tiny: bool) -> dict[str, Any]:
-    rows = 2 if tiny else 16
-    medibot.evaluate("qlora", rows=rows)
+    medibot.evaluate("qlora", rows=(rows := 2 if tiny else 16))
     return {"rows": rows}
 
 
@@ -284,12 +275,12 @@ def merged(_: bool) -> dict[str, Any]:
 
 
 def planned(_: bool) -> dict[str, float]:
-    names = ("lora", "qlora", "8b")
-    return {name: open_run(name).record()["summary"]["memory"]["planned_over_measured"] for name in names}
+    runs = map(open_run, ("lora", "qlora", "8b"))
+    return {run.name: run.record()["summary"]["memory"]["planned_over_measured"] for run in runs}
 
 
 QUICK = "training.activation_checkpointing=false"
-STEPS: dict[str, tuple[Callable[[bool], dict[str, Any]], float]] = {
+STEPS: dict[str, tuple[Any, float]] = {
     "environment": (environment, 40),
     "gemm": (gemm, 40),
     "weights": (weights, 90),

@@ -203,6 +203,36 @@ def test_a_launched_process_sees_the_devices_of_its_config(
     assert {name: started[name] for name in gpus.NAMES if name in started} == seen
 
 
+@pytest.mark.parametrize(
+    ("count", "written", "seen"),
+    [
+        (1, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (1, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        (1, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+        (0, {}, {}),
+    ],
+)
+def test_a_gpus_memory_grows_in_segments_unless_its_user_says_how(count, written, seen, machine, monkeypatch):
+    names, started = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), {}
+
+    class Launched:
+        def __init__(self, command, env, **options):
+            started.update({name: env[name] for name in names if name in env})
+
+        def wait(self):
+            return 0
+
+    machine(CUDA_13 | {"count": count}, known="compute_cap" if count else "nothing")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launching.psutil, "Popen", Launched)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in written.items():
+        monkeypatch.setenv(name, value)
+    assert launching.launch("quickstart", [], [], None, "") == 0
+    assert started == seen
+
+
 def test_a_config_for_gpus_without_one_is_refused(machine):
     machine(CPU_BUILD, known="nothing")
     for name in ("single-gpu", "multi-gpu"):

@@ -183,10 +183,11 @@ def test_bytes_of_4_bit_weights_are_not_sharded_unless_stored_as_floats(plan):
 
 def test_every_gpu_loads_4_bit_weights_whole_before_it_keeps_a_share(plan):
     planned = plan("quantization.bnb_4bit_quant_storage=bfloat16")
+    large = replace(planned.parameters, base={"4-bit blocks": 20 * 10**9})
     many = replace(planned, hardware=Hardware("FSDP2", 64), device=find_device("24GB", None), overhead=0)
-    whole = sum(planned.parameters.base.values()) + planned.parameters.adapters
+    many, whole = replace(many, parameters=large), 20 * 10**9 + large.adapters
     assert many.memory()["whole, while loading"] == many.certain() == whole
-    assert sum(many.fixed().values()) < whole <= many.memory()["peak"]
+    assert many.memory()["peak"] == whole > 2 * sum(many.fixed().values())
     assert not replace(many, device=replace(many.device, capacity=whole - 1)).fits()
     assert replace(many, hardware=Hardware("DDP", 64)).memory()["whole, while loading"] == 0
 
@@ -281,6 +282,13 @@ def test_a_gpu_is_a_size_or_a_name():
     assert find_device("T4", None).compute == torch.float16 and find_device("L4", "float32").compute == FLOAT
     with pytest.raises(RecipeError, match="GPU: 'Voodoo' is not known"):
         find_device("Voodoo", None)
+
+
+def test_a_gpus_memory_is_measured_as_reserved(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: 4)
+    assert peak_memory() == 4
 
 
 def test_after_a_run_planned_stands_beside_measured(recipe):
