@@ -43,7 +43,7 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
     """Train `recipe` into outputs/<name> and return the run; a finished run is left as it is.
 
     Raises RecipeError for what by the plan cannot fit this device, unless `anyway`, and for a folder that was made from
-    something else. Raises Stopped where a signal ended the training and a whole checkpoint is there.
+    something else. Raises Stopped where a signal ended the training, its last step in a whole checkpoint.
     """
     state = join_processes()
     main = state.is_main_process
@@ -63,10 +63,10 @@ def train(recipe: Recipe, name: str, anyway: bool = False) -> runs.Run:
             refuse_machine(plan, keeps, anyway)
         with explained(run, plan), explain_memory("training", f"by the plan, {plan}: {LESS}"):
             trainer = build_trainer(prepared, run)
+            require_rows_apart(trainer, recipe)
         audits = audit_splits(trainer, prepared)
         for audit in audits:
             audit.refuse_faults()
-        require_rows_apart(trainer, recipe)
         require_columns(recipe, prepared.load("train"))
         checkpoint, config = common_checkpoint(run), {}
         trainer.args.save_on_each_node = keeps
