@@ -33,8 +33,8 @@ def launch(recipe: str, overrides: list[str], options: list[str], accelerate: st
     launcher would start it, without the seconds in which that imports torch.
     """
     config, hardware = choose_hardware(accelerate)
-    gpus = count_gpus(hardware)
     more, processes, machines = parse_launch(text, hardware)
+    gpus = count_gpus(hardware)
     if processes > 1 or hardware.sharded:
         # Say in one process what is wrong before several do, and leave the prepared data for all of them
         checked = load_recipe(recipe, overrides)

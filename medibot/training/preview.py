@@ -31,7 +31,8 @@ class Preview:
     section: str
 
     def __rich__(self) -> Group:
-        parts: list[Any] = [self.verdict]
+        # A path that is cut into lines cannot be copied
+        parts: list[Any] = [Text(self.verdict, overflow="ignore")]
         for row, messages in self.painted.items():
             parts.append(Rule(f"row {row}"))
             for role, text, learned in messages:
