@@ -102,8 +102,10 @@ def cut_repeated_question(row: Row) -> Row:
 def cut_symptom_table(row: Row) -> Row | None:
     """Cut the flattened table of the Human Phenotype Ontology, introduction and footer; drop a row left empty."""
     answer = row["completion"] or ""
+    if "The Human Phenotype Ontology provides the following list of signs and symptoms for " not in answer:
+        return row
     prose = SYMPTOM_TABLE.sub(" ", answer).strip()
-    return row if not SYMPTOM_TABLE.search(answer) else with_text(row, "completion", prose) if prose else None
+    return with_text(row, "completion", prose) if prose else None
 
 
 def cut_summary_prefix(row: Row) -> Row:
@@ -161,8 +163,8 @@ def cut_link_sentences(row: Row) -> Row:
         if in_link_list and (line.startswith("- ") or not line.strip()):
             continue
         # The full stop behind an aside stays, unless its sentence has one before it
-        whole = re.sub(ASIDE, r"\1", re.sub(r"(?<=[.!?:])" + ASIDE, "", line))
-        sentences = SENTENCE_END.split(URL_END.sub(r"\1. ", whole))
+        whole = re.sub(ASIDE, r"\1", re.sub(r"(?<=[.!?:])" + ASIDE, "", line)) if "(" in line else line
+        sentences = SENTENCE_END.split(URL_END.sub(r"\1. ", whole) if "http" in whole or "www." in whole else whole)
         # A longer one is a flattened list without full stops, and most of it says something
         kept = [one for one in sentences if len(one.split()) > 50 or not REFERENCE.fullmatch(one.removeprefix("- "))]
         in_link_list = sentences[-1] not in kept and sentences[-1].endswith(":")
