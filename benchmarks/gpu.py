@@ -124,7 +124,8 @@ def environment(tiny: bool) -> dict[str, Any]:
 
     if not tiny and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here: --tiny runs on a CPU")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    asked_git = ["git", "rev-parse", "--short", "HEAD"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(asked_git, capture_output=True, text=True, cwd=ROOT).stdout
     found = {"card": "CPU", "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip() or "unknown"}
     found |= {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")}
     if tiny:

@@ -27,7 +27,7 @@ from medibot.planning.plan import Plan, make_plan
 from medibot.recipe import Recipe
 from medibot.recipe.resolved import describe_environment, dump_resolved_recipe
 from medibot.serving.evidence import FILE, build_evidence, require_columns
-from medibot.training.leaks import require_rows_apart
+from medibot.training.packing import require_rows_apart
 from medibot.training.processes import common_checkpoint, from_first, holding, require_same, together
 from medibot.training.record import Record, count_parameters, summarize
 from medibot.training.signals import Signals
