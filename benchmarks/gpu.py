@@ -14,6 +14,7 @@ between two logged lines, with nothing evaluated, asked or saved on the way.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
